@@ -1,0 +1,169 @@
+//! Published adapter versions, and the manifest that says which of them are current.
+
+use crate::id::{BaseId, Domain, GenerationId};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The name of an immutable file: 64 hexadecimal digits of its BLAKE3 hash.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Blob(pub String);
+
+/// What training a batch took.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainReport {
+    /// Optimiser steps taken.
+    pub steps: u64,
+    /// Steps skipped because loss or gradient was not finite.
+    pub skipped_steps: u64,
+    /// Tokens that went through forward and backward.
+    pub tokens: u64,
+    /// Mean loss of the fresh examples in the first pass, nats a token.
+    pub first_loss: f32,
+    /// Mean loss of the fresh examples in the last pass, nats a token.
+    pub last_loss: f32,
+    /// Passes over the batch.
+    pub passes: u32,
+    /// Wall time, seconds.
+    pub seconds: f32,
+}
+
+/// The mean loss on one probe, in nats a token, at three moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measure {
+    /// Examples measured.
+    pub examples: u32,
+    /// With the best published score of each example.
+    pub best: f32,
+    /// With the parent generation (the base, for the first).
+    pub before: f32,
+    /// With the candidate.
+    pub after: f32,
+    /// Upper 95 % bound of `after - best`, paired by example.
+    pub rise_upper: f32,
+    /// The rise that would have been let through.
+    pub rise_allowed: f32,
+}
+
+/// A probe's name with what was measured on it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Retained {
+    /// `memory`, `held_out` or `anchor`.
+    pub probe: String,
+    /// What was measured.
+    pub measure: Measure,
+}
+
+/// The retention receipt: what the gate measured when it let a generation through or refused it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// One row a probe.
+    pub probes: Vec<Retained>,
+    /// What the measuring took, seconds.
+    pub seconds: f32,
+}
+
+/// One immutable, published adapter version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Generation {
+    /// Its name, from the hash of its weights, its parent and its place in the lineage.
+    pub id: GenerationId,
+    /// The lineage it belongs to.
+    pub lineage: Domain,
+    /// The base it was trained on.
+    pub base: BaseId,
+    /// What it started from.
+    pub parent: Option<GenerationId>,
+    /// Its batch's place in the lineage.
+    pub number: u64,
+    /// It learned the lineage's documents with `after < ordinal <= through`.
+    pub after: u64,
+    /// See `after`.
+    pub through: u64,
+    /// Documents learned in it.
+    pub documents: u64,
+    /// Adapter weights.
+    pub weights: Blob,
+    /// Optimiser state; none in an imported one.
+    pub optimiser: Option<Blob>,
+    /// Fisher information with the weights it was taken at.
+    pub fisher: Option<Blob>,
+    /// Probe with best published scores.
+    pub probe: Option<Blob>,
+    /// Learned examples with their first loss and importance, from which the replay buffer is rebuilt.
+    pub learned: Blob,
+    /// What training took.
+    pub report: TrainReport,
+    /// What the gate measured.
+    pub receipt: Receipt,
+    /// When it was published, in milliseconds since 1970.
+    pub published_ms: u64,
+}
+
+/// Documents of a lineage that were not learned, or no longer are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SetAside {
+    /// Documents with `after < ordinal <= through`.
+    pub after: u64,
+    /// See `after`.
+    pub through: u64,
+    /// Why: one sentence for the user.
+    pub reason: String,
+}
+
+/// Where one lineage stands.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// The generation that is served; none while only the base is.
+    pub current: Option<GenerationId>,
+    /// Every document of the lineage up to this ordinal is settled: learned, or set aside.
+    pub cursor: u64,
+    /// Batches settled.
+    pub number: u64,
+    /// Times the batch after the cursor was refused by the gate.
+    pub attempt: u32,
+    /// What was put aside.
+    pub set_aside: Vec<SetAside>,
+    /// Documents learned, each counted once.
+    pub documents: u64,
+    /// The newest generation written, also when a rollback serves an older one; its digest of the
+    /// replay buffer holds what was learned so far.
+    pub head: Option<GenerationId>,
+}
+
+/// What is current, everywhere: written whole, by rename, so that it is never half true.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Counts up by one with each manifest.
+    pub number: u64,
+    /// The base that all of it belongs to.
+    pub base: BaseId,
+    /// Each lineage.
+    pub lineages: BTreeMap<Domain, Lineage>,
+    /// BLAKE3 digest of the replay buffer's content at this moment, hexadecimal.
+    pub replay_digest: String,
+    /// When it was written, in milliseconds since 1970.
+    pub written_ms: u64,
+}
+
+impl Manifest {
+    /// The manifest of a data folder in which nothing has been learned yet.
+    pub fn empty(base: BaseId) -> Self {
+        Self { number: 0, base, lineages: BTreeMap::new(), replay_digest: String::new(), written_ms: 0 }
+    }
+}
+
+/// `checkpoint` to `infer`: serve this from now on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Publish {
+    /// What is current.
+    pub manifest: Manifest,
+}
+
+/// The answer to [`Publish`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Published {
+    /// The manifest that is served now.
+    pub number: u64,
+    /// Since when, in milliseconds since 1970.
+    pub live_ms: u64,
+}

@@ -1,0 +1,89 @@
+//! One increment of learning, on its way from `replay` through `train` and `consolidate` to
+//! `checkpoint`.
+
+use crate::adapter::{Blob, Receipt, TrainReport};
+use crate::example::{Example, ExampleId};
+use crate::id::{Domain, GenerationId};
+use serde::{Deserialize, Serialize};
+
+/// Fresh examples mixed with rehearsed ones: a pure function of ledger order, cursor and seed, so
+/// that a run that was killed and resumed learns the same thing again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Batch {
+    /// The lineage that learns.
+    pub lineage: Domain,
+    /// The generation it starts from; none for the first.
+    pub parent: Option<GenerationId>,
+    /// How many batches of this lineage were settled before this one.
+    pub number: u64,
+    /// How many times this batch was tried and refused by the gate.
+    pub attempt: u32,
+    /// The batch holds the lineage's documents with `after < ordinal <= through`.
+    pub after: u64,
+    /// See `after`; the lineage's cursor once this batch is settled.
+    pub through: u64,
+    /// Documents among those, counted once each.
+    pub documents: u64,
+    /// Seed of everything random in this batch.
+    pub seed: u64,
+    /// Examples seen for the first time.
+    pub fresh: Vec<Example>,
+    /// Learned examples that are rehearsed beside them, in the order drawn.
+    pub rehearsed: Vec<Example>,
+    /// Factor on the learning rate: 1 at first, lower after a refusal.
+    pub rate_scale: f32,
+    /// Examples that are only measured: the held-out part that this batch adds to the probe.
+    pub held_out: Vec<Example>,
+}
+
+/// What training made of a batch: `train` to `consolidate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// The batch.
+    pub batch: Batch,
+    /// Adapter weights (safetensors).
+    pub weights: Blob,
+    /// Optimiser moments and step (safetensors).
+    pub optimiser: Blob,
+    /// What it took.
+    pub report: TrainReport,
+    /// Loss of each fresh example before it was trained on, in nats a token.
+    pub learned: Vec<LearnedExample>,
+    /// Examples that were put aside because they break training, with the reason.
+    pub put_aside: Vec<(ExampleId, String)>,
+}
+
+/// A fresh example that was trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LearnedExample {
+    /// Which.
+    pub id: ExampleId,
+    /// Mean loss over its learned tokens when it was first seen, in nats.
+    pub first_loss: f32,
+}
+
+/// What the gate decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Decision {
+    /// Old knowledge is intact: publish.
+    Publish,
+    /// It is not: try again, with more rehearsal and a lower rate.
+    Retry(String),
+    /// It was tried often enough: put the batch aside, with the reason.
+    SetAside(String),
+}
+
+/// A judged candidate: `consolidate` to `checkpoint`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// The candidate.
+    pub candidate: Candidate,
+    /// The decision.
+    pub decision: Decision,
+    /// What was measured.
+    pub receipt: Receipt,
+    /// Fisher information and the weights it was taken at (safetensors); when published.
+    pub fisher: Option<Blob>,
+    /// The lineage's probe with the best published score of each example; when published.
+    pub probe: Option<Blob>,
+}

@@ -4,6 +4,7 @@
 //! of a message changes its golden file in `golden/`, and that is the point of the golden files.
 
 mod adapter;
+mod administer;
 mod batch;
 mod document;
 mod example;
@@ -15,6 +16,9 @@ pub mod wire;
 pub use adapter::{
     Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Retained, SetAside,
     TrainReport,
+};
+pub use administer::{
+    Export, Forget, Forgotten, Import, PeftFiles, Refusal, RolledBack, Rollback,
 };
 pub use batch::{Batch, Candidate, Decision, Judgement, LearnedExample};
 pub use document::{Accepted, Content, Document, Message, Role};

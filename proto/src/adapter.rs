@@ -75,6 +75,8 @@ pub struct Generation {
     pub parent: Option<GenerationId>,
     /// Its batch's place in the lineage.
     pub number: u64,
+    /// The manifest that published it: the order of generations across lineages.
+    pub manifest: u64,
     /// It learned the lineage's documents with `after < ordinal <= through`.
     pub after: u64,
     /// See `after`.
@@ -125,9 +127,9 @@ pub struct Lineage {
     pub set_aside: Vec<SetAside>,
     /// Documents learned, each counted once.
     pub documents: u64,
-    /// The newest generation written, also when a rollback serves an older one; its digest of the
-    /// replay buffer holds what was learned so far.
-    pub head: Option<GenerationId>,
+    /// Up to this ordinal, documents are learned one at a time, because one of them broke the
+    /// learner and is to be found.
+    pub solo_through: u64,
 }
 
 /// What is current, everywhere: written whole, by rename, so that it is never half true.
@@ -139,7 +141,7 @@ pub struct Manifest {
     pub base: BaseId,
     /// Each lineage.
     pub lineages: BTreeMap<Domain, Lineage>,
-    /// BLAKE3 digest of the replay buffer's content at this moment, hexadecimal.
+    /// Digest of the replay buffer that the newest generation rehearsed from, hexadecimal.
     pub replay_digest: String,
     /// When it was written, in milliseconds since 1970.
     pub written_ms: u64,

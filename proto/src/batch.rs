@@ -34,6 +34,8 @@ pub struct Batch {
     pub rate_scale: f32,
     /// Examples that are only measured: the held-out part that this batch adds to the probe.
     pub held_out: Vec<Example>,
+    /// Digest of the replay buffer that `rehearsed` was drawn from, hexadecimal.
+    pub replay_digest: String,
 }
 
 /// What training made of a batch: `train` to `consolidate`.
@@ -62,28 +64,46 @@ pub struct LearnedExample {
     pub first_loss: f32,
 }
 
-/// What the gate decided.
+/// What becomes of a batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Decision {
     /// Old knowledge is intact: publish.
-    Publish,
+    Publish(Box<Learned>),
     /// It is not: try again, with more rehearsal and a lower rate.
     Retry(String),
+    /// Something in it breaks the learner: try its documents one at a time.
+    Split(String),
     /// It was tried often enough: put the batch aside, with the reason.
     SetAside(String),
 }
 
-/// A judged candidate: `consolidate` to `checkpoint`.
+/// What a batch that passed the gate leaves behind.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Learned {
+    /// Adapter weights (safetensors).
+    pub weights: Blob,
+    /// Optimiser moments and step (safetensors).
+    pub optimiser: Blob,
+    /// Fisher information and the weights it was taken at (safetensors).
+    pub fisher: Blob,
+    /// The lineage's probe with the best published score of each example.
+    pub probe: Blob,
+    /// The fresh examples it learned.
+    pub examples: Vec<LearnedExample>,
+    /// What training took.
+    pub report: TrainReport,
+}
+
+/// A judged batch: `consolidate` to `checkpoint` (or `train` to `checkpoint`, when it never came to
+/// a candidate).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judgement {
-    /// The candidate.
-    pub candidate: Candidate,
+    /// The batch.
+    pub batch: Batch,
     /// The decision.
     pub decision: Decision,
     /// What was measured.
     pub receipt: Receipt,
-    /// Fisher information and the weights it was taken at (safetensors); when published.
-    pub fisher: Option<Blob>,
-    /// The lineage's probe with the best published score of each example; when published.
-    pub probe: Option<Blob>,
+    /// Examples that were put aside because they break training, with the reason.
+    pub put_aside: Vec<(ExampleId, String)>,
 }

@@ -20,7 +20,7 @@ pub use adapter::{
 pub use administer::{
     Export, Forget, Forgotten, Import, PeftFiles, Refusal, RolledBack, Rollback,
 };
-pub use batch::{Batch, Candidate, Decision, Judgement, LearnedExample};
+pub use batch::{Batch, Candidate, Decision, Judgement, Learned, LearnedExample};
 pub use document::{Accepted, Content, Document, Message, Role};
 pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind};
 pub use generate::{

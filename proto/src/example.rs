@@ -23,6 +23,9 @@ pub struct Parsed {
     pub document: Document,
     /// Its pieces, in reading order.
     pub pieces: Vec<Piece>,
+    /// Why it could not be cut into pieces. It still travels on, so that documents are settled in
+    /// the order of the ledger.
+    pub refused: Option<String>,
 }
 
 /// What `filter` decided.

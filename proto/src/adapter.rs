@@ -139,6 +139,8 @@ pub struct Manifest {
     pub number: u64,
     /// The base that all of it belongs to.
     pub base: BaseId,
+    /// One lineage learns every domain, instead of one each.
+    pub shared: bool,
     /// Each lineage.
     pub lineages: BTreeMap<Domain, Lineage>,
     /// Digest of the replay buffer that the newest generation rehearsed from, hexadecimal.
@@ -149,8 +151,8 @@ pub struct Manifest {
 
 impl Manifest {
     /// The manifest of a data folder in which nothing has been learned yet.
-    pub fn empty(base: BaseId) -> Self {
-        Self { number: 0, base, lineages: BTreeMap::new(), replay_digest: String::new(), written_ms: 0 }
+    pub fn empty(base: BaseId, shared: bool) -> Self {
+        Self { number: 0, base, shared, lineages: BTreeMap::new(), replay_digest: String::new(), written_ms: 0 }
     }
 }
 

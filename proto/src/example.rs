@@ -93,3 +93,11 @@ pub struct Example {
     /// MinHash signature of its document.
     pub signature: Vec<u32>,
 }
+
+/// Estimated Jaccard similarity of the texts behind two MinHash signatures, 0 to 1.
+pub fn similarity(a: &[u32], b: &[u32]) -> f32 {
+    if a.is_empty() || a.len() != b.len() {
+        return 0.0;
+    }
+    a.iter().zip(b).filter(|(x, y)| x == y).count() as f32 / a.len() as f32
+}

@@ -22,7 +22,7 @@ pub use administer::{
 };
 pub use batch::{Batch, Candidate, Decision, Judgement, Learned, LearnedExample};
 pub use document::{Accepted, Content, Document, Message, Role};
-pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind};
+pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind, similarity};
 pub use generate::{
     Adapters, Choice, FinishReason, Generate, GenerateEvent, Prompt, Sampling, Usage, Weighted,
 };

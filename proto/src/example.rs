@@ -86,8 +86,10 @@ pub struct Example {
     pub domain: Domain,
     /// Token ids and which of them are learned.
     pub piece: Piece,
-    /// Importance, 0 to 1, by which it is rehearsed and evicted.
+    /// Importance, 0 to 1.
     pub importance: f32,
+    /// The importance is the user's word, and not a default.
+    pub marked: bool,
     /// Held out for the gate: measured, never trained on.
     pub held_out: bool,
     /// MinHash signature of its document.

@@ -121,6 +121,8 @@ pub struct Lineage {
     pub cursor: u64,
     /// Batches settled.
     pub number: u64,
+    /// Batches that came to any decision; by it the mixer knows that its last batch did.
+    pub judged: u64,
     /// Times the batch after the cursor was refused by the gate.
     pub attempt: u32,
     /// What was put aside.

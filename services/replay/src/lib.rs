@@ -1,1 +1,13 @@
-//! Stub.
+//! The replay buffer: what was learned and is rehearsed, and the batches in which fresh examples
+//! are mixed with it.
+//!
+//! Two halves: [`Settle`] ends the intake lane, by writing a judged document's examples to the
+//! ledger; [`Mixer`] starts the learn lane, by reading them from there.
+
+mod buffer;
+mod mixer;
+mod settle;
+
+pub use buffer::Strategy;
+pub use mixer::{Mixer, Mixing};
+pub use settle::Settle;

@@ -1,0 +1,343 @@
+//! Which learned examples are kept for rehearsal, and which of them are rehearsed.
+//!
+//! Pure bookkeeping: no disk, no clock, no hidden randomness. The same history gives the same
+//! buffer, which is what lets it be rebuilt from the ledger and compared by digest.
+
+use proto::{Domain, ExampleId, similarity};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How the buffer chooses what to keep when it is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strategy {
+    /// A uniform sample of all that was learned (Vitter's algorithm R).
+    Reservoir,
+    /// The most important; of equals, the newest.
+    Importance,
+    /// Those least like the others.
+    Diversity,
+    /// Fair between domains; within one, important and unlike the others.
+    Hybrid,
+}
+
+/// Importance by reason, from most to least.
+const HIGH_LOSS: f32 = 0.8;
+const DIVERSE: f32 = 0.7;
+const RECENT: f32 = 0.5;
+const RANDOM: f32 = 0.3;
+
+/// An example is diverse when nothing in the sample it is compared with is more similar than this.
+const DIVERSE_BELOW: f32 = 0.2;
+/// Rows that an example is compared with.
+const COMPARED: usize = 32;
+/// The newest quarter of the capacity counts as recent.
+const RECENT_SHARE: usize = 4;
+
+/// What the policy knows of a learned example.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// The domain it teaches.
+    pub domain: Domain,
+    /// What the user said of its importance.
+    pub marked: Option<f32>,
+    /// Mean loss when it was first seen, nats a token.
+    pub first_loss: f32,
+    /// MinHash signature.
+    pub signature: Vec<u32>,
+}
+
+#[derive(Debug, Clone)]
+struct Held {
+    row: Row,
+    /// Counts up with each example that was ever offered.
+    order: u64,
+    /// Importance by reason; `None` for those that only age decides.
+    reason: Option<f32>,
+}
+
+/// What [`Buffer::learn`] changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Rows that entered.
+    pub entered: Vec<ExampleId>,
+    /// Rows that left.
+    pub evicted: Vec<ExampleId>,
+}
+
+/// The bounded set of learned examples.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    capacity: usize,
+    strategy: Strategy,
+    seed: u64,
+    held: BTreeMap<ExampleId, Held>,
+    offered: u64,
+}
+
+impl Buffer {
+    /// An empty buffer of at most `capacity` examples.
+    pub fn new(capacity: usize, strategy: Strategy, seed: u64) -> Self {
+        Self { capacity, strategy, seed, held: BTreeMap::new(), offered: 0 }
+    }
+
+    /// Examples held.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// The ids held, ascending.
+    pub fn ids(&self) -> impl Iterator<Item = ExampleId> + '_ {
+        self.held.keys().copied()
+    }
+
+    /// Takes in what one generation learned, and evicts what no longer fits.
+    pub fn learn(&mut self, learned: Vec<(ExampleId, Row)>) -> Changes {
+        let high = upper_quartile(learned.iter().map(|(_, row)| row.first_loss));
+        let mut changes = Changes::default();
+        for (id, row) in learned {
+            let order = self.offered;
+            self.offered += 1;
+            if self.strategy == Strategy::Reservoir && !self.reservoir_slot(order, &mut changes) {
+                continue;
+            }
+            let reason = row.marked.or_else(|| self.reason(id, &row, high));
+            self.held.insert(id, Held { row, order, reason });
+            changes.entered.push(id);
+        }
+        if self.strategy != Strategy::Reservoir {
+            self.evict(&mut changes);
+        }
+        // What came and went within one call never was in the buffer.
+        let gone: BTreeSet<_> = changes.evicted.iter().copied().collect();
+        let entered: BTreeSet<_> = changes.entered.iter().copied().collect();
+        changes.entered.retain(|id| !gone.contains(id));
+        changes.evicted.retain(|id| !entered.contains(id));
+        changes
+    }
+
+    /// Draws up to `count` examples of `domain` (of all, without one) by importance, without
+    /// replacement: each gets the key u^(1/w) for its weight w, and the highest keys are drawn
+    /// (Efraimidis and Spirakis 2006). The same seed draws the same examples.
+    pub fn draw(&self, domain: Option<&Domain>, count: usize, seed: u64) -> Vec<ExampleId> {
+        let eligible = self.held.iter().filter(|(_, h)| domain.is_none_or(|d| h.row.domain == *d));
+        let mut keyed: Vec<(f64, ExampleId)> = eligible
+            .map(|(id, held)| {
+                let weight = f64::from(self.importance(held)).max(1e-3);
+                (unit(seed, *id).ln() / weight, *id)
+            })
+            .collect();
+        keyed.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        keyed.into_iter().take(count).map(|(_, id)| id).collect()
+    }
+
+    /// Whether the next example of algorithm R gets a place; it may take another's.
+    fn reservoir_slot(&mut self, order: u64, changes: &mut Changes) -> bool {
+        if self.held.len() < self.capacity {
+            return true;
+        }
+        let slot = (unit(self.seed, ExampleId { ordinal: order, chunk: 0 }) * (order + 1) as f64) as usize;
+        let Some(id) = self.held.keys().nth(slot).copied().filter(|_| slot < self.capacity) else {
+            return false;
+        };
+        self.held.remove(&id);
+        changes.evicted.push(id);
+        true
+    }
+
+    fn reason(&self, id: ExampleId, row: &Row, high_loss: f32) -> Option<f32> {
+        if row.first_loss >= high_loss {
+            return Some(HIGH_LOSS);
+        }
+        (self.redundancy(id, &row.signature) < DIVERSE_BELOW).then_some(DIVERSE)
+    }
+
+    fn importance(&self, held: &Held) -> f32 {
+        held.reason.unwrap_or_else(|| {
+            let recent = (self.capacity / RECENT_SHARE).max(1) as u64;
+            if self.offered - held.order <= recent { RECENT } else { RANDOM }
+        })
+    }
+
+    /// The highest similarity to a fixed sample of the other rows, 0 to 1.
+    fn redundancy(&self, id: ExampleId, signature: &[u32]) -> f32 {
+        let stride = (self.held.len() / COMPARED).max(1);
+        let others = self.held.iter().step_by(stride).filter(|(other, _)| other.ordinal != id.ordinal);
+        others.map(|(_, held)| similarity(signature, &held.row.signature)).fold(0.0, f32::max)
+    }
+
+    /// Removes the rows with the lowest worth until the rest fits.
+    fn evict(&mut self, changes: &mut Changes) {
+        let excess = self.held.len().saturating_sub(self.capacity);
+        if excess == 0 {
+            return;
+        }
+        let mut worth: Vec<(f32, u64, ExampleId)> =
+            self.held.iter().map(|(id, held)| (self.worth(*id, held), held.order, *id)).collect();
+        worth.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let mut count_of: BTreeMap<Domain, usize> = BTreeMap::new();
+        for held in self.held.values() {
+            *count_of.entry(held.row.domain.clone()).or_default() += 1;
+        }
+        let fair = self.strategy == Strategy::Hybrid;
+        for _ in 0..excess {
+            let largest = count_of.values().copied().max().unwrap_or(0);
+            let at = worth.iter().position(|(_, _, id)| {
+                !fair || self.held.get(id).is_some_and(|h| count_of[&h.row.domain] == largest)
+            });
+            let Some((_, _, id)) = at.map(|at| worth.remove(at)) else { break };
+            if let Some(held) = self.held.remove(&id) {
+                *count_of.entry(held.row.domain).or_default() -= 1;
+                changes.evicted.push(id);
+            }
+        }
+    }
+
+    fn worth(&self, id: ExampleId, held: &Held) -> f32 {
+        match self.strategy {
+            Strategy::Reservoir => 0.0,
+            Strategy::Importance => self.importance(held),
+            Strategy::Diversity => 1.0 - self.redundancy(id, &held.row.signature),
+            Strategy::Hybrid if held.row.marked.is_some_and(|m| m >= 1.0) => f32::MAX,
+            // The draw keeps old and unremarkable rows from leaving in the order they came.
+            Strategy::Hybrid => {
+                let draw = unit(self.seed, id) as f32;
+                self.importance(held) - 0.5 * self.redundancy(id, &held.row.signature) + 0.3 * draw
+            }
+        }
+    }
+}
+
+fn upper_quartile(losses: impl Iterator<Item = f32>) -> f32 {
+    let mut sorted: Vec<f32> = losses.collect();
+    sorted.sort_by(f32::total_cmp);
+    sorted.get(sorted.len() * 3 / 4).copied().unwrap_or(f32::INFINITY)
+}
+
+/// A number in (0, 1) that depends on nothing but the seed and the id.
+fn unit(seed: u64, id: ExampleId) -> f64 {
+    let mut bytes = [0; 20];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[8..16].copy_from_slice(&id.ordinal.to_le_bytes());
+    bytes[16..].copy_from_slice(&id.chunk.to_le_bytes());
+    let digest = blake3::hash(&bytes);
+    let word = u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"));
+    ((word >> 11) as f64 + 0.5) / (1_u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STRATEGIES: [Strategy; 4] =
+        [Strategy::Reservoir, Strategy::Importance, Strategy::Diversity, Strategy::Hybrid];
+
+    fn id(n: u64) -> ExampleId {
+        ExampleId { ordinal: n, chunk: 0 }
+    }
+
+    fn row(domain: &str, n: u64) -> Row {
+        let signature = (0..64).map(|k| (unit(n, id(k)) * 1e9) as u32).collect();
+        Row { domain: Domain::new(domain).expect("domain"), marked: None, first_loss: (n % 7) as f32, signature }
+    }
+
+    proptest! {
+        #[test]
+        fn never_over_capacity_and_a_pure_function_of_history(
+            batches in prop::collection::vec(1_u64..40, 1..12), capacity in 1_usize..60,
+        ) {
+            for strategy in STRATEGIES {
+                let run = || {
+                    let mut buffer = Buffer::new(capacity, strategy, 9);
+                    let mut mirror = BTreeSet::new();
+                    let mut n = 0;
+                    for &size in &batches {
+                        let learned = (n..n + size).map(|n| (id(n), row(["a", "b"][(n % 2) as usize], n))).collect();
+                        n += size;
+                        let changes = buffer.learn(learned);
+                        mirror.extend(changes.entered);
+                        for id in changes.evicted {
+                            prop_assert!(mirror.remove(&id), "evicted what was not there");
+                        }
+                        prop_assert!(buffer.len() <= capacity);
+                        prop_assert_eq!(buffer.ids().collect::<BTreeSet<_>>(), mirror.clone());
+                    }
+                    Ok(mirror)
+                };
+                prop_assert_eq!(run()?, run()?);
+            }
+        }
+    }
+
+    #[test]
+    fn the_reservoir_is_uniform_over_all_that_was_learned() {
+        let mut early = 0;
+        for seed in 0..200 {
+            let mut buffer = Buffer::new(20, Strategy::Reservoir, seed);
+            for n in 0..200 {
+                buffer.learn(vec![(id(n), row("a", n))]);
+            }
+            early += buffer.ids().filter(|id| id.ordinal < 100).count();
+        }
+        // 200 buffers of 20: 2,000 of 4,000 expected from the first half, deviation about 32.
+        assert!((1850..2150).contains(&early), "{early}");
+    }
+
+    #[test]
+    fn what_the_user_marked_stays() {
+        for strategy in [Strategy::Importance, Strategy::Hybrid] {
+            let mut buffer = Buffer::new(10, strategy, 1);
+            let mut marked = row("a", 0);
+            marked.marked = Some(1.0);
+            buffer.learn(vec![(id(0), marked)]);
+            for n in 1..300 {
+                buffer.learn(vec![(id(n), row("a", n))]);
+            }
+            assert!(buffer.ids().any(|i| i == id(0)), "{strategy:?}");
+        }
+    }
+
+    #[test]
+    fn a_small_domain_keeps_its_place_beside_a_large_one() {
+        let mut buffer = Buffer::new(40, Strategy::Hybrid, 1);
+        buffer.learn((0..15).map(|n| (id(n), row("small", n))).collect());
+        buffer.learn((100..600).map(|n| (id(n), row("large", n))).collect());
+        let small = buffer.ids().filter(|id| id.ordinal < 100).count();
+        assert_eq!(small, 15, "it holds less than its share of 20, so all of it stays");
+    }
+
+    #[test]
+    fn diversity_evicts_what_is_there_twice() {
+        let mut buffer = Buffer::new(20, Strategy::Diversity, 1);
+        let copies: Vec<_> = (0..10).map(|n| (id(n), Row { ..row("a", 7777) })).collect();
+        buffer.learn(copies);
+        buffer.learn((10..29).map(|n| (id(n), row("a", n))).collect());
+        assert_eq!(buffer.ids().filter(|id| id.ordinal < 10).count(), 1);
+    }
+
+    #[test]
+    fn important_examples_are_drawn_more_often_and_none_twice() {
+        let mut buffer = Buffer::new(100, Strategy::Hybrid, 1);
+        let learned = (0..50).map(|n| {
+            let mut row = row("a", 7);
+            row.first_loss = if n == 0 { 9.0 } else { 1.0 };
+            row.marked = Some(if n < 10 { 1.0 } else { 0.1 });
+            (id(n), row)
+        });
+        buffer.learn(learned.collect());
+        let mut high = 0;
+        for seed in 0..100 {
+            let drawn = buffer.draw(None, 10, seed);
+            assert_eq!(drawn.iter().collect::<BTreeSet<_>>().len(), 10);
+            high += drawn.iter().filter(|id| id.ordinal < 10).count();
+        }
+        // By weight, an important one is ten times as likely to come first; uniform would be 200.
+        assert!(high > 500, "{high}");
+        assert_eq!(buffer.draw(None, 10, 3), buffer.draw(None, 10, 3));
+        assert!(buffer.draw(Some(&Domain::new("b").expect("b")), 10, 3).is_empty());
+    }
+}

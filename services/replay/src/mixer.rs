@@ -1,0 +1,271 @@
+//! The start of learning: which lineage learns next, from which fresh examples, beside which
+//! rehearsed ones.
+
+use crate::buffer::{Buffer, Row, Strategy};
+use anyhow::Context;
+use kit::blobs::Blobs;
+use kit::lane::Stop;
+use kit::ledger::Ledger;
+use kit::link::Link;
+use kit::manifests::Registry;
+use kit::store::Store;
+use proto::wire::{self, Kind};
+use proto::{Batch, Domain, Example, ExampleId, Generation, LearnedExample, Lineage, Manifest};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How batches are mixed.
+#[derive(Debug, Clone)]
+pub struct Mixing {
+    /// Examples the replay buffer holds.
+    pub capacity: usize,
+    /// What it keeps when it is full.
+    pub strategy: Strategy,
+    /// Share of fresh examples in a batch.
+    pub new_data_ratio: f32,
+    /// Examples rehearsed at least, as far as there are any.
+    pub rehearse_min: usize,
+    /// Fresh examples in a batch at most; a longer document still comes whole.
+    pub batch_examples: usize,
+    /// Looks for work at least this often.
+    pub poll: Duration,
+    /// Seed of all that is random in learning.
+    pub seed: u64,
+}
+
+/// Mixes batches, one at a time: the next is planned when the manifest says what became of the last.
+pub struct Mixer {
+    mixing: Mixing,
+    ledger: Arc<Ledger>,
+    registry: Arc<Registry>,
+    blobs: Arc<Blobs>,
+    store: Store,
+    buffer: Buffer,
+    /// Generations whose examples the buffer has been offered, in order of publication.
+    offered: Vec<Arc<Generation>>,
+    next: Link<Batch>,
+}
+
+impl Mixer {
+    /// A mixer whose buffer holds what the published generations learned.
+    ///
+    /// # Errors
+    /// When the ledger or the generations cannot be read.
+    pub fn new(
+        mixing: Mixing,
+        ledger: Arc<Ledger>,
+        registry: Arc<Registry>,
+        blobs: Arc<Blobs>,
+        store: Store,
+        next: Link<Batch>,
+    ) -> anyhow::Result<Self> {
+        let buffer = Buffer::new(mixing.capacity, mixing.strategy, mixing.seed);
+        let mut mixer = Self { mixing, ledger, registry, blobs, store, buffer, offered: Vec::new(), next };
+        mixer.rebuild().context("the replay buffer could not be rebuilt from the ledger")?;
+        Ok(mixer)
+    }
+
+    /// Mixes batches until told to stop.
+    ///
+    /// # Errors
+    /// When the ledger or the store fails, or the learner is gone: the lane is to be rebuilt.
+    pub async fn run(mut self, stop: Stop) -> anyhow::Result<()> {
+        let mut manifests = self.registry.subscribe();
+        while !stop.is_set() {
+            manifests.borrow_and_update();
+            let manifest = self.registry.manifest();
+            self.follow(&manifest)?;
+            if let Some(batch) = self.plan(&manifest)? {
+                let lineage = batch.lineage.clone();
+                let judged = manifest.lineages.get(&lineage).map_or(0, |l| l.judged);
+                tracing::info!(
+                    lineage = %batch.lineage, number = batch.number, attempt = batch.attempt,
+                    fresh = batch.fresh.len(), rehearsed = batch.rehearsed.len(), "learning a batch"
+                );
+                self.next.send(batch).await?;
+                self.settled(&lineage, judged, &stop).await;
+            } else {
+                tokio::select! {
+                    () = tokio::time::sleep(self.mixing.poll) => {}
+                    () = self.ledger.wait_for_settled() => {}
+                    _ = manifests.changed() => {}
+                    () = stop.wait() => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the manifest says what became of the lineage's batch.
+    async fn settled(&self, lineage: &Domain, judged: u64, stop: &Stop) {
+        let mut manifests = self.registry.subscribe();
+        loop {
+            manifests.borrow_and_update();
+            let manifest = self.registry.manifest();
+            if manifest.lineages.get(lineage).map_or(0, |l| l.judged) != judged {
+                return;
+            }
+            tokio::select! {
+                _ = manifests.changed() => {}
+                () = stop.wait() => return,
+            }
+        }
+    }
+
+    /// Brings the buffer in line with what is current: new generations are offered to it; when
+    /// history itself changed (a rollback, something forgotten) it is built anew.
+    fn follow(&mut self, manifest: &Manifest) -> anyhow::Result<()> {
+        let history = self.history(manifest);
+        let kept = history.iter().zip(&self.offered).take_while(|(a, b)| a.id == b.id).count();
+        if kept < self.offered.len() {
+            return self.rebuild();
+        }
+        for generation in &history[kept..] {
+            self.offer(generation.clone(), true)?;
+        }
+        Ok(())
+    }
+
+    /// Current generations and their ancestors, in order of publication.
+    fn history(&self, manifest: &Manifest) -> Vec<Arc<Generation>> {
+        let mut history = Vec::new();
+        for lineage in manifest.lineages.values() {
+            let mut at = lineage.current.clone();
+            while let Some(generation) = at.and_then(|id| self.registry.generation(&id)) {
+                at = generation.parent.clone();
+                history.push(generation);
+            }
+        }
+        history.sort_by_key(|g| g.manifest);
+        history
+    }
+
+    /// Builds the buffer from history, and writes its rows only where they are not there already.
+    fn rebuild(&mut self) -> anyhow::Result<()> {
+        self.buffer = Buffer::new(self.mixing.capacity, self.mixing.strategy, self.mixing.seed);
+        self.offered.clear();
+        for generation in self.history(&self.registry.manifest()) {
+            self.offer(generation, false)?;
+        }
+        let ids: Vec<ExampleId> = self.buffer.ids().collect();
+        if self.store.ids()? == ids && self.rows_are_sound(&ids) {
+            return Ok(());
+        }
+        tracing::info!(examples = ids.len(), "rebuilding the replay buffer from the ledger");
+        self.store.clear()?;
+        for example in self.ledger.examples_of(&ids)? {
+            self.put(&example)?;
+        }
+        self.store.flush()
+    }
+
+    fn rows_are_sound(&self, ids: &[ExampleId]) -> bool {
+        ids.iter().all(|id| self.get(*id).is_ok_and(|example| example.id == *id))
+    }
+
+    /// Offers what a generation learned to the buffer.
+    fn offer(&mut self, generation: Arc<Generation>, store: bool) -> anyhow::Result<()> {
+        let bytes = self.blobs.get(&generation.learned)?;
+        let learned: Vec<LearnedExample> = wire::decode(Kind::LearnedExamples, &bytes)?;
+        let losses: BTreeMap<ExampleId, f32> = learned.iter().map(|l| (l.id, l.first_loss)).collect();
+        let ids: Vec<ExampleId> = losses.keys().copied().collect();
+        let examples = self.ledger.examples_of(&ids)?;
+        let rows = examples.iter().map(|example| (example.id, row(example, losses[&example.id])));
+        let changes = self.buffer.learn(rows.collect());
+        self.offered.push(generation);
+        if store {
+            for id in &changes.evicted {
+                self.store.remove(*id)?;
+            }
+            for example in examples.iter().filter(|e| changes.entered.contains(&e.id)) {
+                self.put(example)?;
+            }
+            self.store.flush()?;
+        }
+        Ok(())
+    }
+
+    fn put(&self, example: &Example) -> anyhow::Result<()> {
+        self.store.put(example.id, &wire::encode(Kind::Example, example)?)
+    }
+
+    fn get(&self, id: ExampleId) -> anyhow::Result<Example> {
+        let bytes = self.store.get(id)?.context("a row of the replay buffer is missing")?;
+        Ok(wire::decode(Kind::Example, &bytes)?)
+    }
+
+    /// The next batch, if there is something to learn.
+    fn plan(&self, manifest: &Manifest) -> anyhow::Result<Option<Batch>> {
+        let cursors: BTreeMap<Domain, u64> = if manifest.shared {
+            let cursor = manifest.lineages.get(&Domain::general()).map_or(0, |l| l.cursor);
+            self.ledger.domains()?.into_iter().map(|d| (d, cursor)).collect()
+        } else {
+            manifest.lineages.iter().map(|(d, l)| (d.clone(), l.cursor)).collect()
+        };
+        let Some((domain, _)) = self.ledger.oldest_waiting(&cursors)? else { return Ok(None) };
+        let lineage = if manifest.shared { Domain::general() } else { domain };
+        let at = manifest.lineages.get(&lineage).cloned().unwrap_or_default();
+        let only = (!manifest.shared).then_some(&lineage);
+        let documents_max = if at.solo_through > at.cursor { 1 } else { usize::MAX };
+        let window = self.ledger.fresh(only, at.cursor, self.mixing.batch_examples, documents_max)?;
+        // While documents are still being judged, a short window waits: what a batch holds must not
+        // depend on how far intake happened to be.
+        let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
+        if more_to_come && documents_max > 1 && window.examples.len() < self.mixing.batch_examples {
+            return Ok(None);
+        }
+        if window.examples.is_empty() {
+            return Ok(None);
+        }
+        let seed = seed(self.mixing.seed, &lineage, &at);
+        let rehearsed = self.rehearsal(only, window.examples.len(), at.attempt, seed)?;
+        Ok(Some(Batch {
+            parent: at.current.clone(),
+            number: at.number,
+            attempt: at.attempt,
+            after: at.cursor,
+            through: window.through,
+            documents: window.documents,
+            seed,
+            fresh: window.examples,
+            rehearsed,
+            rate_scale: 0.5_f32.powi(at.attempt as i32),
+            held_out: window.held_out,
+            replay_digest: self.store.digest()?,
+            lineage,
+        }))
+    }
+
+    /// Rehearsed examples for a batch: as many as the ratio asks for, and twice as many again with
+    /// each attempt that the gate refused.
+    fn rehearsal(
+        &self,
+        domain: Option<&Domain>,
+        fresh: usize,
+        attempt: u32,
+        seed: u64,
+    ) -> anyhow::Result<Vec<Example>> {
+        let ratio = self.mixing.new_data_ratio.clamp(0.01, 1.0);
+        let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;
+        let least = if ratio < 1.0 { self.mixing.rehearse_min } else { 0 };
+        let count = asked.max(least) << attempt.min(4);
+        self.buffer.draw(domain, count, seed).into_iter().map(|id| self.get(id)).collect()
+    }
+}
+
+fn row(example: &Example, first_loss: f32) -> Row {
+    Row {
+        domain: example.domain.clone(),
+        marked: example.marked.then_some(example.importance),
+        first_loss,
+        signature: example.signature.clone(),
+    }
+}
+
+/// The batch's own seed: different for each batch and attempt, equal for the same one again.
+fn seed(seed: u64, lineage: &Domain, at: &Lineage) -> u64 {
+    let text = format!("{seed} {lineage} {} {} {}", at.number, at.attempt, at.cursor);
+    let digest = blake3::hash(text.as_bytes());
+    u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"))
+}

@@ -1,0 +1,189 @@
+//! The course of a batch: which sequences each step trains on, in which order, for how long.
+//!
+//! Knows no tensor. Raw text is read a fixed number of times: more would learn it by heart and
+//! nothing else. Answers to prompts are repeated until they are known, because a fact that is half
+//! known is not known; what is known already is not repeated.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+/// A sequence of the batch by its place in one of three lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Item {
+    /// The n-th fresh example.
+    Fresh(usize),
+    /// The n-th rehearsed example.
+    Rehearsed(usize),
+    /// The n-th anchor sequence.
+    Anchor(usize),
+}
+
+/// How long a batch is trained on.
+#[derive(Debug, Clone, Copy)]
+pub struct Course {
+    /// Passes over every fresh example.
+    pub passes: u32,
+    /// Passes over answers that are not known yet, at most.
+    pub answer_passes_max: u32,
+    /// An answer is known when its mean loss is under this, nats a token.
+    pub loss_target: f32,
+    /// Optimiser steps at least; small batches are read more often.
+    pub steps_min: u32,
+    /// Tokens in an optimiser step, about.
+    pub step_tokens: usize,
+    /// Tokens of anchor for each token of the batch.
+    pub anchor_share: f32,
+}
+
+/// A fresh example, as the course sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Fresh {
+    /// Tokens in it.
+    pub tokens: usize,
+    /// It answers a prompt.
+    pub answer: bool,
+    /// Its mean loss when it was last trained on, nats a token.
+    pub loss: f32,
+    /// It broke a step, and is left out.
+    pub out: bool,
+}
+
+impl Course {
+    /// The steps of pass number `pass`, from 0, each a list of items; empty when the batch is
+    /// learned. Rehearsed items keep the proportion to fresh ones that the batch came with.
+    pub fn pass(
+        &self,
+        pass: u32,
+        fresh: &[Fresh],
+        rehearsed: &[usize],
+        anchors: &[usize],
+        seed: u64,
+    ) -> Vec<Vec<Item>> {
+        let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + rehearsed.iter().sum::<usize>();
+        let steps_a_pass = total.div_ceil(self.step_tokens).max(1) as u32;
+        let passes = self.passes.max(self.steps_min.div_ceil(steps_a_pass));
+        let unknown = |f: &Fresh| f.answer && f.loss > self.loss_target;
+        let due = |f: &Fresh| !f.out && (pass < passes || (pass < self.answer_passes_max && unknown(f)));
+        let active: Vec<usize> = (0..fresh.len()).filter(|&n| due(&fresh[n])).collect();
+        if active.is_empty() {
+            return Vec::new();
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(u64::from(pass).wrapping_mul(0x9e37_79b9)));
+        let mut chosen: Vec<usize> = (0..rehearsed.len()).collect();
+        chosen.shuffle(&mut rng);
+        chosen.truncate((rehearsed.len() * active.len()).div_ceil(fresh.len()));
+        let mut items: Vec<(Item, usize)> = active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
+        items.extend(chosen.into_iter().map(|n| (Item::Rehearsed(n), rehearsed[n])));
+        let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
+        items.extend(self.anchors(anchors, batch_tokens, &mut rng));
+        items.shuffle(&mut rng);
+        self.steps(items)
+    }
+
+    fn anchors(&self, anchors: &[usize], batch_tokens: usize, rng: &mut ChaCha8Rng) -> Vec<(Item, usize)> {
+        let mut left = (batch_tokens as f32 * self.anchor_share) as usize;
+        let mut order: Vec<usize> = (0..anchors.len()).collect();
+        order.shuffle(rng);
+        let mut out = Vec::new();
+        for n in order {
+            if left == 0 {
+                break;
+            }
+            out.push((Item::Anchor(n), anchors[n]));
+            left = left.saturating_sub(anchors[n]);
+        }
+        out
+    }
+
+    /// Cuts the items into steps of about equal size, so that no step is a small rest.
+    fn steps(&self, items: Vec<(Item, usize)>) -> Vec<Vec<Item>> {
+        let total: usize = items.iter().map(|(_, tokens)| tokens).sum();
+        let count = total.div_ceil(self.step_tokens).max(1);
+        let size = total.div_ceil(count);
+        let mut steps = vec![Vec::new()];
+        let mut filled = 0;
+        for (item, tokens) in items {
+            if filled >= size * steps.len() {
+                steps.push(Vec::new());
+            }
+            filled += tokens;
+            if let Some(step) = steps.last_mut() {
+                step.push(item);
+            }
+        }
+        steps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    const COURSE: Course = Course {
+        passes: 2,
+        answer_passes_max: 10,
+        loss_target: 0.05,
+        steps_min: 1,
+        step_tokens: 100,
+        anchor_share: 0.1,
+    };
+
+    fn fresh(count: usize, answer: bool, loss: f32) -> Vec<Fresh> {
+        vec![Fresh { tokens: 40, answer, loss, out: false }; count]
+    }
+
+    fn items(steps: &[Vec<Item>]) -> BTreeSet<Item> {
+        steps.iter().flatten().copied().collect()
+    }
+
+    #[test]
+    fn a_pass_holds_everything_once_and_fills_its_steps_evenly() {
+        let steps = COURSE.pass(0, &fresh(10, false, 3.0), &[40; 10], &[50; 4], 1);
+        let all = items(&steps);
+        assert_eq!(all.iter().filter(|i| matches!(i, Item::Fresh(_))).count(), 10);
+        assert_eq!(all.iter().filter(|i| matches!(i, Item::Rehearsed(_))).count(), 10);
+        assert_eq!(all.iter().filter(|i| matches!(i, Item::Anchor(_))).count(), 2);
+        assert_eq!(all.len(), steps.iter().map(Vec::len).sum::<usize>(), "nothing twice");
+        assert!(steps.iter().all(|s| (1..=4).contains(&s.len())), "{steps:?}");
+    }
+
+    #[test]
+    fn text_is_read_a_fixed_number_of_times() {
+        assert!(!COURSE.pass(1, &fresh(10, false, 3.0), &[], &[], 1).is_empty());
+        assert!(COURSE.pass(2, &fresh(10, false, 3.0), &[], &[], 1).is_empty());
+    }
+
+    #[test]
+    fn answers_are_repeated_until_known_with_rehearsal_in_proportion() {
+        let mut batch = fresh(10, true, 0.01);
+        batch[3].loss = 1.0;
+        let all = items(&COURSE.pass(5, &batch, &[40; 10], &[], 1));
+        assert!(all.contains(&Item::Fresh(3)));
+        assert_eq!(all.len(), 2, "one fresh, one rehearsed: {all:?}");
+        assert!(COURSE.pass(10, &batch, &[40; 10], &[], 1).is_empty(), "at most so many passes");
+    }
+
+    #[test]
+    fn a_small_batch_is_read_more_often() {
+        let course = Course { steps_min: 6, ..COURSE };
+        assert!(!course.pass(5, &fresh(1, false, 3.0), &[], &[], 1).is_empty());
+        assert!(course.pass(6, &fresh(1, false, 3.0), &[], &[], 1).is_empty());
+    }
+
+    #[test]
+    fn the_order_depends_on_seed_and_pass_alone() {
+        let run = |pass, seed| COURSE.pass(pass, &fresh(9, false, 3.0), &[40; 9], &[50; 4], seed);
+        assert_eq!(run(0, 1), run(0, 1));
+        assert_ne!(run(0, 1), run(1, 1));
+        assert_ne!(run(0, 1), run(0, 2));
+    }
+
+    #[test]
+    fn what_broke_a_step_is_left_out() {
+        let mut batch = fresh(3, false, 3.0);
+        batch[1].out = true;
+        assert!(!items(&COURSE.pass(0, &batch, &[], &[], 1)).contains(&Item::Fresh(1)));
+    }
+}

@@ -84,8 +84,8 @@ pub struct Learned {
     pub weights: Blob,
     /// Optimiser moments and step (safetensors).
     pub optimiser: Blob,
-    /// Fisher information and the weights it was taken at (safetensors).
-    pub fisher: Blob,
+    /// Fisher information and the weights it was taken at (safetensors); none without EWC.
+    pub fisher: Option<Blob>,
     /// The lineage's probe with the best published score of each example.
     pub probe: Blob,
     /// The fresh examples it learned.

@@ -1,1 +1,25 @@
-//! Stub.
+//! The one program, `engram`: its command line, the process that keeps the worker alive, and the
+//! worker in which all services run.
+//!
+//! `engram up` is two processes. The supervisor holds the lock on the data folder and a pipe to
+//! its worker, and nothing that could crash; the worker holds everything else. The other commands
+//! either talk to a running server over HTTP, or work on files without one.
+
+mod adapters;
+mod ask;
+mod base;
+mod chat;
+mod child;
+mod cli;
+mod client;
+mod corpus;
+mod doctor;
+mod documents;
+mod learn;
+mod lifeline;
+mod offline;
+mod status;
+mod up;
+mod worker;
+
+pub use cli::main;

@@ -1,0 +1,175 @@
+//! The worker process, kept alive.
+
+use crate::lifeline::{GRACE, Orders};
+use anyhow::{Context, Result};
+use std::collections::VecDeque;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time;
+
+/// Variables that libtorch reads when it is loaded, which is before any of our code runs.
+///
+/// Waiting threads that spin would take the cores from answering; on a Mac, memory that is shared
+/// with the screen must not run out.
+const ENVIRONMENT: &[(&str, &str)] = &[
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+    ("GOMP_SPINCOUNT", "0"),
+    #[cfg(target_os = "macos")]
+    ("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.8"),
+    #[cfg(target_os = "macos")]
+    ("PYTORCH_MPS_LOW_WATERMARK_RATIO", "0.7"),
+];
+
+/// Runs the worker until a signal asks for the end, and starts it again whenever it dies.
+///
+/// # Errors
+/// When the worker cannot be started at all.
+pub async fn keep_alive(mut orders: Orders) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let mut restarts = Restarts::default();
+    loop {
+        let started = Instant::now();
+        let mut worker = Worker::start(&orders).await?;
+        let status = tokio::select! {
+            status = worker.child.wait() => status.context("the worker cannot be watched")?,
+            _ = signals.next() => return worker.finish(&mut signals).await,
+        };
+        let delay = restarts.delay(started, Instant::now());
+        if restarts.too_many() && !orders.degraded {
+            tracing::error!("the worker dies too often: it goes on without learning, until engram is started anew");
+            orders.degraded = true;
+        }
+        tracing::warn!(status = %told(status), restart_in_ms = delay.as_millis() as u64, "the worker died");
+        tokio::select! {
+            () = time::sleep(delay) => {}
+            _ = signals.next() => return Ok(()),
+        }
+    }
+}
+
+fn told(status: ExitStatus) -> String {
+    status.to_string()
+}
+
+struct Worker {
+    child: Child,
+    lifeline: ChildStdin,
+}
+
+impl Worker {
+    async fn start(orders: &Orders) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
+        for (name, value) in ENVIRONMENT {
+            if std::env::var_os(name).is_none() {
+                command.env(name, value);
+            }
+        }
+        // In a group of its own, so that Ctrl-C reaches the supervisor alone, which then ends it in order.
+        command.arg("worker").stdin(Stdio::piped()).process_group(0).kill_on_drop(true);
+        let mut child = command.spawn().context("the worker cannot be started")?;
+        let mut lifeline = child.stdin.take().context("the worker has no standard input")?;
+        // A worker that died already is found by whoever waits for it, so this may fail quietly.
+        let _ = lifeline.write_all(&orders.line()?).await;
+        tracing::info!(pid = child.id(), degraded = orders.degraded, "the worker is started");
+        Ok(Self { child, lifeline })
+    }
+
+    /// Lets the worker finish what runs; after [`GRACE`], or at a second Ctrl-C, it is killed.
+    async fn finish(mut self, signals: &mut Signals) -> Result<()> {
+        tracing::info!("finishing");
+        drop(self.lifeline);
+        let status = tokio::select! {
+            status = time::timeout(GRACE, self.child.wait()) => status.ok(),
+            () = signals.second_interrupt() => None,
+        };
+        if status.is_none() {
+            tracing::warn!("the worker did not finish in time, and is killed; nothing that was accepted is lost");
+            self.child.kill().await.context("the worker cannot be killed")?;
+        }
+        Ok(())
+    }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> Option<()> {
+        tokio::select! {
+            terminate = self.terminate.recv() => terminate,
+            interrupt = self.interrupt.recv() => interrupt,
+        }
+    }
+
+    async fn second_interrupt(&mut self) {
+        self.interrupt.recv().await;
+    }
+}
+
+/// When to start a worker that died.
+#[derive(Debug, Default)]
+struct Restarts {
+    /// The latest deaths, oldest first.
+    deaths: VecDeque<Instant>,
+    delay: Duration,
+}
+
+impl Restarts {
+    const DELAY_FIRST: Duration = Duration::from_millis(100);
+    const DELAY_MAX: Duration = Duration::from_secs(30);
+    /// A worker that lived this long was healthy.
+    const HEALTHY: Duration = Duration::from_secs(60);
+    const DEATHS_MAX: usize = 5;
+
+    /// How long to wait with the next start.
+    fn delay(&mut self, started: Instant, died: Instant) -> Duration {
+        self.deaths.push_back(died);
+        self.deaths.retain(|death| died.duration_since(*death) < Self::HEALTHY);
+        self.delay = if died.duration_since(started) >= Self::HEALTHY {
+            Self::DELAY_FIRST
+        } else {
+            (self.delay * 2).clamp(Self::DELAY_FIRST, Self::DELAY_MAX)
+        };
+        self.delay
+    }
+
+    fn too_many(&self) -> bool {
+        self.deaths.len() >= Self::DEATHS_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_delay_doubles_to_its_limit_and_a_healthy_minute_resets_it() {
+        let mut restarts = Restarts::default();
+        let start = Instant::now();
+        let delays: Vec<u128> = (0..11).map(|_| restarts.delay(start, start).as_millis()).collect();
+        assert_eq!(delays, [100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000]);
+        assert_eq!(restarts.delay(start, start + Restarts::HEALTHY).as_millis(), 100);
+    }
+
+    #[test]
+    fn five_deaths_within_a_minute_are_too_many_and_five_in_an_hour_are_not() {
+        let start = Instant::now();
+        let mut quick = Restarts::default();
+        let mut slow = Restarts::default();
+        for death in 0..5 {
+            assert!(!quick.too_many());
+            quick.delay(start, start + Duration::from_secs(death * 10));
+            slow.delay(start, start + Duration::from_secs(death * 600));
+        }
+        assert!(quick.too_many() && !slow.too_many());
+    }
+}

@@ -1,0 +1,138 @@
+//! The command line: what can be asked, and how failures are told.
+
+use crate::{adapters, ask, chat, doctor, documents, learn, offline, status, up};
+use clap::{Parser, Subcommand, error::ErrorKind};
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Examples:
+  engram up                                serve on this machine, with the built-in base
+  engram learn notes/ facts.jsonl --wait   teach it files, and wait until it knows them
+  engram generate 'Where is the key?'      ask what it has learned
+  engram chat                              talk with it
+  engram status                            see what it is doing";
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "engram",
+    version,
+    about = "A small language model that keeps learning from what you give it, and does not forget.",
+    after_help = EXAMPLES
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve and learn, until stopped.
+    Up(up::Args),
+    /// Teach a running server files and folders.
+    Learn(learn::Args),
+    /// Let a running server continue a prompt.
+    Generate(ask::Args),
+    /// Talk with a running server.
+    Chat(chat::Args),
+    /// Show what a running server is doing.
+    Status(status::Args),
+    /// List, show or forget documents.
+    Documents(documents::Args),
+    /// List, inspect, roll back, export or import adapters.
+    Adapters(adapters::Args),
+    /// Measure a base, or a base with an adapter, on a file. Needs no server.
+    Eval(offline::EvalArgs),
+    /// Compute the logits of given token ids. Needs no server.
+    Logits(offline::LogitsArgs),
+    /// Check this machine and say what is amiss.
+    Doctor(doctor::Args),
+    /// What `up` keeps alive: not for people.
+    #[command(hide = true)]
+    Worker,
+}
+
+/// Runs the command line of this process.
+///
+/// Every failure is one line on stderr that starts with `engram:` and says what to do.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let mut out = io::stdout().lock();
+    let result = run(cli.command, &mut out).and_then(|()| Ok(out.flush()?));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // `engram documents list | head` has got what it wanted.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => fail(&format!("{error:#}")),
+    }
+}
+
+fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
+    match command {
+        Command::Up(args) => up::run(&args, out),
+        Command::Learn(args) => learn::run(&args, out),
+        Command::Generate(args) => ask::run(&args, out),
+        Command::Chat(args) => chat::run(&args, out),
+        Command::Status(args) => status::run(&args, out),
+        Command::Documents(args) => documents::run(&args, out),
+        Command::Adapters(args) => adapters::run(&args, out),
+        Command::Eval(args) => offline::eval(&args, out),
+        Command::Logits(args) => offline::logits(&args, out),
+        Command::Doctor(args) => doctor::run(&args, out),
+        Command::Worker => up::worker(),
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn fail(message: &str) -> ExitCode {
+    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    // Nobody is left to be told when stderr is closed too.
+    let _ = writeln!(io::stderr(), "engram: {line}");
+    ExitCode::FAILURE
+}
+
+/// Help goes out as it is; a mistake becomes one line, with clap's hint when it has one.
+fn usage(error: &clap::Error) -> ExitCode {
+    let wanted = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    if wanted || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return if wanted { ExitCode::SUCCESS } else { ExitCode::from(2) };
+    }
+    let text = error.to_string();
+    let paragraphs = text.trim_start_matches("error: ").split("\n\n");
+    let told: Vec<&str> = paragraphs
+        .enumerate()
+        .filter(|(place, text)| *place == 0 || text.trim_start().starts_with("tip:"))
+        .map(|(_, text)| text.trim())
+        .collect();
+    fail(&format!("{}; 'engram --help' shows what there is", told.join("; ")));
+    ExitCode::from(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_shows_an_example() {
+        for command in Cli::command().get_subcommands().filter(|c| !c.is_hide_set()) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("engram "), "{} has no example", command.get_name());
+        }
+    }
+}

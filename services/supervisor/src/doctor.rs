@@ -1,0 +1,112 @@
+//! `engram doctor`: what this machine offers, and what is amiss.
+
+use crate::up::{self, Plan};
+use anyhow::{Context, Result, bail};
+use model::device::Placement;
+use serde_json::json;
+use std::io::Write;
+use std::net::TcpListener;
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+
+const EXAMPLES: &str = "\
+Examples:
+  engram doctor
+  engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
+
+/// Free disk below which a first session runs out of room, bytes.
+const DISK_FREE_BYTES_MIN: u64 = 1 << 30;
+const MATRIX_SIDE: i64 = 1024;
+
+/// What `engram doctor` takes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(flatten)]
+    up: up::Args,
+    /// Print the findings as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+type Finding = (&'static str, Result<String>);
+
+/// Prints one line a finding.
+///
+/// # Errors
+/// When something would keep `engram up` from working.
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
+    let mut amiss = 0;
+    for (name, found) in findings(&args.up) {
+        let (good, text) = match found {
+            Ok(text) => (true, text),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        amiss += usize::from(!good);
+        if args.json {
+            writeln!(out, "{}", json!({"check": name, "ok": good, "found": text}))?;
+        } else {
+            writeln!(out, "{} {name:9}  {text}", if good { "ok  " } else { "FAIL" })?;
+        }
+    }
+    if amiss > 0 {
+        bail!("{amiss} of these checks failed: 'engram up' needs them mended");
+    }
+    Ok(())
+}
+
+fn findings(args: &up::Args) -> Vec<Finding> {
+    let plan = match up::plan(args) {
+        Ok(plan) => plan,
+        Err(error) => return vec![("settings", Err(error))],
+    };
+    let placement = plan.placement();
+    let speed = placement.as_ref().map_err(|_| anyhow::anyhow!("not measured")).and_then(speed);
+    vec![
+        ("settings", Ok("each is known and in its range".to_owned())),
+        ("device", placement.map(|placement| placement.to_string())),
+        ("speed", speed),
+        ("base", plan.base_dir().map(|dir| dir.display().to_string())),
+        ("data", plan.make_data_dir().map(|()| plan.data_dir.display().to_string())),
+        ("disk", disk(&plan)),
+        ("address", address(&plan)),
+    ]
+}
+
+/// The best of a few products, so that the first one's setting up does not count.
+fn speed(placement: &Placement) -> Result<String> {
+    let options = (placement.kind(), placement.device);
+    let matrix = Tensor::f_ones([MATRIX_SIDE, MATRIX_SIDE], options)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let start = Instant::now();
+        let product = matrix.f_matmul(&matrix)?;
+        // Reading one number waits for a device that computes on its own.
+        product.f_get(0)?.f_get(0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?.f_double_value(&[])?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    let operations = 2.0 * (MATRIX_SIDE as f64).powi(3);
+    Ok(format!("{:.0} GFLOP/s in products of {MATRIX_SIDE} x {MATRIX_SIDE} matrices", operations / best / 1e9))
+}
+
+fn disk(plan: &Plan) -> Result<String> {
+    let space = rustix::fs::statvfs(&plan.data_dir).context("the free space cannot be read")?;
+    let (free, all) = (space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize);
+    let told = format!("{:.1} of {:.1} GiB are free", gib(free), gib(all));
+    if free < DISK_FREE_BYTES_MIN {
+        bail!("{told}: make room, or give --data on another disk");
+    }
+    Ok(told)
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+fn address(plan: &Plan) -> Result<String> {
+    let listen = plan.listen();
+    TcpListener::bind(&listen).with_context(|| {
+        format!("{listen} cannot be listened on: stop what does, or give another with --listen")
+    })?;
+    Ok(format!("{listen} is free"))
+}

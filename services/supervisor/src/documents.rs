@@ -1,0 +1,97 @@
+//! `engram documents`: what became of what was submitted.
+
+use crate::client::{Client, ServerArgs, segment};
+use crate::status::{plain, show, table};
+use anyhow::Result;
+use serde_json::Value;
+use std::io::Write;
+
+const EXAMPLES: &str = "\
+Examples:
+  engram documents list --domain python --limit 20
+  engram documents show 5e3f5a0c62d1b3a9
+  engram documents forget 5e3f5a0c62d1b3a9     out of the ledger, the model, everything";
+
+/// What `engram documents` takes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+    /// Print the answer as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// List documents, the newest first.
+    List {
+        /// Only those of this domain.
+        #[arg(long)]
+        domain: Option<String>,
+        /// So many at most.
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+        /// Only those older than this one.
+        #[arg(long, value_name = "ID")]
+        before: Option<String>,
+    },
+    /// Show all that happened to a document.
+    Show {
+        /// Its id.
+        id: String,
+    },
+    /// Remove a document and all that was derived from it.
+    Forget {
+        /// Its id.
+        id: String,
+    },
+}
+
+/// Lists, shows or forgets.
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
+    let client = Client::new(&args.server)?;
+    match &args.command {
+        Command::List { domain, limit, before } => {
+            let mut path = format!("/v1/documents?limit={limit}");
+            for (name, value) in [("domain", domain), ("before", before)] {
+                if let Some(value) = value {
+                    path.push_str(&format!("&{name}={}", segment(value)));
+                }
+            }
+            let answer = client.get(&path)?;
+            if args.json {
+                return show(&answer, true, out);
+            }
+            let rows = answer["documents"].as_array().cloned().unwrap_or_default();
+            table(&["id", "status", "domain", "generation", "reason"], &rows, out)
+        }
+        Command::Show { id } => {
+            let answer = client.get(&format!("/v1/documents/{}", segment(id)))?;
+            if args.json { show(&answer, true, out) } else { trail(&answer, out) }
+        }
+        Command::Forget { id } => {
+            show(&client.delete(&format!("/v1/documents/{}", segment(id)))?, args.json, out)
+        }
+    }
+}
+
+fn trail(document: &Value, out: &mut dyn Write) -> Result<()> {
+    for name in ["id", "status", "domain", "generation", "reason", "held_out"] {
+        if let Some(value) = document.get(name) {
+            writeln!(out, "{name:10}  {}", plain(value))?;
+        }
+    }
+    let entries = document["trail"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let start = entries.first().and_then(|entry| entry["at_ms"].as_u64()).unwrap_or(0);
+    for entry in entries {
+        let after_ms = entry["at_ms"].as_u64().unwrap_or(start).saturating_sub(start);
+        let detail = entry["detail"].as_str().unwrap_or_default();
+        let event = plain(&entry["event"]);
+        writeln!(out, "  +{:>9.3} s  {event:10}  {detail}", after_ms as f64 / 1000.0)?;
+    }
+    Ok(())
+}

@@ -1,1 +1,90 @@
-//! Stub.
+//! The gate: a candidate is measured on what its lineage knew, and goes on only when that is intact.
+//!
+//! Then what it learned is consolidated: Fisher information for the EWC penalty of later batches,
+//! and the probe by which later candidates are measured.
+
+mod gate;
+mod probe;
+mod worker;
+
+pub use worker::{Gating, Worker};
+
+use kit::blobs::Blobs;
+use kit::compute::Compute;
+use kit::link::Link;
+use kit::manifests::Registry;
+use kit::service::{Fault, Handle, Service};
+use proto::{Blob, Candidate, Decision, Judgement, Learned, Receipt};
+use std::sync::Arc;
+use worker::{Held, Verdict};
+
+/// The consolidation service.
+pub struct Consolidate {
+    /// The thread that holds the base.
+    pub compute: Compute<Worker>,
+    /// Weights, Fisher information and probes.
+    pub blobs: Arc<Blobs>,
+    /// Published generations.
+    pub registry: Arc<Registry>,
+    /// Times a batch is tried.
+    pub attempts_max: u32,
+    /// To `checkpoint`.
+    pub next: Link<Judgement>,
+}
+
+impl Service for Consolidate {
+    const NAME: &'static str = "consolidate";
+}
+
+impl Handle<Candidate> for Consolidate {
+    async fn handle(&mut self, candidate: &Candidate) -> Result<(), Fault> {
+        fail::fail_point!("consolidate::handle");
+        let weights = self.blobs.get(&candidate.weights)?;
+        let held = self.held(candidate)?;
+        let job = candidate.clone();
+        let judged = self.compute.run(move |worker| worker.judge(&job, &weights, held)).await;
+        let (verdict, receipt) = judged.map_err(anyhow::Error::from)??;
+        let decision = match verdict {
+            Verdict::Intact { fisher, probe } => Decision::Publish(Box::new(Learned {
+                weights: candidate.weights.clone(),
+                optimiser: candidate.optimiser.clone(),
+                fisher: fisher.map(|bytes| self.blobs.put(&bytes)).transpose()?,
+                probe: self.blobs.put(&probe)?,
+                examples: candidate.learned.clone(),
+                report: candidate.report.clone(),
+            })),
+            Verdict::Harmed(reason) if candidate.batch.attempt + 1 < self.attempts_max => Decision::Retry(reason),
+            Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
+        };
+        self.send(candidate, decision, receipt).await
+    }
+
+    async fn put_aside(&mut self, candidate: &Candidate, reason: &str) -> Result<(), Fault> {
+        let reason = format!("what was learned from it could not be measured: {reason}");
+        self.send(candidate, Decision::SetAside(reason), Receipt::default()).await
+    }
+}
+
+impl Consolidate {
+    async fn send(&self, candidate: &Candidate, decision: Decision, receipt: Receipt) -> Result<(), Fault> {
+        let judgement = Judgement {
+            batch: candidate.batch.clone(),
+            decision,
+            receipt,
+            put_aside: candidate.put_aside.clone(),
+        };
+        Ok(self.next.send(judgement).await?)
+    }
+
+    /// What the parent generation holds against forgetting.
+    fn held(&self, candidate: &Candidate) -> anyhow::Result<Held> {
+        let parent = candidate.batch.parent.as_ref().and_then(|id| self.registry.generation(id));
+        let read = |blob: Option<&Blob>| blob.map(|b| self.blobs.get(b)).transpose();
+        Ok(match parent {
+            Some(generation) => {
+                Held { probe: read(generation.probe.as_ref())?, fisher: read(generation.fisher.as_ref())? }
+            }
+            None => Held::default(),
+        })
+    }
+}

@@ -108,7 +108,7 @@ impl Filter {
             pieces,
             signature,
         };
-        self.next.send(kept).await.map_err(|e| Fault::Fatal(e.into()))
+        Ok(self.next.send(kept).await?)
     }
 }
 

@@ -70,7 +70,7 @@ impl Ingest {
     ) -> Result<(), Fault> {
         let document = accepted.document.clone();
         let parsed = Parsed { ordinal: accepted.ordinal, document, pieces, refused };
-        self.next.send(parsed).await.map_err(|e| Fault::Fatal(e.into()))
+        Ok(self.next.send(parsed).await?)
     }
 
     /// The trainable pieces of a document, in reading order.

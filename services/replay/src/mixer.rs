@@ -167,7 +167,7 @@ impl Mixer {
     /// Offers what a generation learned to the buffer.
     fn offer(&mut self, generation: Arc<Generation>, store: bool) -> anyhow::Result<()> {
         let bytes = self.blobs.get(&generation.learned)?;
-        let learned: Vec<LearnedExample> = wire::decode(Kind::LearnedExamples, &bytes)?;
+        let learned: Vec<LearnedExample> = wire::decode(Kind::Row, &bytes, wire::PAYLOAD_BYTES_MAX)?;
         let losses: BTreeMap<ExampleId, f32> = learned.iter().map(|l| (l.id, l.first_loss)).collect();
         let ids: Vec<ExampleId> = losses.keys().copied().collect();
         let examples = self.ledger.examples_of(&ids)?;
@@ -187,12 +187,12 @@ impl Mixer {
     }
 
     fn put(&self, example: &Example) -> anyhow::Result<()> {
-        self.store.put(example.id, &wire::encode(Kind::Example, example)?)
+        self.store.put(example.id, &wire::encode(Kind::Row, example)?)
     }
 
     fn get(&self, id: ExampleId) -> anyhow::Result<Example> {
         let bytes = self.store.get(id)?.context("a row of the replay buffer is missing")?;
-        Ok(wire::decode(Kind::Example, &bytes)?)
+        Ok(wire::decode(Kind::Row, &bytes, wire::PAYLOAD_BYTES_MAX)?)
     }
 
     /// The next batch, if there is something to learn.

@@ -53,7 +53,7 @@ impl Handle<Batch> for Train {
                     put_aside: learned.put_aside,
                     batch: batch.clone(),
                 };
-                self.next.send(candidate).await.map_err(|e| Fault::Fatal(e.into()))
+                Ok(self.next.send(candidate).await?)
             }
             End::Diverged(reason) => Err(Fault::Poison(reason)),
             // The lane is being taken down; the batch is planned again when it is back.
@@ -69,7 +69,7 @@ impl Handle<Batch> for Train {
         };
         let receipt = Receipt::default();
         let judgement = Judgement { batch: batch.clone(), decision, receipt, put_aside: Vec::new() };
-        self.aside.send(judgement).await.map_err(|e| Fault::Fatal(e.into()))
+        Ok(self.aside.send(judgement).await?)
     }
 }
 

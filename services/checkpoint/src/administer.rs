@@ -1,0 +1,203 @@
+//! What an owner asks for: roll back, forget, import, export.
+
+use crate::keep::state_files;
+use crate::{Checkpoint, now_ms};
+use kit::service::{Answer, Fault};
+use proto::wire::{self, Kind};
+use proto::{
+    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, LearnedExample, PeftFiles,
+    Receipt, Refusal, RolledBack, Rollback, SetAside, TrailEntry, TrainReport,
+};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// The reason that documents of rolled back generations carry.
+const ROLLED_BACK: &str = "rolled back";
+
+impl Answer<Rollback> for Checkpoint {
+    type Reply = Result<RolledBack, Refusal>;
+
+    async fn answer(&mut self, ask: Rollback) -> Result<Self::Reply, Fault> {
+        let chain = self.chain(&ask.lineage);
+        let target = match rollback_target(&ask, &chain) {
+            Ok(target) => target,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        if let Some(target) = &target
+            && let Err(error) = self.blobs.get(&target.weights)
+        {
+            tracing::warn!(generation = %target.id, %error, "cannot roll back to it");
+            let message = format!("the weights of generation {} are no longer kept", target.id);
+            return Ok(Err(Refusal::NotFound(message)));
+        }
+        let from = chain[0].id.clone();
+        let to = target.as_ref().map(|g| g.id.clone());
+        let after = target.as_ref().map_or(0, |g| g.through);
+        let mut through = 0;
+        self.edit(&ask.lineage, |lineage| {
+            through = lineage.cursor;
+            lineage.current.clone_from(&to);
+            lineage.documents = chain.iter().skip_while(|g| Some(&g.id) != to.as_ref()).map(|g| g.documents).sum();
+            lineage.attempt = 0;
+            let reason = ROLLED_BACK.to_owned();
+            lineage.set_aside.push(SetAside { after, through, reason });
+        })?;
+        let _ = self.serve().await;
+        let documents = self.withdraw(&ask.lineage, after, through).await?;
+        tracing::info!(lineage = %ask.lineage, %from, ?to, documents, "rolled back");
+        Ok(Ok(RolledBack { from, to }))
+    }
+}
+
+impl Answer<Forget> for Checkpoint {
+    type Reply = Result<Forgotten, Refusal>;
+
+    async fn answer(&mut self, ask: Forget) -> Result<Self::Reply, Fault> {
+        let Some((ordinal, document)) = self.ledger.document(&ask.id)? else {
+            return Ok(Err(Refusal::NotFound(format!("there is no document {}", ask.id))));
+        };
+        let manifest = self.registry.manifest();
+        let lineage = if manifest.shared { Domain::general() } else { document.domain.clone() };
+        let chain = self.chain(&lineage);
+        // Whatever learned it, and all that came after, may have rehearsed it.
+        let settled = manifest.lineages.get(&lineage).is_some_and(|l| ordinal <= l.cursor);
+        let clean = chain.iter().position(|g| g.through < ordinal).unwrap_or(chain.len());
+        let seen = settled && chain.iter().any(|g| g.after < ordinal && ordinal <= g.through);
+        let dirty: Vec<Arc<Generation>> = if seen { chain[..clean].to_vec() } else { Vec::new() };
+        let target = chain[clean..].iter().find(|g| self.blobs.get(&g.weights).is_ok()).cloned();
+        if !dirty.is_empty() {
+            self.fall_back(&lineage, target.as_deref())?;
+            let _ = self.serve().await;
+        }
+        self.ledger.forget(ordinal)?;
+        let files: BTreeSet<_> =
+            dirty.iter().flat_map(|g| state_files(g).into_iter().chain([g.learned.clone()])).collect();
+        self.remove_files(files)?;
+        for generation in &dirty {
+            self.registry.remove_generation(&generation.id)?;
+        }
+        self.ledger.rewrite()?;
+        let serving = self.registry.manifest().lineages.get(&lineage).and_then(|l| l.current.clone());
+        tracing::info!(id = %ask.id, generations = dirty.len(), "forgot a document");
+        Ok(Ok(Forgotten { id: ask.id, removed_generations: dirty.len() as u32, serving }))
+    }
+}
+
+impl Answer<Import> for Checkpoint {
+    type Reply = Result<GenerationId, Refusal>;
+
+    async fn answer(&mut self, ask: Import) -> Result<Self::Reply, Fault> {
+        let current = self.chain(&ask.lineage).first().map(|g| g.id.clone());
+        if let Err(refusal) = expect(ask.expected.as_ref(), current.as_ref()) {
+            return Ok(Err(refusal));
+        }
+        let weights = match self.peft.import(&ask.files) {
+            Ok(weights) => self.blobs.put(&weights)?,
+            Err(error) => {
+                let message = format!("the adapter cannot be used with this base: {error:#}");
+                return Ok(Err(Refusal::Invalid { param: "adapter_model".into(), message }));
+            }
+        };
+        let mut manifest = self.next_manifest();
+        let lineage = manifest.lineages.entry(ask.lineage.clone()).or_default();
+        let text = format!("import {} {} {} {}", self.base, ask.lineage, lineage.number, weights.0);
+        let generation = Generation {
+            id: GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16]).map_err(anyhow::Error::from)?,
+            lineage: ask.lineage.clone(),
+            base: self.base.clone(),
+            parent: current,
+            number: lineage.number,
+            manifest: manifest.number,
+            after: lineage.cursor,
+            through: lineage.cursor,
+            documents: 0,
+            weights,
+            optimiser: None,
+            fisher: None,
+            // What the owner brings is the new measure: it starts without old scores to be held to.
+            probe: None,
+            learned: self.blobs.put(&wire::encode(Kind::Row, &Vec::<LearnedExample>::new())?)?,
+            report: TrainReport::default(),
+            receipt: Receipt::default(),
+            published_ms: now_ms(),
+        };
+        let id = generation.id.clone();
+        lineage.current = Some(id.clone());
+        lineage.number += 1;
+        lineage.judged += 1;
+        self.registry.commit(manifest, Some(generation))?;
+        let _ = self.serve().await;
+        Ok(Ok(id))
+    }
+}
+
+impl Answer<Export> for Checkpoint {
+    type Reply = Result<PeftFiles, Refusal>;
+
+    async fn answer(&mut self, ask: Export) -> Result<Self::Reply, Fault> {
+        let chain = self.chain(&ask.lineage);
+        let wanted = chain.iter().find(|g| ask.generation.as_ref().is_none_or(|id| *id == g.id));
+        let Some(generation) = wanted else {
+            let which = ask.generation.map_or("no generation".into(), |id| format!("no generation {id}"));
+            return Ok(Err(Refusal::NotFound(format!("'{}' has {which}", ask.lineage))));
+        };
+        let Ok(weights) = self.blobs.get(&generation.weights) else {
+            let message = format!("the weights of generation {} are no longer kept", generation.id);
+            return Ok(Err(Refusal::NotFound(message)));
+        };
+        Ok(Ok(self.peft.export(&weights)?))
+    }
+}
+
+impl Checkpoint {
+    /// Serves an older generation, or the base, and learns again whatever came after it.
+    fn fall_back(&self, lineage: &Domain, to: Option<&Generation>) -> anyhow::Result<()> {
+        let chain = self.chain(lineage);
+        let documents = chain.iter().skip_while(|g| to.is_none_or(|t| t.id != g.id)).map(|g| g.documents).sum();
+        self.edit(lineage, |entry| {
+            entry.current = to.map(|g| g.id.clone());
+            entry.cursor = to.map_or(0, |g| g.through);
+            entry.documents = documents;
+            entry.attempt = 0;
+            let cursor = entry.cursor;
+            // What the gate refused gets another chance; what the owner rolled back does not.
+            entry.set_aside.retain(|s| s.through <= cursor || s.reason == ROLLED_BACK);
+        })
+    }
+
+    /// Takes the documents of a lineage out of what waits to be learned, and says so in their trails.
+    async fn withdraw(&self, lineage: &Domain, after: u64, through: u64) -> anyhow::Result<usize> {
+        let shared = self.registry.manifest().shared;
+        let ordinals = self.ledger.withdraw((!shared).then_some(lineage), after, through)?;
+        let at_ms = now_ms();
+        let entry = || TrailEntry { event: "set_aside".into(), at_ms, detail: Some(ROLLED_BACK.into()) };
+        let count = ordinals.len();
+        self.ledger.record(ordinals.into_iter().map(|ordinal| (ordinal, entry())).collect()).await?;
+        Ok(count)
+    }
+}
+
+/// The generation to serve again; none is the base.
+fn rollback_target(ask: &Rollback, chain: &[Arc<Generation>]) -> Result<Option<Arc<Generation>>, Refusal> {
+    let Some(current) = chain.first() else {
+        return Err(Refusal::NotFound(format!("'{}' has no generation to roll back from", ask.lineage)));
+    };
+    expect(ask.expected.as_ref(), Some(&current.id))?;
+    match &ask.to {
+        None => Ok(chain.get(1).cloned()),
+        Some(to) if *to == current.id => Err(Refusal::Conflict(format!("generation {to} is current already"))),
+        Some(to) => chain.iter().find(|g| g.id == *to).cloned().map(Some).ok_or_else(|| {
+            Refusal::NotFound(format!("'{}' has no generation {to} before its current one", ask.lineage))
+        }),
+    }
+}
+
+fn expect(expected: Option<&GenerationId>, current: Option<&GenerationId>) -> Result<(), Refusal> {
+    match expected {
+        Some(expected) if Some(expected) != current => {
+            let now = current.map_or("the base".to_owned(), ToString::to_string);
+            Err(Refusal::Conflict(format!("expected generation {expected}, but {now} is current")))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,127 @@
+//! What a lineage is measured on, with the best published score of each example.
+
+use model::pack::Sequence;
+use proto::wire::{self, Kind};
+use proto::{Example, ExampleId};
+use serde::{Deserialize, Serialize};
+
+/// One measured example.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Which.
+    pub id: ExampleId,
+    /// Its token ids.
+    pub tokens: Vec<u32>,
+    /// Which of them count.
+    pub learned: Vec<(u32, u32)>,
+    /// The lowest loss any published generation had on it, nats a token.
+    pub best: f32,
+    /// The loss of the newest published generation.
+    pub last: f32,
+}
+
+/// A lineage's probe.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// A uniform sample of learned examples: is what was learned still there?
+    pub memory: Vec<Entry>,
+    /// Chunks that are never trained on: is what was understood still there?
+    pub held_out: Vec<Entry>,
+    /// Best and last loss on each anchor sequence, in their fixed order.
+    pub anchors: Vec<(f32, f32)>,
+    /// Examples ever offered to `memory` and to `held_out`.
+    pub offered: [u64; 2],
+}
+
+impl Entry {
+    /// The entry's sequence.
+    pub fn sequence(&self) -> Sequence {
+        Sequence { tokens: self.tokens.clone(), learned: self.learned.clone() }
+    }
+}
+
+impl Probe {
+    /// Reads what [`Probe::to_bytes`] wrote.
+    pub fn from_bytes(bytes: &[u8]) -> anyhow::Result<Self> {
+        Ok(wire::decode(Kind::Row, bytes, wire::PAYLOAD_BYTES_MAX)?)
+    }
+
+    /// A checksummed frame.
+    pub fn to_bytes(&self) -> anyhow::Result<Vec<u8>> {
+        Ok(wire::encode(Kind::Row, self)?)
+    }
+}
+
+/// Which of `count` new examples a uniform sample of `capacity` takes in, and in whose place: Vitter's
+/// algorithm R, from the seed alone. `offered` counts all that ever came by.
+pub fn reservoir(offered: &mut u64, held: usize, capacity: usize, count: usize, seed: u64) -> Vec<(usize, usize)> {
+    let mut filled = held;
+    let mut places = Vec::new();
+    for n in 0..count {
+        let place = if filled < capacity {
+            filled += 1;
+            filled - 1
+        } else {
+            let digest = blake3::hash(&[seed.to_le_bytes(), offered.to_le_bytes()].concat());
+            let word = u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"));
+            (word % (*offered + 1)) as usize
+        };
+        *offered += 1;
+        if place < capacity {
+            places.push((n, place));
+        }
+    }
+    places
+}
+
+/// Puts examples with their losses where [`reservoir`] said.
+pub fn take_in(held: &mut Vec<Entry>, examples: &[&Example], losses: &[f32], places: &[(usize, usize)]) {
+    for &(n, place) in places {
+        let (example, loss) = (examples[n], losses[n]);
+        let entry = Entry {
+            id: example.id,
+            tokens: example.piece.tokens.clone(),
+            learned: example.piece.learned.clone(),
+            best: loss,
+            last: loss,
+        };
+        if place < held.len() {
+            held[place] = entry;
+        } else {
+            held.push(entry);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sample_is_uniform_over_all_that_came_by() {
+        let mut early = 0;
+        for seed in 0..500 {
+            let (mut offered, mut held) = (0, Vec::new());
+            for batch in 0..20_usize {
+                for (n, place) in reservoir(&mut offered, held.len(), 8, 5, seed) {
+                    let value = batch * 5 + n;
+                    if place < held.len() { held[place] = value } else { held.push(value) }
+                }
+            }
+            assert_eq!(held.len(), 8);
+            early += held.iter().filter(|v| **v < 50).count();
+        }
+        // 500 samples of 8: 2,000 of 4,000 expected from the first half, deviation about 30.
+        assert!((1880..2120).contains(&early), "{early}");
+    }
+
+    #[test]
+    fn a_probe_survives_its_bytes_and_damage_is_refused() {
+        let probe = Probe { anchors: vec![(1.0, 2.0)], offered: [3, 4], ..Probe::default() };
+        let mut bytes = probe.to_bytes().expect("bytes");
+        assert_eq!(Probe::from_bytes(&bytes).expect("a probe"), probe);
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        assert!(Probe::from_bytes(&bytes).is_err());
+    }
+}

@@ -1,0 +1,215 @@
+//! What happens on the compute thread: measure, then take in what was learned.
+
+use crate::gate;
+use crate::probe::{Entry, Probe, reservoir, take_in};
+use kit::compute::Turn;
+use kit::lane::Stop;
+use model::ewc::{self, Ewc};
+use model::llama::Base;
+use model::lora::Adapter;
+use model::loss::score;
+use model::pack::Sequence;
+use proto::{Candidate, Example, ExampleId, Measure, Receipt, Retained};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Sequences between two looks at waiting requests.
+const MICRO_SEQUENCES: usize = 8;
+
+/// How candidates are judged.
+#[derive(Debug, Clone)]
+pub struct Gating {
+    /// Rise of the mean loss on what was learned that is let through, as a share of it.
+    pub tolerance: f32,
+    /// The same for the anchor.
+    pub anchor_tolerance: f32,
+    /// Examples in the memory part of a probe.
+    pub memory_probe: usize,
+    /// Examples in its held-out part.
+    pub held_out_probe: usize,
+    /// Fresh examples that Fisher information is taken over; 0 without EWC.
+    pub fisher_examples: usize,
+    /// Weight of older Fisher information in the online form.
+    pub fisher_decay: f64,
+    /// Length of packed rows, tokens.
+    pub row_tokens: usize,
+    /// Share of the time that measuring takes while requests run.
+    pub share_while_serving: f32,
+}
+
+/// Owned by the compute thread.
+pub struct Worker {
+    base: Base,
+    gating: Gating,
+    anchors: Vec<Sequence>,
+    turn: Arc<Turn>,
+    stop: Stop,
+}
+
+/// What the parent generation left behind.
+#[derive(Default)]
+pub struct Held {
+    /// Its probe.
+    pub probe: Option<Vec<u8>>,
+    /// Its Fisher information.
+    pub fisher: Option<Vec<u8>>,
+}
+
+/// The gate's verdict on a candidate.
+pub enum Verdict {
+    /// Old knowledge is intact.
+    Intact {
+        /// Fisher information with the new one added.
+        fisher: Option<Vec<u8>>,
+        /// The probe with the new examples and scores.
+        probe: Vec<u8>,
+    },
+    /// It is not, and this is what was lost.
+    Harmed(String),
+    /// The candidate changes nothing.
+    Useless(String),
+}
+
+impl Worker {
+    /// Takes the base, and the gate's own anchor sequences: other ones than those rehearsed.
+    pub fn new(base: Base, gating: Gating, anchors: Vec<Sequence>, turn: Arc<Turn>, stop: Stop) -> Self {
+        Self { base, gating, anchors, turn, stop }
+    }
+
+    /// Judges a candidate.
+    ///
+    /// # Errors
+    /// When its weights or the parent's files do not fit the base.
+    pub fn judge(&self, candidate: &Candidate, weights: &[u8], held: Held) -> anyhow::Result<(Verdict, Receipt)> {
+        let started = Instant::now();
+        let adapter = Adapter::from_bytes(weights, self.base.config())?;
+        adapter.check_finite()?;
+        if !adapter.has_effect() {
+            let reason = "learning from it changed nothing".to_owned();
+            return Ok((Verdict::Useless(reason), Receipt::default()));
+        }
+        let mut probe = match &held.probe {
+            Some(bytes) => Probe::from_bytes(bytes)?,
+            None => Probe { anchors: self.base_anchors()?, ..Probe::default() },
+        };
+        let retained = self.measure(&mut probe, &adapter)?;
+        let harmed = retained.iter().find(|r| !gate::passes(&r.measure)).map(harm);
+        let verdict = match harmed {
+            Some(reason) => Verdict::Harmed(reason),
+            None => self.take_in(candidate, &adapter, probe, held.fisher.as_deref())?,
+        };
+        let seconds = started.elapsed().as_secs_f32();
+        Ok((verdict, Receipt { probes: retained, seconds }))
+    }
+
+    /// Measures the candidate on every part of the probe, and writes its scores into it.
+    fn measure(&self, probe: &mut Probe, adapter: &Adapter) -> anyhow::Result<Vec<Retained>> {
+        let gating = &self.gating;
+        let mut rows = Vec::new();
+        for (name, entries) in [("memory", &mut probe.memory), ("held_out", &mut probe.held_out)] {
+            let sequences: Vec<Sequence> = entries.iter().map(Entry::sequence).collect();
+            let after = self.losses(adapter, &sequences)?;
+            let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
+            rows.push(retained(name, gate::measure(&best, &before, &after, gating.tolerance)));
+            for (entry, loss) in entries.iter_mut().zip(after) {
+                (entry.best, entry.last) = (entry.best.min(loss), loss);
+            }
+        }
+        let after = self.losses(adapter, &self.anchors)?;
+        let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
+        rows.push(retained("anchor", gate::measure(&best, &before, &after, gating.anchor_tolerance)));
+        for (anchor, loss) in probe.anchors.iter_mut().zip(after) {
+            // The anchor's best stays the base's own: to fit it better than the base is no merit.
+            anchor.1 = loss;
+        }
+        Ok(rows)
+    }
+
+    fn take_in(
+        &self,
+        candidate: &Candidate,
+        adapter: &Adapter,
+        mut probe: Probe,
+        fisher: Option<&[u8]>,
+    ) -> anyhow::Result<Verdict> {
+        let batch = &candidate.batch;
+        let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
+        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
+        let held_out: Vec<&Example> = batch.held_out.iter().collect();
+        let [memory_offered, held_out_offered] = &mut probe.offered;
+        let parts = [
+            (&mut probe.memory, memory_offered, &fresh, self.gating.memory_probe),
+            (&mut probe.held_out, held_out_offered, &held_out, self.gating.held_out_probe),
+        ];
+        for (entries, offered, examples, capacity) in parts {
+            let places = reservoir(offered, entries.len(), capacity, examples.len(), batch.seed);
+            let mut losses = vec![0.0; examples.len()];
+            let chosen: Vec<Sequence> = places.iter().map(|&(n, _)| sequence(examples[n])).collect();
+            for (&(n, _), loss) in places.iter().zip(self.losses(adapter, &chosen)?) {
+                losses[n] = loss;
+            }
+            take_in(entries, examples, &losses, &places);
+        }
+        let fisher = self.fisher(adapter, &fresh, fisher)?;
+        Ok(Verdict::Intact { fisher, probe: probe.to_bytes()? })
+    }
+
+    /// Fisher information in its online form (Schwarz et al. 2018): the older one decays, that of the
+    /// fresh examples is added, and the penalty's centre moves to the candidate.
+    fn fisher(&self, adapter: &Adapter, fresh: &[&Example], older: Option<&[u8]>) -> anyhow::Result<Option<Vec<u8>>> {
+        if self.gating.fisher_examples == 0 || fresh.is_empty() {
+            return Ok(older.map(<[u8]>::to_vec));
+        }
+        let stride = fresh.len().div_ceil(self.gating.fisher_examples);
+        let sample: Vec<Sequence> = fresh.iter().step_by(stride).map(|e| sequence(e)).collect();
+        let new = ewc::fisher(&self.base, adapter, &sample)?;
+        let state = match older {
+            Some(bytes) => {
+                let older = Ewc::from_bytes(bytes, adapter.parameter_count())?;
+                older.update(self.gating.fisher_decay, &new, adapter)?
+            }
+            None => Ewc::new(new, adapter)?,
+        };
+        Ok(Some(state.to_bytes()?))
+    }
+
+    /// The base's own loss on its anchor sequences: where the first generation starts from.
+    fn base_anchors(&self) -> anyhow::Result<Vec<(f32, f32)>> {
+        let losses = self.score(&[], &self.anchors)?;
+        Ok(losses.into_iter().map(|loss| (loss, loss)).collect())
+    }
+
+    fn losses(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<Vec<f32>> {
+        self.score(&[(adapter, 1.0)], sequences)
+    }
+
+    fn score(&self, adapters: &[(&Adapter, f64)], sequences: &[Sequence]) -> anyhow::Result<Vec<f32>> {
+        let mut losses = Vec::with_capacity(sequences.len());
+        for part in sequences.chunks(MICRO_SEQUENCES) {
+            let started = Instant::now();
+            let scores = score(&self.base, adapters, part, self.gating.row_tokens)?;
+            losses.extend(scores.iter().map(|s| s.mean() as f32));
+            self.turn.yield_between(started.elapsed(), self.gating.share_while_serving, &self.stop);
+        }
+        Ok(losses)
+    }
+}
+
+fn sequence(example: &Example) -> Sequence {
+    Sequence { tokens: example.piece.tokens.clone(), learned: example.piece.learned.clone() }
+}
+
+fn retained(probe: &str, measure: Measure) -> Retained {
+    Retained { probe: probe.to_owned(), measure }
+}
+
+/// What the user reads when a candidate was refused.
+fn harm(row: &Retained) -> String {
+    let Measure { best, after, rise_upper, rise_allowed, examples, .. } = row.measure;
+    format!(
+        "learning it would have cost earlier knowledge: on {examples} {} examples the loss went from \
+         {best:.3} to {after:.3}, by up to {rise_upper:.3}, and {rise_allowed:.3} is allowed",
+        row.probe
+    )
+}

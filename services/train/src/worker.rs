@@ -1,0 +1,303 @@
+//! What happens on the compute thread: the base, a learner for each batch, and the course.
+
+use crate::course::{Course, Fresh, Item};
+use anyhow::Context;
+use kit::compute::Turn;
+use kit::lane::Stop;
+use model::ewc::Ewc;
+use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
+use model::llama::Base;
+use model::lora::{Adapter, LoraConfig};
+use model::pack::Sequence;
+use proto::{Batch, Example, ExampleId, LearnedExample, TrainReport};
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Bad steps among the last [`BAD_WINDOW`] after which a batch is started again at half the rate, and
+/// given up the second time.
+const BAD_STEPS_MAX: usize = 3;
+const BAD_WINDOW: usize = 20;
+
+/// How batches are learned.
+#[derive(Debug, Clone)]
+pub struct Training {
+    /// Shape of new adapters.
+    pub lora: LoraConfig,
+    /// Clipping, AdamW and packing.
+    pub learner: LearnerConfig,
+    /// Peak learning rate.
+    pub rate: f64,
+    /// How long, and in which mixture.
+    pub course: Course,
+    /// Tokens between two looks at `stop` and at waiting requests.
+    pub micro_tokens: usize,
+    /// Strength of the EWC penalty; 0 is off.
+    pub ewc_lambda: f64,
+    /// Share of the time that learning takes while requests run.
+    pub share_while_serving: f32,
+}
+
+/// Owned by the compute thread.
+pub struct Worker {
+    base: Base,
+    training: Training,
+    anchors: Vec<Sequence>,
+    turn: Arc<Turn>,
+    stop: Stop,
+}
+
+/// What a batch starts from: the bytes its parent left behind.
+pub struct Start {
+    /// Adapter weights.
+    pub weights: Vec<u8>,
+    /// Optimiser state.
+    pub optimiser: Option<Vec<u8>>,
+    /// Fisher information.
+    pub fisher: Option<Vec<u8>>,
+}
+
+/// How a batch ended.
+pub enum End {
+    /// With a candidate.
+    Learned(Box<Outgoing>),
+    /// Without: training does not stay finite, and this is why.
+    Diverged(String),
+    /// Told to stop.
+    Stopped,
+}
+
+/// A candidate's files and figures.
+pub struct Outgoing {
+    /// Adapter weights.
+    pub weights: Vec<u8>,
+    /// Optimiser state.
+    pub optimiser: Vec<u8>,
+    /// What it took.
+    pub report: TrainReport,
+    /// What was learned.
+    pub examples: Vec<LearnedExample>,
+    /// What was left out, and why.
+    pub put_aside: Vec<(ExampleId, String)>,
+}
+
+/// A batch on its way through the learner.
+struct Run<'a> {
+    learner: Learner,
+    fresh: Vec<(Fresh, Sequence)>,
+    rehearsed: Vec<Sequence>,
+    batch: &'a Batch,
+    first: Vec<Option<f32>>,
+    report: TrainReport,
+    recent_bad: VecDeque<bool>,
+}
+
+impl Worker {
+    /// Takes the base, and the anchor sequences that are rehearsed beside every batch.
+    pub fn new(base: Base, training: Training, anchors: Vec<Sequence>, turn: Arc<Turn>, stop: Stop) -> Self {
+        Self { base, training, anchors, turn, stop }
+    }
+
+    /// Learns a batch.
+    ///
+    /// # Errors
+    /// When what it starts from does not fit the base.
+    pub fn learn(&mut self, batch: &Batch, start: Option<Start>) -> anyhow::Result<End> {
+        let mut rate = self.training.rate * f64::from(batch.rate_scale);
+        for _ in 0..2 {
+            let mut run = self.begin(batch, start.as_ref())?;
+            match self.train(&mut run, rate)? {
+                ControlFlow::Continue(()) => return self.finish(run),
+                ControlFlow::Break(Halt::Stopped) => return Ok(End::Stopped),
+                ControlFlow::Break(Halt::Diverged) => rate /= 2.0,
+            }
+        }
+        Ok(End::Diverged("its loss or gradient does not stay finite, also at half the learning rate".into()))
+    }
+
+    fn begin<'a>(&self, batch: &'a Batch, start: Option<&Start>) -> anyhow::Result<Run<'a>> {
+        let config = self.base.config();
+        let adapter = match start {
+            Some(start) => Adapter::from_bytes(&start.weights, config).context("the parent's weights")?,
+            None => Adapter::new(self.training.lora.clone(), config, batch.seed)?,
+        };
+        let optimiser = start.and_then(|s| s.optimiser.as_deref());
+        let mut learner = Learner::new(self.base.share(), &adapter, optimiser, self.training.learner)?;
+        let fisher = start.and_then(|s| s.fisher.as_deref()).filter(|_| self.training.ewc_lambda > 0.0);
+        if let Some(bytes) = fisher {
+            let ewc = Ewc::from_bytes(bytes, adapter.parameter_count())?;
+            learner.set_ewc(Some((ewc, self.training.ewc_lambda)))?;
+        }
+        let fresh = batch.fresh.iter().map(|e| (as_fresh(e), sequence(e))).collect();
+        Ok(Run {
+            learner,
+            fresh,
+            rehearsed: batch.rehearsed.iter().map(sequence).collect(),
+            batch,
+            first: vec![None; batch.fresh.len()],
+            report: TrainReport::default(),
+            recent_bad: VecDeque::new(),
+        })
+    }
+
+    fn train(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
+        let started = Instant::now();
+        let rehearsed: Vec<usize> = run.rehearsed.iter().map(|s| s.tokens.len()).collect();
+        let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
+        for pass in 0.. {
+            let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
+            let steps = self.training.course.pass(pass, &fresh, &rehearsed, &anchors, run.batch.seed);
+            if steps.is_empty() {
+                break;
+            }
+            run.report.passes = pass + 1;
+            for items in steps {
+                if let ControlFlow::Break(halt) = self.step(run, &items, rate)? {
+                    return Ok(ControlFlow::Break(halt));
+                }
+            }
+            let known: Vec<f32> = run.fresh.iter().filter(|(f, _)| f.loss.is_finite()).map(|(f, _)| f.loss).collect();
+            run.report.last_loss = known.iter().sum::<f32>() / known.len().max(1) as f32;
+            metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
+                .set(f64::from(run.report.last_loss));
+        }
+        run.report.seconds = started.elapsed().as_secs_f32();
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn step(&self, run: &mut Run<'_>, items: &[Item], rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
+        let (micro_batches, places) = self.micro_batches(run, items);
+        if micro_batches.iter().flatten().all(|s| s.learned_tokens() == 0) {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let report = loop {
+            let mut last = Instant::now();
+            let mut begun = false;
+            let report = run.learner.step(&micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
+            match report.outcome {
+                // The loss scale was lowered, which is no fault of the batch.
+                Outcome::Overflow => run.report.skipped_steps += 1,
+                _ => break report,
+            }
+        };
+        match report.outcome {
+            Outcome::Stopped => return Ok(ControlFlow::Break(Halt::Stopped)),
+            Outcome::NonFinite => self.leave_out(run, &micro_batches, &places)?,
+            Outcome::Applied | Outcome::Overflow => note(run, &report, &places),
+        }
+        run.recent_bad.push_back(report.outcome == Outcome::NonFinite);
+        if run.recent_bad.len() > BAD_WINDOW {
+            run.recent_bad.pop_front();
+        }
+        let bad = run.recent_bad.iter().filter(|b| **b).count();
+        Ok(if bad >= BAD_STEPS_MAX { ControlFlow::Break(Halt::Diverged) } else { ControlFlow::Continue(()) })
+    }
+
+    /// Between micro-batches: stop when told to, and let waiting requests go first.
+    fn between(&self, last: &mut Instant, begun: &mut bool) -> ControlFlow<()> {
+        if self.stop.is_set() {
+            return ControlFlow::Break(());
+        }
+        let took = if *begun { last.elapsed() } else { Duration::ZERO };
+        self.turn.yield_between(took, self.training.share_while_serving, &self.stop);
+        (*last, *begun) = (Instant::now(), true);
+        ControlFlow::Continue(())
+    }
+
+    /// The sequences of a step in micro-batches, and the item behind each sequence.
+    fn micro_batches(&self, run: &Run<'_>, items: &[Item]) -> (Vec<Vec<Sequence>>, Vec<Vec<Item>>) {
+        let (mut batches, mut places) = (Vec::new(), Vec::new());
+        let mut filled = usize::MAX;
+        for &item in items {
+            let sequence = match item {
+                Item::Fresh(n) => &run.fresh[n].1,
+                Item::Rehearsed(n) => &run.rehearsed[n],
+                Item::Anchor(n) => &self.anchors[n],
+            };
+            if filled.saturating_add(sequence.tokens.len()) > self.training.micro_tokens {
+                batches.push(Vec::new());
+                places.push(Vec::new());
+                filled = 0;
+            }
+            filled += sequence.tokens.len();
+            if let (Some(batch), Some(place)) = (batches.last_mut(), places.last_mut()) {
+                batch.push(sequence.clone());
+                place.push(item);
+            }
+        }
+        (batches, places)
+    }
+
+    /// A step was not finite: the examples that alone make it so are left out from here on.
+    fn leave_out(&self, run: &mut Run<'_>, batches: &[Vec<Sequence>], places: &[Vec<Item>]) -> anyhow::Result<()> {
+        run.report.skipped_steps += 1;
+        for (batch, places) in batches.iter().zip(places) {
+            for offender in run.learner.find_offenders(batch)? {
+                match places[offender] {
+                    Item::Fresh(n) => run.fresh[n].0.out = true,
+                    Item::Rehearsed(n) => run.rehearsed[n].learned.clear(),
+                    Item::Anchor(_) => {}
+                }
+                tracing::warn!(item = ?places[offender], "an example breaks training and is left out");
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self, run: Run<'_>) -> anyhow::Result<End> {
+        let Run { learner, fresh, batch, first, mut report, .. } = run;
+        let reason = "its loss or gradient is not finite";
+        let out = batch.fresh.iter().zip(&fresh).filter(|(_, (f, _))| f.out);
+        let put_aside: Vec<_> = out.map(|(e, _)| (e.id, reason.to_owned())).collect();
+        let gone: BTreeSet<ExampleId> = put_aside.iter().map(|(id, _)| *id).collect();
+        let learned = batch.fresh.iter().zip(&first).filter(|(e, _)| !gone.contains(&e.id));
+        let examples: Vec<LearnedExample> =
+            learned.filter_map(|(e, loss)| loss.map(|first_loss| LearnedExample { id: e.id, first_loss })).collect();
+        report.first_loss = examples.iter().map(|e| e.first_loss).sum::<f32>() / examples.len().max(1) as f32;
+        learner.adapter().check_finite()?;
+        Ok(End::Learned(Box::new(Outgoing {
+            weights: learner.adapter().to_bytes()?,
+            optimiser: learner.optimiser_bytes()?,
+            report,
+            examples,
+            put_aside,
+        })))
+    }
+}
+
+enum Halt {
+    Stopped,
+    Diverged,
+}
+
+/// Writes down what a step that was taken says of each example.
+fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
+    run.report.steps += 1;
+    for (scores, places) in report.scores.iter().zip(places) {
+        for (score, place) in scores.iter().zip(places) {
+            if let Item::Fresh(n) = *place {
+                let loss = score.mean() as f32;
+                run.fresh[n].0.loss = loss;
+                run.first[n].get_or_insert(loss);
+            }
+        }
+    }
+    let length = |item: &Item| match *item {
+        Item::Fresh(n) => run.fresh[n].1.tokens.len(),
+        Item::Rehearsed(n) => run.rehearsed[n].tokens.len(),
+        Item::Anchor(_) => 0,
+    };
+    run.report.tokens += places.iter().flatten().map(length).sum::<usize>() as u64;
+}
+
+fn as_fresh(example: &Example) -> Fresh {
+    let tokens = example.piece.tokens.len();
+    // Text learns its windows to the end; an answer leaves its prompt unlearned.
+    let answer = example.piece.learned.first().is_some_and(|&(from, _)| from > 0);
+    Fresh { tokens, answer, loss: f32::INFINITY, out: false }
+}
+
+fn sequence(example: &Example) -> Sequence {
+    Sequence { tokens: example.piece.tokens.clone(), learned: example.piece.learned.clone() }
+}

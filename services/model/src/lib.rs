@@ -1,1 +1,24 @@
-//! Stub.
+//! The mathematics of Engram: a Llama-style model on libtorch, LoRA adapters, and how they learn.
+//!
+//! Read in this order: [`hf`] (what a model folder says), [`weights`] (safetensors), [`llama`] (the forward
+//! pass), [`lora`] (adapters), [`pack`] and [`loss`] (what is learned), [`optim`] and [`ewc`] (how weights
+//! move), [`learner`] (one step). [`tokenizer`], [`chat`] and [`generate`] are the way to text and back.
+//!
+//! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
+//! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
+
+pub mod device;
+pub mod ewc;
+pub mod hf;
+pub mod learner;
+pub mod llama;
+pub mod lora;
+pub mod loss;
+pub mod optim;
+pub mod pack;
+pub mod peft;
+pub mod pretrain;
+pub mod weights;
+
+#[cfg(test)]
+mod golden;

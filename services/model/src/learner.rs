@@ -1,0 +1,422 @@
+//! One update of an adapter: accumulate gradients over micro-batches, hold, clip, step.
+
+use std::ops::ControlFlow;
+
+use anyhow::{Result, ensure};
+use tch::Tensor;
+
+use crate::device::Precision;
+use crate::ewc::Ewc;
+use crate::llama::Base;
+use crate::lora::Adapter;
+use crate::loss::{self, SequenceScore};
+use crate::optim::{AdamW, AdamWConfig, clip};
+use crate::pack::{Sequence, pack};
+
+/// How a learner steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LearnerConfig {
+    /// The norm that gradients are clipped to.
+    pub clip: f64,
+    /// AdamW's settings.
+    pub adamw: AdamWConfig,
+    /// Length of packed rows in tokens.
+    pub row_tokens: usize,
+}
+
+impl Default for LearnerConfig {
+    fn default() -> Self {
+        Self { clip: 1.0, adamw: AdamWConfig::default(), row_tokens: 256 }
+    }
+}
+
+/// How a step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The weights moved.
+    Applied,
+    /// An f16 gradient overflowed; the loss scale was lowered and nothing else changed. Step again.
+    Overflow,
+    /// The loss or the gradient was not finite; nothing changed. See [`Learner::find_offenders`].
+    NonFinite,
+    /// The caller stopped it between micro-batches; nothing changed.
+    Stopped,
+}
+
+/// What a step did.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Mean NLL over the learned tokens of the step, in nats, without the penalty.
+    pub loss: f64,
+    /// The EWC penalty.
+    pub penalty: f64,
+    /// Norm of the gradient, penalty included, before clipping.
+    pub grad_norm: f64,
+    /// By micro-batch and sequence, as given.
+    pub scores: Vec<Vec<SequenceScore>>,
+    /// Learned tokens.
+    pub tokens: usize,
+}
+
+/// f16 steps without overflow after which the loss scale doubles, and its bounds, as torch's GradScaler.
+const SCALE_GROWTH_STEPS: u64 = 2000;
+const SCALE_MAX: f64 = 16_777_216.0;
+
+/// An adapter that is being trained on a frozen base.
+pub struct Learner {
+    base: Base,
+    adapter: Adapter,
+    optimiser: AdamW,
+    ewc: Option<(Ewc, f64)>,
+    config: LearnerConfig,
+}
+
+impl Learner {
+    /// Takes up training of `adapter` (a copy of it), with `optimiser` as [`Learner::optimiser_bytes`] gave it.
+    ///
+    /// # Errors
+    /// When adapter or optimiser state do not fit.
+    pub fn new(
+        base: Base,
+        adapter: &Adapter,
+        optimiser: Option<&[u8]>,
+        config: LearnerConfig,
+    ) -> Result<Self> {
+        adapter.check_model(base.config())?;
+        adapter.check_finite()?;
+        ensure!(config.clip > 0.0, "the gradient clip has to be positive");
+        let adapter = adapter.deep_copy().to_device(base.device());
+        let count = adapter.parameter_count();
+        let optimiser = match optimiser {
+            Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
+            None => AdamW::new(count, base.device()),
+        };
+        Ok(Self { base, adapter, optimiser, ewc: None, config })
+    }
+
+    /// Sets or removes the EWC penalty and its strength lambda.
+    ///
+    /// # Errors
+    /// When it belongs to another number of weights.
+    pub fn set_ewc(&mut self, ewc: Option<(Ewc, f64)>) -> Result<()> {
+        if let Some((ewc, lambda)) = &ewc {
+            ensure!(
+                ewc.fisher().size() == self.adapter.flat().size(),
+                "EWC state and adapter differ in length"
+            );
+            ensure!(*lambda >= 0.0 && lambda.is_finite(), "EWC lambda has to be a number from 0 up");
+        }
+        self.ewc = ewc.map(|(ewc, lambda)| (ewc.to_device(self.base.device()), lambda));
+        Ok(())
+    }
+
+    /// The base.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// The adapter as it is now. It shares the learner's weights: take a `deep_copy` to keep it.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// The optimiser's state, exact.
+    ///
+    /// # Errors
+    /// Only those of copying to the CPU.
+    pub fn optimiser_bytes(&self) -> Result<Vec<u8>> {
+        self.optimiser.to_bytes()
+    }
+
+    /// Steps taken so far.
+    pub fn steps(&self) -> u64 {
+        self.optimiser.steps()
+    }
+
+    /// One update from all of `micro_batches`, at learning rate `rate`. The loss is the mean over all learned
+    /// tokens of the step, however they are spread. `between` is asked before each micro-batch: the place to
+    /// yield to others, and to stop.
+    ///
+    /// Unless the outcome is [`Outcome::Applied`], weights and moments are untouched.
+    ///
+    /// # Errors
+    /// When a sequence does not fit the model or nothing is to be learned. Nothing has changed then either.
+    pub fn step(
+        &mut self,
+        micro_batches: &[Vec<Sequence>],
+        rate: f64,
+        between: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<StepReport> {
+        let tokens: usize = micro_batches.iter().flatten().map(Sequence::learned_tokens).sum();
+        ensure!(tokens > 0, "nothing to learn: no sequence has a learned token");
+        let scale = self.loss_scale();
+        let mut report = StepReport {
+            outcome: Outcome::Stopped,
+            loss: 0.0,
+            penalty: 0.0,
+            grad_norm: 0.0,
+            scores: Vec::new(),
+            tokens,
+        };
+        let mut sum: Option<Tensor> = None;
+        for batch in micro_batches {
+            if between().is_break() {
+                return Ok(report);
+            }
+            let (scores, gradient) = self.micro_batch(batch, scale / tokens as f64)?;
+            report.scores.push(scores);
+            sum = match (sum, gradient) {
+                (Some(mut sum), Some(gradient)) => Some(sum.f_add_(&gradient)?),
+                (sum, gradient) => sum.or(gradient),
+            };
+        }
+        report.loss = report.scores.iter().flatten().map(|score| score.nll_sum).sum::<f64>() / tokens as f64;
+        if let Some(gradient) = sum {
+            self.apply(gradient.f_div_scalar(scale)?, rate, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    /// Scores and gradient of one micro-batch; no gradient where nothing is learned.
+    fn micro_batch(&self, batch: &[Sequence], weight: f64) -> Result<(Vec<SequenceScore>, Option<Tensor>)> {
+        let packed = pack(&self.base, batch, self.config.row_tokens)?;
+        if packed.learned_tokens() == 0 {
+            return Ok((vec![SequenceScore::default(); batch.len()], None));
+        }
+        let leaf = self.adapter.flat().f_detach()?.f_set_requires_grad(true)?;
+        let adapter = self.adapter.with_flat(leaf.shallow_clone())?;
+        let active = self.base.activate(&[(&adapter, 1.0)])?;
+        let mut result = loss::gradient(&self.base, &active, &packed, weight, &[&leaf])?;
+        Ok((result.scores, result.gradients.pop()))
+    }
+
+    fn apply(&mut self, mut gradient: Tensor, rate: f64, report: &mut StepReport) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        if let Some((ewc, lambda)) = &self.ewc {
+            report.penalty = ewc.add_gradient(self.adapter.flat(), *lambda, &mut gradient)?;
+        }
+        report.grad_norm = clip(&mut gradient, self.config.clip)?;
+        let finite = report.grad_norm.is_finite() && report.loss.is_finite();
+        report.outcome = self.judge(finite, report.loss.is_finite());
+        if report.outcome == Outcome::Applied {
+            let mut weights = self.adapter.flat().shallow_clone();
+            self.optimiser.step(&mut weights, &gradient, rate, &self.config.adamw)?;
+        }
+        Ok(())
+    }
+
+    /// Decides on a step, and moves the loss scale as torch's GradScaler does.
+    fn judge(&mut self, finite: bool, loss_finite: bool) -> Outcome {
+        let scaled = self.base.placement().precision == Precision::F16;
+        let counters = self.optimiser.counters();
+        if finite {
+            counters.scale_age += 1;
+            if scaled && counters.scale_age >= SCALE_GROWTH_STEPS {
+                counters.loss_scale = (counters.loss_scale * 2.0).min(SCALE_MAX);
+                counters.scale_age = 0;
+            }
+            return Outcome::Applied;
+        }
+        if scaled && loss_finite && counters.loss_scale > 1.0 {
+            counters.loss_scale /= 2.0;
+            counters.scale_age = 0;
+            return Outcome::Overflow;
+        }
+        Outcome::NonFinite
+    }
+
+    fn loss_scale(&mut self) -> f64 {
+        match self.base.placement().precision {
+            Precision::F16 => self.optimiser.counters().loss_scale,
+            Precision::F32 | Precision::Bf16 => 1.0,
+        }
+    }
+
+    /// The indices of sequences that, learned from, give a loss or gradient that is not finite: by bisection,
+    /// so that one offender among n costs about `2 log2 n` passes.
+    ///
+    /// # Errors
+    /// When a sequence does not fit the model.
+    pub fn find_offenders(&self, sequences: &[Sequence]) -> Result<Vec<usize>> {
+        let mut offenders = Vec::new();
+        let mut open = vec![(0, sequences.len())];
+        while let Some((start, end)) = open.pop() {
+            if start == end || self.is_finite(&sequences[start..end])? {
+                continue;
+            }
+            if end - start == 1 {
+                offenders.push(start);
+                continue;
+            }
+            let middle = start.midpoint(end);
+            // The later half first onto the stack, so that offenders come out in order.
+            open.extend([(middle, end), (start, middle)]);
+        }
+        Ok(offenders)
+    }
+
+    fn is_finite(&self, sequences: &[Sequence]) -> Result<bool> {
+        let tokens = sequences.iter().map(Sequence::learned_tokens).sum::<usize>().max(1);
+        let (scores, gradient) = self.micro_batch(sequences, 1.0 / tokens as f64)?;
+        let finite = scores.iter().all(|score| score.nll_sum.is_finite());
+        Ok(finite && gradient.map_or(Ok(true), |gradient| crate::weights::is_finite(&gradient))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Placement;
+    use crate::golden;
+    use crate::lora::LoraConfig;
+
+    fn go() -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn rows(tensor: &Tensor) -> Vec<Sequence> {
+        let rows: Vec<Vec<i64>> = tensor.try_into().unwrap();
+        rows.into_iter().map(|row| Sequence::whole(row.into_iter().map(|id| id as u32).collect())).collect()
+    }
+
+    fn batches() -> Vec<Vec<Sequence>> {
+        let batches = &golden::tensors("train.safetensors")["batches"];
+        (0..batches.size()[0]).map(|i| rows(&batches.get(i))).collect()
+    }
+
+    fn learner() -> Learner {
+        Learner::new(golden::base("llama"), &golden::initial(), None, LearnerConfig::default()).unwrap()
+    }
+
+    #[test]
+    fn the_golden_run_is_reproduced() {
+        let golden = golden::tensors("train.safetensors");
+        let mut learner = learner();
+        for (i, batch) in batches().into_iter().enumerate() {
+            let report = learner.step(&[batch], 1e-2, &mut go).unwrap();
+            let (loss, norm) =
+                (golden["losses"].double_value(&[i as i64]), golden["grad_norms"].double_value(&[i as i64]));
+            assert_eq!(report.outcome, Outcome::Applied);
+            assert!((report.loss / loss - 1.0).abs() < 1e-4, "step {i}: loss {} for {loss}", report.loss);
+            assert!(
+                (report.grad_norm / norm - 1.0).abs() < 1e-4,
+                "step {i}: norm {} for {norm}",
+                report.grad_norm
+            );
+        }
+        let distance = golden::distance(learner.adapter().flat(), golden::adapter("train-final").flat());
+        assert!(distance < 1e-3, "{distance}");
+    }
+
+    #[test]
+    fn accumulation_and_packing_do_not_change_a_step() {
+        let batch = batches().remove(0);
+        let parts: Vec<Vec<Sequence>> = batch.chunks(1).map(<[Sequence]>::to_vec).collect();
+        let (mut whole, mut split) = (learner(), learner());
+        let one = whole.step(&[batch], 1e-2, &mut go).unwrap();
+        let two = split.step(&parts, 1e-2, &mut go).unwrap();
+        assert!((one.loss - two.loss).abs() < 1e-6 && (one.grad_norm / two.grad_norm - 1.0).abs() < 1e-5);
+        // Adam's first step is a sign, so that gradients near zero may turn: compare what was not near.
+        assert!(golden::distance(whole.adapter().flat(), split.adapter().flat()) < 2e-2);
+    }
+
+    #[test]
+    fn a_resumed_learner_goes_on_exactly() {
+        let batches = batches();
+        let mut one = learner();
+        for batch in &batches[..3] {
+            one.step(std::slice::from_ref(batch), 1e-2, &mut go).unwrap();
+        }
+        let bytes = one.adapter().to_bytes().unwrap();
+        let adapter = Adapter::from_bytes(&bytes, one.base().config()).unwrap();
+        let state = one.optimiser_bytes().unwrap();
+        let mut two =
+            Learner::new(one.base().share(), &adapter, Some(&state), LearnerConfig::default()).unwrap();
+        for learner in [&mut one, &mut two] {
+            learner.step(&batches[3..5], 1e-2, &mut go).unwrap();
+        }
+        assert_eq!(one.adapter().to_bytes().unwrap(), two.adapter().to_bytes().unwrap());
+        assert_eq!(one.optimiser_bytes().unwrap(), two.optimiser_bytes().unwrap());
+    }
+
+    #[test]
+    fn a_stop_leaves_everything_as_it_was() {
+        let mut learner = learner();
+        let (weights, state) = (learner.adapter().to_bytes().unwrap(), learner.optimiser_bytes().unwrap());
+        let mut calls = 0;
+        let mut stop = || {
+            calls += 1;
+            if calls == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let report = learner.step(&batches(), 1e-2, &mut stop).unwrap();
+        assert_eq!((report.outcome, report.scores.len()), (Outcome::Stopped, 1));
+        assert_eq!(weights, learner.adapter().to_bytes().unwrap());
+        assert_eq!(state, learner.optimiser_bytes().unwrap());
+    }
+
+    /// A base in which one token's embedding is infinite.
+    fn poisoned(id: i64) -> Base {
+        let mut base = golden::base("llama");
+        base.embedding = base.embedding.copy();
+        let _ = base.embedding.get(id).fill_(f64::INFINITY);
+        base
+    }
+
+    #[test]
+    fn a_non_finite_loss_changes_nothing_and_the_offenders_are_found() {
+        let mut learner =
+            Learner::new(poisoned(77), &golden::initial(), None, LearnerConfig::default()).unwrap();
+        let clean = |i: u32| Sequence::whole((0..12).map(|t| (t * 5 + i) % 77).collect());
+        let mut batch: Vec<Sequence> = (0..9).map(clean).collect();
+        assert!(learner.find_offenders(&batch).unwrap().is_empty());
+        batch[2].tokens[4] = 77;
+        batch[8].tokens[0] = 77;
+        let (weights, state) = (learner.adapter().to_bytes().unwrap(), learner.optimiser_bytes().unwrap());
+        let report = learner.step(std::slice::from_ref(&batch), 1e-2, &mut go).unwrap();
+        assert_eq!(report.outcome, Outcome::NonFinite);
+        assert_eq!(weights, learner.adapter().to_bytes().unwrap());
+        assert_eq!(state, learner.optimiser_bytes().unwrap());
+        assert_eq!(learner.find_offenders(&batch).unwrap(), [2, 8]);
+    }
+
+    #[test]
+    fn ewc_holds_weights_back() {
+        let run = |lambda: f64| {
+            let mut learner = learner();
+            let anchor = learner.adapter().deep_copy();
+            let fisher = anchor.flat().ones_like();
+            learner.set_ewc(Some((Ewc::new(fisher, &anchor).unwrap(), lambda))).unwrap();
+            for batch in batches() {
+                learner.step(&[batch], 1e-2, &mut go).unwrap();
+            }
+            golden::distance(learner.adapter().flat(), anchor.flat())
+        };
+        assert!(run(100.0) < 0.5 * run(0.0));
+    }
+
+    #[test]
+    fn f16_learns_with_a_loss_scale_that_backs_off() {
+        let placement = Placement { precision: Precision::F16, ..Placement::CPU_F32 };
+        let base = Base::load(&golden::dir("llama"), &placement).unwrap();
+        let adapter = Adapter::new(LoraConfig::default(), base.config(), 1).unwrap();
+        let mut learner = Learner::new(base, &adapter, None, LearnerConfig::default()).unwrap();
+        learner.optimiser.counters().loss_scale = SCALE_MAX * 1024.0;
+        let batch = batches().remove(0);
+        let mut outcomes = Vec::new();
+        let mut losses = Vec::new();
+        for _ in 0..40 {
+            let report = learner.step(std::slice::from_ref(&batch), 1e-2, &mut go).unwrap();
+            outcomes.push(report.outcome);
+            losses.push(report.loss);
+        }
+        let skipped = outcomes.iter().take_while(|&&outcome| outcome == Outcome::Overflow).count();
+        assert!(
+            skipped > 0 && outcomes[skipped..].iter().all(|&outcome| outcome == Outcome::Applied),
+            "{outcomes:?}"
+        );
+        assert_eq!(learner.steps(), (outcomes.len() - skipped) as u64);
+        assert!(losses[39] < losses[0] - 0.5, "{losses:?}");
+    }
+}

@@ -1,0 +1,242 @@
+//! Cross-entropy at the learned tokens only, in chunks, so that the full matrix of logits never exists.
+//!
+//! The gradient of softmax cross-entropy with respect to the logits is `p - onehot`. Taking it in closed form,
+//! a chunk's logits are gone before the next chunk's are made, and autograd only sees the blocks below.
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+
+use crate::llama::Base;
+use crate::lora::{ActiveAdapters, Adapter};
+use crate::pack::{Packed, Sequence, pack};
+
+/// Rows of logits that exist at once.
+pub const CHUNK_ROWS: i64 = 256;
+
+/// Tokens of one forward pass when scoring.
+const SCORE_TOKENS: usize = 4096;
+
+/// What one sequence scored.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SequenceScore {
+    /// Sum of the negative log-likelihoods of its learned tokens, in nats.
+    pub nll_sum: f64,
+    /// Number of learned tokens.
+    pub tokens: usize,
+}
+
+impl SequenceScore {
+    /// Mean negative log-likelihood per learned token, in nats; 0 where nothing was learned.
+    pub fn mean(&self) -> f64 {
+        if self.tokens == 0 { 0.0 } else { self.nll_sum / self.tokens as f64 }
+    }
+}
+
+/// The score of each sequence under the base with `adapters`, in the order given, without gradients.
+///
+/// # Errors
+/// When a sequence or an adapter does not fit the model.
+pub fn score(
+    base: &Base,
+    adapters: &[(&Adapter, f64)],
+    sequences: &[Sequence],
+    row_tokens: usize,
+) -> Result<Vec<SequenceScore>> {
+    let _guard = tch::no_grad_guard();
+    let active = base.activate(adapters)?;
+    let mut scores = Vec::with_capacity(sequences.len());
+    for group in groups(sequences, SCORE_TOKENS) {
+        let packed = pack(base, group, row_tokens)?;
+        let hidden = learned_hidden(base, &active, &packed)?;
+        let nll = each_chunk(base, &hidden, &packed, |_, _, _| Ok(()))?;
+        scores.extend(per_sequence(&packed, &nll)?);
+    }
+    Ok(scores)
+}
+
+/// Cuts a list into runs of about `tokens` tokens, of at least one sequence each.
+fn groups(sequences: &[Sequence], tokens: usize) -> impl Iterator<Item = &[Sequence]> {
+    let mut rest = sequences;
+    std::iter::from_fn(move || {
+        let mut total = 0;
+        let fits = rest.iter().take_while(|sequence| {
+            total += sequence.tokens.len();
+            total <= tokens
+        });
+        let count = fits.count().max(1).min(rest.len());
+        let (group, after) = rest.split_at(count);
+        rest = after;
+        (!group.is_empty()).then_some(group)
+    })
+}
+
+/// Loss and gradient of one micro-batch.
+pub struct Gradient {
+    /// By sequence.
+    pub scores: Vec<SequenceScore>,
+    /// The gradient of `weight * sum of NLL`, for each tensor asked for.
+    pub gradients: Vec<Tensor>,
+}
+
+/// Runs the model forward and backward over packed sequences.
+///
+/// `weight` scales each learned token's loss: one over the number of tokens for a mean, times the loss scale in
+/// f16. `parameters` are leaves that require gradients: an adapter's flat vector, or weights of the base.
+///
+/// # Errors
+/// When there is nothing to learn, or a parameter takes no part in the loss.
+pub fn gradient(
+    base: &Base,
+    adapters: &ActiveAdapters,
+    packed: &Packed,
+    weight: f64,
+    parameters: &[&Tensor],
+) -> Result<Gradient> {
+    ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
+    let hidden = learned_hidden(base, adapters, packed)?;
+    let below = hidden.detach();
+    let mut chunks = Vec::new();
+    let mut head_gradient: Option<Tensor> = None;
+    let nll = {
+        let _guard = tch::no_grad_guard();
+        each_chunk(base, &below, packed, |rows, log_probs, targets| {
+            let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, targets.device()))?;
+            let above = log_probs.f_exp_()?.f_scatter_add_(1, targets, &ones)?.f_mul_scalar_(weight)?;
+            let above = above.f_to_kind(base.placement().kind())?;
+            chunks.push(above.f_matmul(&base.head)?);
+            if base.head.requires_grad() {
+                let part = above.f_tr()?.f_matmul(rows)?;
+                head_gradient = Some(match head_gradient.take() {
+                    Some(sum) => sum.f_add(&part)?,
+                    None => part,
+                });
+            }
+            Ok(())
+        })?
+    };
+    // A scalar whose gradients are the ones just found, so that autograd carries on from there. A head that is
+    // tied to the embedding gets both of its shares this way.
+    let mut carrier = hidden.f_mul(&Tensor::f_cat(&chunks, 0)?)?.f_sum(Kind::Float)?;
+    if let Some(gradient) = &head_gradient {
+        carrier = carrier.f_add(&base.head.f_mul(gradient)?.f_sum(Kind::Float)?)?;
+    }
+    let gradients = Tensor::f_run_backward(&[carrier], parameters, false, false)?;
+    ensure!(gradients.iter().all(Tensor::defined), "a parameter takes no part in the loss");
+    Ok(Gradient { scores: per_sequence(packed, &nll)?, gradients })
+}
+
+/// The hidden states that predict learned tokens, [learned tokens, hidden_size].
+fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
+    if packed.learned_tokens() == 0 {
+        return Ok(Tensor::f_zeros(
+            [0, base.config().hidden_size],
+            (base.placement().kind(), base.device()),
+        )?);
+    }
+    let hidden = base.forward(&packed.input(base.device()), adapters, None)?;
+    Ok(hidden.f_index_select(0, &packed.targets(base.device()).0)?)
+}
+
+/// Gives `visit` the hidden rows, log-probabilities and targets [rows, 1] of one chunk after the other; returns
+/// the NLL of every learned token, f32 on the base's device.
+fn each_chunk(
+    base: &Base,
+    hidden: &Tensor,
+    packed: &Packed,
+    mut visit: impl FnMut(&Tensor, &mut Tensor, &Tensor) -> Result<()>,
+) -> Result<Tensor> {
+    let targets = packed.targets(base.device()).1.f_unsqueeze(1)?;
+    let total = packed.learned_tokens() as i64;
+    let mut nll = vec![Tensor::f_zeros([0], (Kind::Float, base.device()))?];
+    for start in (0..total).step_by(CHUNK_ROWS as usize) {
+        let count = CHUNK_ROWS.min(total - start);
+        let (rows, targets) = (hidden.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
+        let mut log_probs = base.logits(&rows)?.f_log_softmax(-1, Kind::Float)?;
+        nll.push(log_probs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?.f_neg()?);
+        visit(&rows, &mut log_probs, &targets)?;
+    }
+    Ok(Tensor::f_cat(&nll, 0)?)
+}
+
+fn per_sequence(packed: &Packed, nll: &Tensor) -> Result<Vec<SequenceScore>> {
+    let mut values = vec![0f32; packed.learned_tokens()];
+    nll.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, packed.learned_tokens())?;
+    let mut scores = vec![SequenceScore::default(); packed.sequences()];
+    for (owner, value) in packed.owners().zip(values) {
+        scores[owner].nll_sum += f64::from(value);
+        scores[owner].tokens += 1;
+    }
+    Ok(scores)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    fn sequences() -> Vec<Sequence> {
+        let make = |length: u32, seed: u32| {
+            Sequence::whole((0..length).map(|i| (i * i * 7 + seed * 31) % 128).collect())
+        };
+        let mut all = vec![make(5, 1), make(40, 2), make(17, 3), make(1, 4), make(0, 5), make(23, 6)];
+        all[2].learned = vec![(3, 9), (12, 17)];
+        all
+    }
+
+    #[test]
+    fn packed_loss_equals_unpacked() {
+        let base = golden::base("llama");
+        let adapter = golden::adapter("peft-r8");
+        let adapters = [(&adapter, 1.0)];
+        let alone: Vec<_> = sequences()
+            .iter()
+            .map(|s| score(&base, &adapters, std::slice::from_ref(s), 1).unwrap()[0])
+            .collect();
+        for row_tokens in [1, 40, 64, 256] {
+            for (one, packed) in alone.iter().zip(score(&base, &adapters, &sequences(), row_tokens).unwrap())
+            {
+                assert_eq!(one.tokens, packed.tokens);
+                assert!((one.nll_sum - packed.nll_sum).abs() < 1e-3, "{one:?} {packed:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn chunked_gradient_equals_autograd() {
+        let base = golden::base("llama");
+        let adapter = golden::adapter("peft-r8");
+        let flat = adapter.flat().copy().set_requires_grad(true);
+        let adapter = adapter.with_flat(flat.shallow_clone()).unwrap();
+        // More learned tokens than one chunk holds.
+        let many: Vec<Sequence> = (0..5).flat_map(|_| sequences()).collect();
+        let packed = pack(&base, &many, 64).unwrap();
+        assert!(packed.learned_tokens() as i64 > CHUNK_ROWS);
+        let active = base.activate(&[(&adapter, 1.0)]).unwrap();
+        let ours = gradient(&base, &active, &packed, 0.01, &[&flat]).unwrap();
+
+        let active = base.activate(&[(&adapter, 1.0)]).unwrap();
+        let hidden = learned_hidden(&base, &active, &packed).unwrap();
+        let targets = packed.targets(base.device()).1;
+        let loss = base.logits(&hidden).unwrap().cross_entropy_loss(
+            &targets,
+            None::<Tensor>,
+            tch::Reduction::Sum,
+            -100,
+            0.0,
+        ) * 0.01;
+        let theirs = Tensor::run_backward(&[&loss], &[&flat], false, false);
+        let size = theirs[0].abs().max().double_value(&[]);
+        assert!(golden::distance(&ours.gradients[0], &theirs[0]) < 1e-5 * size);
+        let sum: f64 = ours.scores.iter().map(|s| s.nll_sum).sum();
+        assert!((sum * 0.01 - loss.double_value(&[])).abs() < 1e-4);
+    }
+
+    #[test]
+    fn nothing_to_learn_is_an_error_and_scores_zero() {
+        let base = golden::base("llama");
+        let empty = Sequence { tokens: vec![1, 2, 3], learned: vec![] };
+        assert_eq!(score(&base, &[], std::slice::from_ref(&empty), 8).unwrap()[0], SequenceScore::default());
+        let packed = pack(&base, &[empty], 8).unwrap();
+        assert!(gradient(&base, &ActiveAdapters::none(), &packed, 1.0, &[]).is_err());
+    }
+}

@@ -1,0 +1,225 @@
+//! Sequences, and how several of them share a row without seeing each other.
+
+use anyhow::{Result, ensure};
+use tch::{Device, Tensor};
+
+use crate::llama::{Base, Input, Mask};
+
+/// Tokens to learn from or to score.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sequence {
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Half-open ranges of tokens that count: ascending, not overlapping. Token 0 never counts, since nothing
+    /// precedes it.
+    pub learned: Vec<(u32, u32)>,
+}
+
+impl Sequence {
+    /// A sequence of which every token but the first counts.
+    pub fn whole(tokens: Vec<u32>) -> Self {
+        let learned = vec![(0, tokens.len() as u32)];
+        Self { tokens, learned }
+    }
+
+    /// Number of tokens that count.
+    pub fn learned_tokens(&self) -> usize {
+        self.learned.iter().map(|&(start, end)| end.saturating_sub(start.max(1)) as usize).sum()
+    }
+
+    fn check(&self, base: &Base) -> Result<()> {
+        let config = base.config();
+        let length = self.tokens.len();
+        ensure!(
+            length as i64 <= config.max_positions,
+            "a sequence of {length} tokens does not fit the model's context of {}: cut it",
+            config.max_positions
+        );
+        if let Some(id) = self.tokens.iter().find(|&&id| i64::from(id) >= config.vocab_size) {
+            anyhow::bail!("token id {id} is beyond the model's vocabulary of {}", config.vocab_size);
+        }
+        let mut last = 0;
+        for &(start, end) in &self.learned {
+            ensure!(
+                last <= start && start <= end && end as usize <= length,
+                "learned range {start}..{end} is out of place"
+            );
+            last = end;
+        }
+        Ok(())
+    }
+}
+
+/// One token that counts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Learned {
+    /// Where the preceding token lies in the flattened rows.
+    from: i64,
+    target: i64,
+    /// Which sequence it belongs to.
+    owner: usize,
+}
+
+/// Sequences laid into rows of equal length.
+#[derive(Debug)]
+pub struct Packed {
+    rows: i64,
+    length: i64,
+    ids: Vec<i64>,
+    positions: Vec<i64>,
+    /// The number of each token's sequence within its row; padding has its own.
+    segments: Vec<i64>,
+    learned: Vec<Learned>,
+    sequences: usize,
+}
+
+/// Lays sequences into rows of at most `row_tokens` tokens, or of the longest sequence where that is longer.
+///
+/// The longest go first, each into the first row with room: a pure function of the input. Rows are cut to the
+/// longest of them.
+///
+/// # Errors
+/// When a sequence does not fit the model: too long, ids beyond the vocabulary, ranges out of place.
+pub fn pack(base: &Base, sequences: &[Sequence], row_tokens: usize) -> Result<Packed> {
+    for sequence in sequences {
+        sequence.check(base)?;
+    }
+    let mut order: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].tokens.is_empty()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(sequences[i].tokens.len()));
+    let room = row_tokens.max(order.first().map_or(0, |&i| sequences[i].tokens.len()));
+    let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
+    for i in order {
+        let need = sequences[i].tokens.len();
+        match rows.iter_mut().find(|(used, _)| used + need <= room) {
+            Some((used, row)) => {
+                *used += need;
+                row.push(i);
+            }
+            None => rows.push((need, vec![i])),
+        }
+    }
+    let length = rows.iter().map(|(used, _)| *used).max().unwrap_or(0);
+    let mut packed = Packed {
+        rows: rows.len() as i64,
+        length: length as i64,
+        ids: Vec::with_capacity(rows.len() * length),
+        positions: Vec::new(),
+        segments: Vec::new(),
+        learned: Vec::new(),
+        sequences: sequences.len(),
+    };
+    for (_, row) in &rows {
+        packed.push_row(sequences, row, length);
+    }
+    Ok(packed)
+}
+
+impl Packed {
+    fn push_row(&mut self, sequences: &[Sequence], row: &[usize], length: usize) {
+        let end = self.ids.len() + length;
+        for (segment, &owner) in row.iter().enumerate() {
+            let (sequence, start) = (&sequences[owner], self.ids.len() as i64);
+            for &(from, to) in &sequence.learned {
+                self.learned.extend((from.max(1)..to).map(|t| Learned {
+                    from: start + i64::from(t) - 1,
+                    target: i64::from(sequence.tokens[t as usize]),
+                    owner,
+                }));
+            }
+            self.ids.extend(sequence.tokens.iter().map(|&id| i64::from(id)));
+            self.positions.extend(0..sequence.tokens.len() as i64);
+            self.segments.extend(sequence.tokens.iter().map(|_| segment as i64));
+        }
+        // Padding sees itself only: a row of a mask with nothing visible would be NaN.
+        let padding = end - self.ids.len();
+        self.ids.extend(std::iter::repeat_n(0, padding));
+        self.positions.extend(0..padding as i64);
+        self.segments.extend(std::iter::repeat_n(-1, padding));
+    }
+
+    /// Number of sequences, empty ones included.
+    pub fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    /// Rows and their length in tokens.
+    pub fn shape(&self) -> (i64, i64) {
+        (self.rows, self.length)
+    }
+
+    /// Number of tokens that count.
+    pub fn learned_tokens(&self) -> usize {
+        self.learned.len()
+    }
+
+    /// The sequence that each learned token belongs to, in the order of [`Packed::targets`].
+    pub(crate) fn owners(&self) -> impl Iterator<Item = usize> {
+        self.learned.iter().map(|learned| learned.owner)
+    }
+
+    /// For each learned token, the flattened place of the hidden state that predicts it, and its id.
+    pub(crate) fn targets(&self, device: Device) -> (Tensor, Tensor) {
+        let from: Vec<i64> = self.learned.iter().map(|learned| learned.from).collect();
+        let target: Vec<i64> = self.learned.iter().map(|learned| learned.target).collect();
+        (Tensor::from_slice(&from).to_device(device), Tensor::from_slice(&target).to_device(device))
+    }
+
+    /// The forward pass's input. Rows of one sequence each need no mask but the causal one.
+    pub fn input(&self, device: Device) -> Input {
+        let shape = [self.rows, self.length];
+        let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
+        let mask = if self.segments.iter().all(|&segment| segment <= 0) {
+            Mask::Causal
+        } else {
+            let segments = tensor(&self.segments);
+            let same = segments.unsqueeze(1).eq_tensor(&segments.unsqueeze(2));
+            Mask::Block(same.tril(0).unsqueeze(1))
+        };
+        Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    fn sequence(length: u32) -> Sequence {
+        Sequence::whole((0..length).collect())
+    }
+
+    #[test]
+    fn rows_are_filled_first_fit_and_every_token_counts_once() {
+        let base = golden::base("llama");
+        let packed = pack(&base, &[sequence(3), sequence(7), sequence(0), sequence(5)], 10).unwrap();
+        assert_eq!(packed.shape(), (2, 10));
+        assert_eq!(packed.learned_tokens(), 2 + 6 + 4);
+        assert_eq!(packed.segments, [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]);
+        assert_eq!(packed.positions[7..10], [0, 1, 2]);
+        assert!(matches!(packed.input(Device::Cpu).mask, Mask::Block(_)));
+    }
+
+    #[test]
+    fn ranges_say_what_counts() {
+        let base = golden::base("llama");
+        let sequence = Sequence { tokens: vec![9, 8, 7, 6, 5], learned: vec![(0, 2), (4, 5)] };
+        assert_eq!(sequence.learned_tokens(), 2);
+        let packed = pack(&base, &[sequence], 5).unwrap();
+        let learned: Vec<_> = packed.learned.iter().map(|l| (l.from, l.target)).collect();
+        assert_eq!(learned, [(0, 8), (3, 5)]);
+        assert!(matches!(packed.input(Device::Cpu).mask, Mask::Causal));
+    }
+
+    #[test]
+    fn sequences_that_do_not_fit_the_model_are_refused() {
+        let base = golden::base("llama");
+        for bad in [
+            Sequence::whole(vec![0; 257]),
+            Sequence::whole(vec![128]),
+            Sequence { tokens: vec![1, 2], learned: vec![(0, 3)] },
+            Sequence { tokens: vec![1, 2], learned: vec![(1, 2), (0, 1)] },
+        ] {
+            assert!(pack(&base, &[bad], 8).is_err());
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! How well a base predicts a text, in a unit that does not depend on its tokenizer.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use tokenizers::Tokenizer;
+
+use super::corpus;
+use crate::llama::Base;
+use crate::loss;
+use crate::pack::Sequence;
+
+/// Windows that are scored at once.
+const WINDOWS_PER_BATCH: usize = 16;
+
+/// What a text scored.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TextScore {
+    /// Sum of negative log-likelihoods in nats, those of the ends of documents included.
+    pub nll_sum: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Bytes of the documents.
+    pub bytes: usize,
+}
+
+impl TextScore {
+    /// Mean negative log-likelihood per token, in nats.
+    pub fn nll_per_token(&self) -> f64 {
+        self.nll_sum / self.tokens as f64
+    }
+
+    /// Bits that this base needs for a byte of the text.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nll_sum / std::f64::consts::LN_2 / self.bytes as f64
+    }
+}
+
+/// Scores the first documents of a text, up to `bytes_max` bytes, in windows of `window` tokens.
+///
+/// The documents follow one another, each after the token `end`, as they do in training. Every token is
+/// predicted once, from what precedes it in its window.
+///
+/// # Errors
+/// When the text cannot be read or holds nothing.
+pub fn text(
+    base: &Base,
+    tokenizer: &Tokenizer,
+    end: u32,
+    path: &Path,
+    window: usize,
+    bytes_max: usize,
+) -> Result<TextScore> {
+    ensure!(window >= 2, "a window has to hold at least 2 tokens");
+    let mut score = TextScore::default();
+    let mut ids = vec![end];
+    for document in corpus::documents(path)? {
+        let document = document?;
+        if score.bytes > 0 && score.bytes + document.len() > bytes_max {
+            break;
+        }
+        score.bytes += document.len();
+        ids.extend(corpus::encode(tokenizer, &document)?);
+        ids.push(end);
+    }
+    ensure!(score.bytes > 0, "{} holds no document", path.display());
+    let windows: Vec<Sequence> = (0..ids.len() - 1)
+        .step_by(window - 1)
+        .map(|start| Sequence::whole(ids[start..ids.len().min(start + window)].to_vec()))
+        .collect();
+    for batch in windows.chunks(WINDOWS_PER_BATCH) {
+        for scored in loss::score(base, &[], batch, 1)? {
+            score.nll_sum += scored.nll_sum;
+            score.tokens += scored.tokens;
+        }
+    }
+    Ok(score)
+}

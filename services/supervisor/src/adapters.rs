@@ -104,7 +104,8 @@ fn list(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
 
 fn save(answer: &Value, dir: &Path) -> Result<()> {
     let weights = answer["adapter_model"].as_str().unwrap_or_default();
-    let weights = STANDARD.decode(weights).map_err(|error| anyhow!("the server's export is damaged: {error}"))?;
+    let weights =
+        STANDARD.decode(weights).map_err(|error| anyhow!("the server's export is damaged: {error}"))?;
     let write = |name: &str, bytes: &[u8]| {
         let file = dir.join(name);
         fs::write(&file, bytes).with_context(|| format!("{} cannot be written", file.display()))
@@ -118,7 +119,10 @@ fn load(dir: &Path) -> Result<Value> {
     let read = |name: &str| {
         let file = dir.join(name);
         fs::read(&file).with_context(|| {
-            format!("{} cannot be read; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}", file.display())
+            format!(
+                "{} cannot be read; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}",
+                file.display()
+            )
         })
     };
     let config: Value = serde_json::from_slice(&read(CONFIG_FILE)?)

@@ -38,7 +38,9 @@ pub fn resolve(base: &str, data_dir: &Path) -> Result<PathBuf> {
             name = base.rsplit('/').next().unwrap_or(base)
         );
     }
-    bail!("there is no base {base}; give a folder with config.json, tokenizer.json and model.safetensors, or '{BUILT_IN}'")
+    bail!(
+        "there is no base {base}; give a folder with config.json, tokenizer.json and model.safetensors, or '{BUILT_IN}'"
+    )
 }
 
 /// `org/name`, as the Hugging Face hub names models.

@@ -39,7 +39,9 @@ pub async fn keep_alive(mut orders: Orders) -> Result<()> {
         };
         let delay = restarts.delay(started, Instant::now());
         if restarts.too_many() && !orders.degraded {
-            tracing::error!("the worker dies too often: it goes on without learning, until engram is started anew");
+            tracing::error!(
+                "the worker dies too often: it goes on without learning, until engram is started anew"
+            );
             orders.degraded = true;
         }
         tracing::warn!(status = %told(status), restart_in_ms = delay.as_millis() as u64, "the worker died");
@@ -86,7 +88,9 @@ impl Worker {
             () = signals.second_interrupt() => None,
         };
         if status.is_none() {
-            tracing::warn!("the worker did not finish in time, and is killed; nothing that was accepted is lost");
+            tracing::warn!(
+                "the worker did not finish in time, and is killed; nothing that was accepted is lost"
+            );
             self.child.kill().await.context("the worker cannot be killed")?;
         }
         Ok(())

@@ -52,7 +52,9 @@ impl Client {
     pub fn new(args: &ServerArgs) -> Result<Self> {
         let server = args.server.trim_end_matches('/').to_owned();
         if !server.starts_with("http://") {
-            bail!("{server:?} is not an address that starts with http:// (for https, put a proxy in between)");
+            bail!(
+                "{server:?} is not an address that starts with http:// (for https, put a proxy in between)"
+            );
         }
         let agent = Agent::config_builder()
             .http_status_as_error(false)
@@ -84,12 +86,7 @@ impl Client {
     }
 
     /// Hands the `data:` of each event of a streamed answer to `each`.
-    pub fn stream(
-        &self,
-        path: &str,
-        body: &Value,
-        mut each: impl FnMut(&Value) -> Result<()>,
-    ) -> Result<()> {
+    pub fn stream(&self, path: &str, body: &Value, mut each: impl FnMut(&Value) -> Result<()>) -> Result<()> {
         let response = self.send("POST", path, Some(body))?;
         for line in BufReader::new(response.into_body().into_reader()).lines() {
             let line = line.context("the server broke off its answer; ask again")?;
@@ -166,12 +163,16 @@ impl Client {
 
     fn unreachable(&self, error: &ureq::Error) -> anyhow::Error {
         let server = &self.server;
-        anyhow!("no server answers at {server} ({error}); start one with 'engram up', or name another with --server")
+        anyhow!(
+            "no server answers at {server} ({error}); start one with 'engram up', or name another with --server"
+        )
     }
 
     fn refused(&self, status: StatusCode, answer: &Value) -> anyhow::Error {
         match status {
-            StatusCode::UNAUTHORIZED => anyhow!("{} asks for a key: give it with --key or ENGRAM_API_KEY", self.server),
+            StatusCode::UNAUTHORIZED => {
+                anyhow!("{} asks for a key: give it with --key or ENGRAM_API_KEY", self.server)
+            }
             _ if answer.get("error").is_some() => anyhow!("{}", message_of(answer)),
             _ => anyhow!("{} answered {status}; is --server right?", self.server),
         }

@@ -211,7 +211,9 @@ mod tests {
     fn folders_are_read_without_what_is_hidden_or_ignored() {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join("notes").join(name);
-        for (name, text) in [("b.md", "b"), ("a.txt", "a"), (".secret", "s"), ("out/x.o", "x"), (".gitignore", "out/")] {
+        for (name, text) in
+            [("b.md", "b"), ("a.txt", "a"), (".secret", "s"), ("out/x.o", "x"), (".gitignore", "out/")]
+        {
             fs::create_dir_all(at(name).parent().expect("a parent")).expect("made");
             fs::write(at(name), text).expect("written");
         }

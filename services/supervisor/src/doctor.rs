@@ -86,7 +86,10 @@ fn speed(placement: &Placement) -> Result<String> {
         best = best.min(start.elapsed().as_secs_f64());
     }
     let operations = 2.0 * (MATRIX_SIDE as f64).powi(3);
-    Ok(format!("{:.0} GFLOP/s in products of {MATRIX_SIDE} x {MATRIX_SIDE} matrices", operations / best / 1e9))
+    Ok(format!(
+        "{:.0} GFLOP/s in products of {MATRIX_SIDE} x {MATRIX_SIDE} matrices",
+        operations / best / 1e9
+    ))
 }
 
 fn disk(plan: &Plan) -> Result<String> {

@@ -152,7 +152,11 @@ impl Batch {
             .with_context(|| format!("the documents from {first} on were not taken"))?;
         let answers = answer["documents"].as_array().cloned().unwrap_or_default();
         if answers.len() != batch.places.len() {
-            bail!("the server took {} documents of {}; is --server an Engram?", answers.len(), batch.places.len());
+            bail!(
+                "the server took {} documents of {}; is --server an Engram?",
+                answers.len(),
+                batch.places.len()
+            );
         }
         let pairs = batch.places.into_iter().zip(answers);
         sent.extend(pairs.map(|(place, answer)| Sent { place, answer }));

@@ -24,6 +24,8 @@ pub struct Orders {
     pub settings: Settings,
     /// Where everything is kept.
     pub data_dir: PathBuf,
+    /// The folder of the base.
+    pub base_dir: PathBuf,
     /// Serve, but do not learn: the worker died too often.
     pub degraded: bool,
 }

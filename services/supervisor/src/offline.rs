@@ -69,7 +69,10 @@ pub fn logits(args: &LogitsArgs, out: &mut dyn Write) -> Result<()> {
     };
     let vocabulary = base.config().vocab_size;
     let (least, most) = (ids.f_min()?.f_int64_value(&[])?, ids.f_max()?.f_int64_value(&[])?);
-    ensure!(0 <= least && most < vocabulary, "input_ids in {name} has ids beyond the vocabulary of {vocabulary}");
+    ensure!(
+        0 <= least && most < vocabulary,
+        "input_ids in {name} has ids beyond the vocabulary of {vocabulary}"
+    );
     let active: Vec<_> = adapter.iter().map(|adapter| (adapter, 1.0)).collect();
     let active = base.activate(&active)?;
     let hidden = base.forward(&Input::rows(ids.f_to(base.device())?, 0), &active, None)?;

@@ -112,7 +112,10 @@ mod tests {
         let mut out = Vec::new();
         show(&json!({"state": "ready", "queue": {"depth": 3, "loss": 0.5}, "none": []}), false, &mut out)
             .expect("shown");
-        assert_eq!(String::from_utf8_lossy(&out), "none   none\nqueue\n  depth  3\n  loss   0.5000\nstate  ready\n");
+        assert_eq!(
+            String::from_utf8_lossy(&out),
+            "none   none\nqueue\n  depth  3\n  loss   0.5000\nstate  ready\n"
+        );
         let mut out = Vec::new();
         table(&["id", "reason"], &[json!({"id": "abc"})], &mut out).expect("shown");
         assert_eq!(String::from_utf8_lossy(&out), "id   reason\nabc  -\n");

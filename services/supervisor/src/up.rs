@@ -6,7 +6,7 @@ use crate::{base, worker};
 use anyhow::{Context, Result, anyhow, bail};
 use kit::settings::Settings;
 use model::device::Placement;
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::DirBuilderExt;
@@ -60,7 +60,9 @@ pub fn plan(args: &Args) -> Result<Plan> {
     let settings = Settings::load(args.config.as_deref(), &flags)?;
     let data_dir = match &args.data {
         Some(dir) => dir.clone(),
-        None => dirs::data_dir().context("this system names no place for data; give one with --data")?.join("engram"),
+        None => dirs::data_dir()
+            .context("this system names no place for data; give one with --data")?
+            .join("engram"),
     };
     let base = args.base.clone().unwrap_or_else(|| base::BUILT_IN.to_owned());
     Ok(Plan { settings, base, data_dir })
@@ -100,9 +102,15 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let base = plan.base_dir()?;
     // A worker could only die of a port that is taken, again and again; here it is one clear line.
     let listen = plan.listen();
-    TcpListener::bind(listen)
-        .with_context(|| format!("{listen} cannot be listened on; stop what does, or give another with --listen"))?;
-    writeln!(out, "data    {}\nbase    {}\nserver  http://{listen}", plan.data_dir.display(), base.display())?;
+    TcpListener::bind(listen).with_context(|| {
+        format!("{listen} cannot be listened on; stop what does, or give another with --listen")
+    })?;
+    writeln!(
+        out,
+        "data    {}\nbase    {}\nserver  http://{listen}",
+        plan.data_dir.display(),
+        base.display()
+    )?;
     out.flush()?;
     kit::telemetry::start(&plan.settings.telemetry)?;
     let orders = Orders { settings: plan.settings, data_dir: plan.data_dir, base_dir: base, degraded: false };
@@ -137,7 +145,9 @@ fn lock(data_dir: &Path) -> Result<File> {
                 data_dir.display()
             )
         }
-        Err(TryLockError::Error(error)) => Err(anyhow!(error).context(format!("{} cannot be locked", path.display()))),
+        Err(TryLockError::Error(error)) => {
+            Err(anyhow!(error).context(format!("{} cannot be locked", path.display())))
+        }
     }
 }
 

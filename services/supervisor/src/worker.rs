@@ -1,11 +1,12 @@
 //! The worker: builds all services, and runs them until it is told to finish.
 
-use crate::lifeline::Orders;
+use crate::lifeline;
+use kit::settings::Settings;
+use std::path::Path;
 
-/// Runs all services until [`crate::lifeline::finish`] says so.
-pub fn run(orders: Orders) -> anyhow::Result<()> {
-    let finish = crate::lifeline::finish()?;
-    tracing::info!(degraded = orders.degraded, data = %orders.data_dir.display(), "nothing runs yet");
-    finish.blocking_recv()?;
-    Ok(())
+/// Runs all services until [`lifeline::finish`] says so.
+pub fn run(_settings: Settings, data_dir: &Path, degraded: bool) -> anyhow::Result<()> {
+    let finish = lifeline::finish()?;
+    tracing::info!(degraded, data = %data_dir.display(), "nothing runs yet");
+    Ok(finish.blocking_recv()?)
 }

@@ -1,0 +1,301 @@
+//! The wiring: every service and every edge, in one place, checked by the compiler.
+//!
+//! ```text
+//! gateway ─append─> ledger
+//!    intake:  ledger ─Accepted─> ingest ─Parsed─> filter ─Kept─> replay ─settle─> ledger
+//!    learn:   ledger ─> replay ─Batch─> train ─Candidate─> consolidate ─Judgement─> checkpoint ─> manifest
+//!    serve:   manifest ─Publish─> infer ─GenerateEvent─> gateway
+//! ```
+//!
+//! Each lane goes from a durable thing to a durable thing, and is restarted as a whole.
+
+use crate::text::Text;
+use checkpoint::Checkpoint;
+use consolidate::{Consolidate, Gating};
+use filter::{Filter, Rules};
+use infer::{Engine, Full, Infer, Serving};
+use ingest::{Feeder, Ingest, Views};
+use kit::blobs::Blobs;
+use kit::compute::{Compute, Turn};
+use kit::lane::{Crew, Stop};
+use kit::ledger::Ledger;
+use kit::link::{Door, Events};
+use kit::manifests::Registry;
+use kit::settings::Settings;
+use kit::store::Store;
+use model::anchor;
+use model::llama::Base;
+use model::pack::Sequence;
+use proto::{
+    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Publish, Published,
+    Refusal, RolledBack, Rollback,
+};
+use replay::{Mixer, Mixing, Settle};
+use std::sync::{Arc, Mutex};
+use train::{Train, Training};
+
+/// Documents under way between two services of the intake lane.
+const INTAKE_CREDIT: usize = 16;
+/// Batches under way between two services of the learn lane.
+const LEARN_CREDIT: usize = 1;
+/// Questions that wait at an administration door.
+const DOOR_CREDIT: usize = 16;
+
+/// Which part of the seed is whose.
+const REHEARSED_ANCHORS: u64 = 1;
+const GATE_ANCHORS: u64 = 2;
+
+/// Where services of one lane are reached from another, and from the gateway. Doors outlive the
+/// services behind them.
+#[derive(Clone)]
+pub struct Doors {
+    pub publish: Door<Publish, Published>,
+    pub generate: Door<Generate, Result<Events<GenerateEvent>, Full>>,
+    pub rollback: Door<Rollback, Result<RolledBack, Refusal>>,
+    pub forget: Door<Forget, Result<Forgotten, Refusal>>,
+    pub import: Door<Import, Result<GenerationId, Refusal>>,
+    pub export: Door<Export, Result<PeftFiles, Refusal>>,
+}
+
+impl Doors {
+    pub fn new(generate_credit: usize) -> Self {
+        Self {
+            publish: Door::new(1),
+            generate: Door::new(generate_credit),
+            rollback: Door::new(DOOR_CREDIT),
+            forget: Door::new(DOOR_CREDIT),
+            import: Door::new(DOOR_CREDIT),
+            export: Door::new(DOOR_CREDIT),
+        }
+    }
+}
+
+/// What all services are built from.
+pub struct Plant {
+    pub settings: Settings,
+    pub ledger: Arc<Ledger>,
+    pub registry: Arc<Registry>,
+    pub blobs: Arc<Blobs>,
+    pub store: Arc<Store>,
+    pub text: Arc<Text>,
+    pub base_id: BaseId,
+    pub turn: Arc<Turn>,
+    pub doors: Doors,
+    /// The base as it was loaded; each compute thread takes a handle of its own on the same memory.
+    pub base: Mutex<Base>,
+}
+
+impl Plant {
+    /// Another handle on the base, to move to a compute thread.
+    fn base(&self) -> Base {
+        self.base.lock().unwrap_or_else(std::sync::PoisonError::into_inner).share()
+    }
+
+    /// Documents that the ledger holds, to examples that it holds.
+    pub async fn intake(&self, crew: &mut Crew) -> anyhow::Result<()> {
+        let s = &self.settings;
+        let settle = crew.host(Settle {
+            ledger: Arc::clone(&self.ledger),
+            held_out_share: s.replay.held_out_share,
+            held_out_after: s.replay.held_out_after,
+        });
+        let rules = Rules {
+            chars_min: s.filter.chars_min,
+            repetition_max: s.filter.repetition_max,
+            languages: s.filter.languages.clone(),
+            near_duplicate: s.filter.near_duplicate,
+            secrets: s.filter.secrets,
+        };
+        let filter = crew.host(Filter::new(rules, Arc::clone(&self.ledger), settle.link(INTAKE_CREDIT))?);
+        let views = match s.ingest.views {
+            kit::settings::Views::Verbatim => Views::Verbatim,
+            kit::settings::Views::Chat => Views::Chat,
+            kit::settings::Views::Both => Views::Both,
+        };
+        let ingest = crew.host(Ingest {
+            encode: Arc::clone(&self.text) as Arc<dyn ingest::Encode>,
+            max_seq_len: s.ingest.max_seq_len,
+            views,
+            next: filter.link(INTAKE_CREDIT),
+        });
+        let feeder = Feeder { ledger: Arc::clone(&self.ledger), next: ingest.link(INTAKE_CREDIT) };
+        let stop = crew.stop().clone();
+        crew.source("feeder", move || feeder.run(stop));
+        Ok(())
+    }
+
+    /// Examples that the ledger holds, to published generations. Without `learning`, what is
+    /// published stays in its owner's hands: rollback, forgetting, import and export go on.
+    pub async fn learn(&self, crew: &mut Crew, learning: bool) -> anyhow::Result<()> {
+        let s = &self.settings;
+        let checkpoint = crew.host(Checkpoint {
+            registry: Arc::clone(&self.registry),
+            blobs: Arc::clone(&self.blobs),
+            ledger: Arc::clone(&self.ledger),
+            store: Arc::clone(&self.store),
+            base: self.base_id.clone(),
+            peft: Arc::clone(&self.text) as Arc<dyn checkpoint::Peft>,
+            generations_kept: s.checkpoint.generations_kept,
+            publish: self.doors.publish.clone(),
+        });
+        checkpoint.answer_at(&self.doors.rollback);
+        checkpoint.answer_at(&self.doors.forget);
+        checkpoint.answer_at(&self.doors.import);
+        checkpoint.answer_at(&self.doors.export);
+        if !learning {
+            return Ok(());
+        }
+        let consolidate = crew.host(Consolidate {
+            compute: self.gate_thread(crew.stop().clone()).await?,
+            blobs: Arc::clone(&self.blobs),
+            registry: Arc::clone(&self.registry),
+            attempts_max: s.consolidate.attempts_max,
+            next: checkpoint.link(LEARN_CREDIT),
+        });
+        let train = crew.host(Train {
+            compute: self.train_thread(crew.stop().clone()).await?,
+            blobs: Arc::clone(&self.blobs),
+            registry: Arc::clone(&self.registry),
+            next: consolidate.link(LEARN_CREDIT),
+            aside: checkpoint.link(LEARN_CREDIT),
+        });
+        let mixer = Mixer::new(
+            mixing(s),
+            Arc::clone(&self.ledger),
+            Arc::clone(&self.registry),
+            Arc::clone(&self.blobs),
+            Arc::clone(&self.store),
+            train.link(LEARN_CREDIT),
+        )?;
+        let stop = crew.stop().clone();
+        crew.source("mixer", move || mixer.run(stop));
+        Ok(())
+    }
+
+    /// Published generations, to answers.
+    pub async fn serve(&self, crew: &mut Crew) -> anyhow::Result<()> {
+        let s = &self.settings;
+        let (base, language, threads) = (self.base(), self.text.language(), s.base.threads);
+        let running_max = s.infer.max_running;
+        let speaks = Arc::clone(&language);
+        let engine = Compute::start_engine("infer", 1 + running_max, move || {
+            set_threads(threads);
+            Ok(Engine::new(base, speaks, running_max))
+        })
+        .await?;
+        let death = engine.death();
+        crew.source("infer engine", move || async move { Err(death.await.into()) });
+        let serving = Serving {
+            running_max,
+            queue_max: s.infer.queue_max,
+            route_threshold: s.infer.route_threshold,
+        };
+        let infer = Infer::new(
+            serving,
+            language,
+            engine,
+            Arc::clone(&self.turn),
+            Arc::clone(&self.blobs),
+            Arc::clone(&self.registry),
+            Arc::clone(&self.ledger),
+        );
+        let infer = crew.host(infer.await?);
+        infer.answer_at(&self.doors.publish);
+        infer.answer_at(&self.doors.generate);
+        Ok(())
+    }
+
+    async fn train_thread(&self, stop: Stop) -> anyhow::Result<Compute<train::Worker>> {
+        let s = &self.settings;
+        let (base, training, turn, threads) = (self.base(), training(s)?, Arc::clone(&self.turn), s.base.threads);
+        let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
+        Compute::start("train", move || {
+            set_threads(threads);
+            let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
+            Ok(train::Worker::new(base, training, anchors, turn, stop))
+        })
+        .await
+    }
+
+    async fn gate_thread(&self, stop: Stop) -> anyhow::Result<Compute<consolidate::Worker>> {
+        let s = &self.settings;
+        let (base, turn, threads) = (self.base(), Arc::clone(&self.turn), s.base.threads);
+        let (count, length) = (s.consolidate.anchor_probe, s.replay.anchor_tokens);
+        let gating = Gating {
+            tolerance: s.consolidate.tolerance,
+            anchor_tolerance: s.consolidate.anchor_tolerance,
+            memory_probe: s.consolidate.memory_probe,
+            held_out_probe: s.consolidate.held_out_probe,
+            fisher_examples: if s.train.ewc_lambda > 0.0 { s.consolidate.fisher_examples } else { 0 },
+            fisher_decay: s.consolidate.fisher_decay,
+            row_tokens: s.train.row_tokens,
+            share_while_serving: s.train.share_while_serving,
+        };
+        Compute::start("consolidate", move || {
+            set_threads(threads);
+            let anchors = anchors(&base, count, length, GATE_ANCHORS)?;
+            Ok(consolidate::Worker::new(base, gating, anchors, turn, stop))
+        })
+        .await
+    }
+}
+
+fn mixing(s: &Settings) -> Mixing {
+    use kit::settings::Strategy as Named;
+    Mixing {
+        capacity: s.replay.capacity,
+        strategy: match s.replay.strategy {
+            Named::Reservoir => replay::Strategy::Reservoir,
+            Named::Importance => replay::Strategy::Importance,
+            Named::Diversity => replay::Strategy::Diversity,
+            Named::Hybrid => replay::Strategy::Hybrid,
+        },
+        new_data_ratio: s.replay.new_data_ratio,
+        rehearse_min: s.replay.rehearse_min,
+        batch_examples: s.replay.batch_examples,
+        poll: std::time::Duration::from_millis(s.train.poll_ms),
+        seed: s.replay.seed,
+    }
+}
+
+fn training(s: &Settings) -> anyhow::Result<Training> {
+    use model::lora::{LoraConfig, Target};
+    let mut targets = LoraConfig::default().targets;
+    if s.train.down {
+        targets.push(Target::Down);
+    }
+    let lora = LoraConfig { rank: s.train.rank, alpha: s.train.alpha, rslora: s.train.rslora, targets, ..LoraConfig::default() };
+    lora.check()?;
+    Ok(Training {
+        lora,
+        learner: model::learner::LearnerConfig {
+            clip: s.train.clip,
+            adamw: model::optim::AdamWConfig { weight_decay: s.train.weight_decay, ..Default::default() },
+            row_tokens: s.train.row_tokens,
+        },
+        rate: s.train.rate,
+        course: train::Course {
+            passes: s.train.passes,
+            answer_passes_max: s.train.answer_passes_max,
+            loss_target: s.train.loss_target,
+            steps_min: s.train.steps_min,
+            step_tokens: s.train.step_tokens,
+            anchor_share: s.train.anchor_share,
+        },
+        micro_tokens: s.train.micro_tokens,
+        ewc_lambda: s.train.ewc_lambda,
+        share_while_serving: s.train.share_while_serving,
+    })
+}
+
+/// Anchor sequences: what the base says of its own accord. Sampled once a start, from a fixed seed.
+fn anchors(base: &Base, count: usize, length: usize, seed: u64) -> anyhow::Result<Vec<Sequence>> {
+    anchor::sample(base, count, length, seed)
+}
+
+/// libtorch's thread count is the calling thread's own; 0 leaves it to libtorch.
+fn set_threads(threads: usize) {
+    if threads > 0 {
+        tch::set_num_threads(threads as i32);
+    }
+}

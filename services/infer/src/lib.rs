@@ -1,1 +1,321 @@
-//! Stub.
+//! Answers from what is current: leases adapters to requests, decodes them in turn, streams text.
+//!
+//! A request keeps the adapters it started with to its end; a new generation is for the requests
+//! that come after it.
+
+mod engine;
+mod router;
+
+pub use engine::Engine;
+
+use anyhow::Context;
+use engine::Request;
+use kit::blobs::Blobs;
+use kit::compute::{Compute, Turn};
+use kit::ledger::Ledger;
+use kit::link::{self, Events, ReplyTo};
+use kit::manifests::Registry;
+use kit::service::{Answer, Fault, Service};
+use model::chat::ChatTemplate;
+use model::hf::ModelConfig;
+use model::tokenizer::Tokenizer;
+use proto::{
+    Adapters, Choice, Domain, Generate, GenerateEvent, Generation, GenerationId, Manifest, Prompt, Publish,
+    Published, Role, VerdictKind, Weighted,
+};
+use router::Router;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Events that wait for a slow reader before its request pauses.
+const EVENTS_MAX: usize = 64;
+
+/// Settings of inference.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Requests that are decoded at the same time.
+    pub running_max: usize,
+    /// Requests that wait for a place beyond those.
+    pub queue_max: usize,
+    /// Share of a prompt that a lineage has to know before `auto` picks it, 0 to 1.
+    pub route_threshold: f32,
+}
+
+/// As many requests run and wait as are allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("as many requests run and wait as are allowed")]
+pub struct Full;
+
+/// The text side of a base.
+pub struct Language {
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template, or the default one.
+    pub template: ChatTemplate,
+}
+
+/// The inference service.
+pub struct Infer {
+    serving: Serving,
+    language: Arc<Language>,
+    engine: Compute<Engine>,
+    turn: Arc<Turn>,
+    blobs: Arc<Blobs>,
+    registry: Arc<Registry>,
+    ledger: Arc<Ledger>,
+    /// What is served: the generation of each lineage, with its router profile's generations.
+    current: BTreeMap<Domain, GenerationId>,
+    profiled: BTreeMap<Domain, Vec<GenerationId>>,
+    router: Router,
+    forgotten: u64,
+    /// Generations that the engine has loaded.
+    loaded: BTreeSet<GenerationId>,
+}
+
+impl Service for Infer {
+    const NAME: &'static str = "infer";
+}
+
+impl Infer {
+    /// The service, serving what the registry says is current.
+    ///
+    /// # Errors
+    /// When a current generation cannot be loaded.
+    pub async fn new(
+        serving: Serving,
+        language: Arc<Language>,
+        engine: Compute<Engine>,
+        turn: Arc<Turn>,
+        blobs: Arc<Blobs>,
+        registry: Arc<Registry>,
+        ledger: Arc<Ledger>,
+    ) -> anyhow::Result<Self> {
+        let mut infer = Self {
+            serving,
+            language,
+            engine,
+            turn,
+            blobs,
+            registry: Arc::clone(&registry),
+            ledger,
+            current: BTreeMap::new(),
+            profiled: BTreeMap::new(),
+            router: Router::default(),
+            forgotten: 0,
+            loaded: BTreeSet::new(),
+        };
+        let manifest = registry.manifest();
+        infer.take_up(&manifest).await?;
+        registry.set_live(manifest.number);
+        Ok(infer)
+    }
+
+    /// Loads what a manifest makes current, all of it, and then serves it.
+    async fn take_up(&mut self, manifest: &Manifest) -> anyhow::Result<()> {
+        let mut current = BTreeMap::new();
+        for (domain, lineage) in &manifest.lineages {
+            if let Some(id) = &lineage.current {
+                self.load(id).await.with_context(|| format!("generation {id} of '{domain}'"))?;
+                current.insert(domain.clone(), id.clone());
+            }
+        }
+        self.profile(&current)?;
+        // Adapters that nothing serves any more go with their last request.
+        let keep: BTreeSet<GenerationId> = current.values().cloned().collect();
+        self.loaded.retain(|id| keep.contains(id));
+        self.engine.run(move |engine| engine.keep(&keep)).await?;
+        self.current = current;
+        Ok(())
+    }
+
+    /// Has the engine load a generation: verified by hash, of this base, finite, with an effect.
+    async fn load(&mut self, id: &GenerationId) -> anyhow::Result<()> {
+        if self.loaded.contains(id) {
+            return Ok(());
+        }
+        let generation = self.registry.generation(id).context("it is not in the registry")?;
+        let bytes = self.blobs.get(&generation.weights)?;
+        let name = id.clone();
+        self.engine.run(move |engine| engine.load(name, &bytes)).await??;
+        self.loaded.insert(id.clone());
+        Ok(())
+    }
+
+    /// Brings the router's profiles in line with what is current.
+    fn profile(&mut self, current: &BTreeMap<Domain, GenerationId>) -> anyhow::Result<()> {
+        if self.forgotten != self.ledger.forgotten() {
+            self.forgotten = self.ledger.forgotten();
+            self.profiled.clear();
+            self.router = Router::default();
+        }
+        self.profiled.retain(|domain, _| {
+            let stays = current.contains_key(domain);
+            if !stays {
+                self.router.remove(domain);
+            }
+            stays
+        });
+        for (domain, id) in current {
+            let chain = self.chain(id);
+            let known = self.profiled.entry(domain.clone()).or_default();
+            if !chain.iter().map(|g| &g.id).take(known.len()).eq(known.iter()) {
+                self.router.remove(domain);
+                known.clear();
+            }
+            for generation in chain.iter().skip(known.len()) {
+                let only = (!self.registry.manifest().shared).then_some(domain);
+                for (ordinal, document) in self.ledger.documents_between(only, generation.after, generation.through)? {
+                    if self.ledger.verdict(ordinal)?.is_some_and(|v| v.kind == VerdictKind::Kept) {
+                        self.router.add(domain, &document.content.plain());
+                    }
+                }
+            }
+            *known = chain.iter().map(|g| g.id.clone()).collect();
+        }
+        Ok(())
+    }
+
+    /// A generation and its ancestors, oldest first.
+    fn chain(&self, id: &GenerationId) -> Vec<Arc<Generation>> {
+        let mut chain = Vec::new();
+        let mut at = Some(id.clone());
+        while let Some(generation) = at.and_then(|id| self.registry.generation(&id)) {
+            at = generation.parent.clone();
+            chain.push(generation);
+        }
+        chain.reverse();
+        chain
+    }
+
+    /// The adapters that answer a request; or, for its user, the parameter at fault and what to do.
+    fn choose(&self, ask: &Generate) -> Result<Choice, (String, String)> {
+        let fixed = match &ask.adapters {
+            Adapters::Base => return Ok(Choice { adapters: Vec::new(), confidence: None }),
+            Adapters::Auto => return Ok(self.route(&ask.prompt)),
+            Adapters::Fixed(fixed) => fixed,
+        };
+        let mut adapters = Vec::new();
+        for weighted in fixed {
+            if let Some(id) = self.resolve(weighted)? {
+                adapters.push(Weighted { generation: Some(id), ..weighted.clone() });
+            }
+        }
+        Ok(Choice { adapters, confidence: None })
+    }
+
+    /// What `auto` picks: the lineage that knows most of the prompt, or the base when none knows enough.
+    fn route(&self, prompt: &Prompt) -> Choice {
+        let route = self.router.route(&question(prompt));
+        let confidence = route.as_ref().map(|r| r.confidence);
+        metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
+        let fits = route.filter(|r| r.confidence >= self.serving.route_threshold);
+        let chosen = fits.and_then(|r| self.current.get(&r.lineage).map(|id| (r.lineage.clone(), id.clone())));
+        let weighted = |(domain, id)| Weighted { domain, generation: Some(id), weight: 1.0 };
+        Choice { adapters: chosen.map(weighted).into_iter().collect(), confidence }
+    }
+
+    /// The generation that a part of `model` names; none for a lineage that only has the base yet.
+    fn resolve(&self, weighted: &Weighted) -> Result<Option<GenerationId>, (String, String)> {
+        let domain = &weighted.domain;
+        let manifest = self.registry.manifest();
+        let lineage = if manifest.shared { &Domain::general() } else { domain };
+        let Some(wanted) = &weighted.generation else {
+            if !manifest.lineages.contains_key(lineage) {
+                return Err(at_model(&format!("there is no model '{domain}'; GET /v1/models lists them")));
+            }
+            return Ok(self.current.get(lineage).cloned());
+        };
+        match self.registry.generation(wanted) {
+            Some(generation) if generation.lineage == *lineage => Ok(Some(wanted.clone())),
+            _ => Err(at_model(&format!("'{domain}' has no generation {wanted}"))),
+        }
+    }
+
+    fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, (String, String)> {
+        let (param, tokens) = match prompt {
+            Prompt::Text(text) => ("prompt", self.language.tokenizer.encode(text)),
+            Prompt::Messages(messages) => {
+                let turns: Vec<(&str, &str)> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+                ("messages", self.language.template.encode_chat(&self.language.tokenizer, &turns, true))
+            }
+        };
+        let tokens = tokens.map_err(|e| (param.to_owned(), format!("{e:#}")))?;
+        let context = self.language.config.max_position_embeddings as usize;
+        if tokens.is_empty() {
+            return Err((param.to_owned(), "it is empty, and this model needs something to start from".into()));
+        }
+        if tokens.len() >= context {
+            let message =
+                format!("it is {} tokens long; this model's context holds {context}, the answer included", tokens.len());
+            return Err((param.to_owned(), message));
+        }
+        Ok(tokens)
+    }
+}
+
+impl Answer<Publish> for Infer {
+    type Reply = Published;
+
+    async fn answer(&mut self, publish: Publish) -> Result<Published, Fault> {
+        self.take_up(&publish.manifest)?;
+        let live_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        Ok(Published { number: publish.manifest.number, live_ms })
+    }
+}
+
+impl Answer<Generate> for Infer {
+    type Reply = Result<Events<GenerateEvent>, Full>;
+
+    async fn answer(&mut self, ask: Generate) -> Result<Self::Reply, Fault> {
+        let (reply, events) = link::events(EVENTS_MAX);
+        let prepared = self.encode(&ask.prompt).and_then(|tokens| Ok((tokens, self.choose(&ask)?)));
+        let (tokens, choice) = match prepared {
+            Ok(prepared) => prepared,
+            Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
+        };
+        for weighted in &choice.adapters {
+            // A fixed generation may be an old one, whose files are no longer there.
+            if let Some(id) = &weighted.generation
+                && let Err(error) = self.load(id).await
+            {
+                let (param, message) = at_model(&format!("generation {id} cannot be served: {error:#}"));
+                return Ok(Ok(refuse(events, &reply, param, message)));
+            }
+        }
+        let _ = reply.try_send(GenerateEvent::Started(choice.clone()));
+        let turn = self.turn.enter();
+        let request = Request { tokens, adapters: choice.adapters, sampling: ask.sampling, reply, turn };
+        let (running_max, queue_max) = (self.serving.running_max, self.serving.queue_max);
+        let taken = self.engine.run(move |engine| engine.take(request, running_max + queue_max)).await?;
+        Ok(taken.map(|()| events))
+    }
+}
+
+fn refuse(
+    events: Events<GenerateEvent>,
+    reply: &ReplyTo<GenerateEvent>,
+    param: String,
+    message: String,
+) -> Events<GenerateEvent> {
+    // The stream is new and empty: there is room.
+    let _ = reply.try_send(GenerateEvent::Refused { param, message });
+    events
+}
+
+fn at_model(message: &str) -> (String, String) {
+    ("model".to_owned(), message.to_owned())
+}
+
+/// The text that a request is routed by: what was asked last.
+fn question(prompt: &Prompt) -> String {
+    match prompt {
+        Prompt::Text(text) => text.clone(),
+        Prompt::Messages(messages) => {
+            let asked = messages.iter().rev().find(|m| m.role == Role::User);
+            asked.or(messages.last()).map(|m| m.content.clone()).unwrap_or_default()
+        }
+    }
+}

@@ -1,6 +1,9 @@
 //! Cuts documents into trainable pieces: parse, chunk on natural boundaries, tokenise.
 
 mod chunk;
+mod feed;
+
+pub use feed::Feeder;
 
 use kit::link::Link;
 use kit::service::{Fault, Handle, Service};

@@ -1,0 +1,76 @@
+//! The one path between text and tokens, and between adapters and PEFT folders, as the services that
+//! know no model see it.
+
+use anyhow::Context;
+use infer::Language;
+use model::chat::ChatTemplate;
+use model::hf::ModelConfig;
+use model::lora::Adapter;
+use model::peft;
+use model::tokenizer::Tokenizer;
+use proto::{Message, PeftFiles, Piece};
+use std::path::Path;
+use std::sync::Arc;
+
+/// The text side of a base.
+pub struct Text {
+    language: Arc<Language>,
+    base_name: String,
+}
+
+impl Text {
+    /// Loads tokenizer and chat template of a base folder.
+    ///
+    /// # Errors
+    /// When one is missing or damaged.
+    pub fn load(dir: &Path) -> anyhow::Result<Self> {
+        let config = ModelConfig::load(dir)?;
+        let tokenizer = Tokenizer::load(dir)?;
+        tokenizer.check_vocabulary(config.vocab_size)?;
+        let template = ChatTemplate::load(dir)?;
+        let base_name = dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        Ok(Self { language: Arc::new(Language { config, tokenizer, template }), base_name })
+    }
+
+    /// Shared with inference.
+    pub fn language(&self) -> Arc<Language> {
+        Arc::clone(&self.language)
+    }
+}
+
+impl ingest::Encode for Text {
+    fn start(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        self.language.tokenizer.encode(text)
+    }
+
+    fn more(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        self.language.tokenizer.encode_continuation(text)
+    }
+
+    fn chat(&self, messages: &[Message]) -> anyhow::Result<Piece> {
+        let turns: Vec<(&str, &str)> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+        let sequence = self.language.template.encode_training(&self.language.tokenizer, &turns)?;
+        Ok(Piece { tokens: sequence.tokens, learned: sequence.learned })
+    }
+
+    fn end(&self) -> Option<u32> {
+        self.language.tokenizer.eos_ids().first().copied()
+    }
+}
+
+impl checkpoint::Peft for Text {
+    fn import(&self, files: &PeftFiles) -> anyhow::Result<Vec<u8>> {
+        let folder = tempfile::tempdir().context("no folder for the adapter's files")?;
+        std::fs::write(folder.path().join("adapter_config.json"), &files.config)?;
+        std::fs::write(folder.path().join("adapter_model.safetensors"), &files.weights)?;
+        Adapter::read_peft(folder.path(), &self.language.config)?.to_bytes()
+    }
+
+    fn export(&self, weights: &[u8]) -> anyhow::Result<PeftFiles> {
+        let folder = tempfile::tempdir().context("no folder for the adapter's files")?;
+        Adapter::from_bytes(weights, &self.language.config)?.write_peft(folder.path(), &self.base_name)?;
+        let config = std::fs::read_to_string(folder.path().join("adapter_config.json"))?;
+        let weights = std::fs::read(folder.path().join("adapter_model.safetensors"))?;
+        Ok(PeftFiles { config, weights })
+    }
+}

@@ -1,1 +1,12 @@
-//! Stub.
+//! How services live and talk, and where they keep what must last.
+//!
+//! A [`service`] is a plain struct. A [`host`] runs it, [`link`]s connect it, a [`lane`] restarts it
+//! together with its neighbours, and a [`compute`] thread does its long work. The `ledger` holds
+//! what was accepted, the `store` what is rehearsed, `blobs` the weights, `manifests` what is current.
+
+pub mod compute;
+pub mod host;
+pub mod lane;
+pub mod link;
+pub mod service;
+pub mod telemetry;

@@ -1,0 +1,264 @@
+//! Compute threads: where tensors live.
+//!
+//! What a thread works with is built on it and never leaves it. Work goes in as closures, answers
+//! come back as values. After a panic the thread ends, because what it worked with is suspect.
+
+use crate::host::panic_message;
+use crate::lane::Stop;
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::sync::{oneshot, watch};
+
+/// Why a compute thread did not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ComputeError {
+    /// It has as much work waiting as it takes.
+    #[error("compute thread {thread} is busy")]
+    Busy {
+        /// Its name.
+        thread: &'static str,
+    },
+    /// This very work made it panic; it has ended.
+    #[error("compute thread {thread} panicked: {message}")]
+    Panicked {
+        /// Its name.
+        thread: &'static str,
+        /// What the panic said.
+        message: String,
+    },
+    /// It had ended before.
+    #[error("compute thread {thread} is dead")]
+    Dead {
+        /// Its name.
+        thread: &'static str,
+    },
+}
+
+/// A worker with a life of its own between the jobs it is given.
+pub trait Engine {
+    /// Does a bounded piece of work. Returns whether there is more; otherwise the next call comes
+    /// after the next job.
+    fn step(&mut self) -> bool;
+}
+
+/// Whether a thread may go on after a job.
+type Alive = bool;
+type Job<W> = Box<dyn FnOnce(&mut W) -> Alive + Send>;
+
+/// A thread that owns a `W`. Dropping this ends the thread, after the job it is at.
+pub struct Compute<W> {
+    name: &'static str,
+    jobs: Option<Sender<Job<W>>>,
+    thread: Option<JoinHandle<()>>,
+    /// Its sender is the thread's own, so that the end of the thread closes it.
+    last_words: watch::Receiver<Option<String>>,
+}
+
+impl<W: 'static> Compute<W> {
+    /// Starts a thread and builds its `W` on it. At most one job waits for it at a time.
+    ///
+    /// # Errors
+    /// What `init` failed with, or that the thread could not be started.
+    pub async fn start(
+        name: &'static str,
+        init: impl FnOnce() -> anyhow::Result<W> + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        Self::spawn(name, 1, init, |worker, jobs, _| {
+            for job in jobs {
+                if !job(worker) {
+                    return;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Starts a thread whose `W` goes on working between jobs. At most `jobs_max` of them wait.
+    ///
+    /// # Errors
+    /// As for [`Compute::start`].
+    pub async fn start_engine(
+        name: &'static str,
+        jobs_max: usize,
+        init: impl FnOnce() -> anyhow::Result<W> + Send + 'static,
+    ) -> anyhow::Result<Self>
+    where
+        W: Engine,
+    {
+        Self::spawn(name, jobs_max, init, run_engine).await
+    }
+
+    async fn spawn(
+        name: &'static str,
+        jobs_max: usize,
+        init: impl FnOnce() -> anyhow::Result<W> + Send + 'static,
+        run: impl FnOnce(&mut W, &Receiver<Job<W>>, &watch::Sender<Option<String>>) + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let (jobs, inbox) = bounded(jobs_max);
+        let (ready, is_ready) = oneshot::channel();
+        let (words, last_words) = watch::channel(None);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let built = catch_unwind(AssertUnwindSafe(init));
+            let built = built.unwrap_or_else(|panic| Err(anyhow::anyhow!("panicked: {}", panic_message(&*panic))));
+            match built {
+                Ok(mut worker) => {
+                    if ready.send(Ok(())).is_ok() {
+                        run(&mut worker, &inbox, &words);
+                    }
+                }
+                Err(error) => drop(ready.send(Err(error))),
+            }
+        })?;
+        let compute = Self { name, jobs: Some(jobs), thread: Some(thread), last_words };
+        let started = is_ready.await.unwrap_or_else(|_| Err(anyhow::anyhow!("its thread ended")));
+        started.map_err(|error| error.context(format!("compute thread {name} did not start")))?;
+        Ok(compute)
+    }
+
+    /// Does a job on the thread, and waits for what it returns.
+    ///
+    /// # Errors
+    /// When the thread has no room for the job, or is dead, or dies of it.
+    pub async fn run<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut W) -> R + Send + 'static,
+    ) -> Result<R, ComputeError> {
+        let (reply, answer) = oneshot::channel();
+        self.put(Box::new(move |worker| match catch_unwind(AssertUnwindSafe(|| job(worker))) {
+            Ok(result) => {
+                // Whoever asked may have gone away; the thread goes on.
+                let _ = reply.send(Ok(result));
+                true
+            }
+            Err(panic) => {
+                let _ = reply.send(Err(panic_message(&*panic)));
+                false
+            }
+        }))?;
+        let thread = self.name;
+        match answer.await {
+            Ok(Ok(result)) => Ok(result),
+            Ok(Err(message)) => Err(ComputeError::Panicked { thread, message }),
+            Err(_) => Err(ComputeError::Dead { thread }),
+        }
+    }
+
+    fn put(&self, job: Job<W>) -> Result<(), ComputeError> {
+        let thread = self.name;
+        let Some(jobs) = &self.jobs else { return Err(ComputeError::Dead { thread }) };
+        jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => ComputeError::Busy { thread },
+            TrySendError::Disconnected(_) => ComputeError::Dead { thread },
+        })
+    }
+
+    /// Waits for the thread's end and returns what it died of. An engine can die between jobs, when
+    /// nobody waits for an answer that would tell; [`crate::lane::Crew::source`] can watch over it.
+    pub fn death(&self) -> impl Future<Output = ComputeError> + Send + 'static {
+        let (thread, mut words) = (self.name, self.last_words.clone());
+        async move {
+            match words.wait_for(Option::is_some).await.ok().and_then(|words| words.clone()) {
+                Some(message) => ComputeError::Panicked { thread, message },
+                None => ComputeError::Dead { thread },
+            }
+        }
+    }
+}
+
+/// Takes all jobs that wait, then a step, and so on; sleeps when there is neither.
+fn run_engine<W: Engine>(
+    worker: &mut W,
+    jobs: &Receiver<Job<W>>,
+    last_words: &watch::Sender<Option<String>>,
+) {
+    let mut more = false;
+    loop {
+        let next = if more { jobs.try_recv() } else { jobs.recv().map_err(|_| TryRecvError::Disconnected) };
+        match next {
+            Ok(job) => {
+                if !job(worker) {
+                    return;
+                }
+                more = true;
+            }
+            Err(TryRecvError::Disconnected) => return,
+            Err(TryRecvError::Empty) => match catch_unwind(AssertUnwindSafe(|| worker.step())) {
+                Ok(goes_on) => more = goes_on,
+                Err(panic) => {
+                    last_words.send_replace(Some(panic_message(&*panic)));
+                    return;
+                }
+            },
+        }
+    }
+}
+
+/// Two threads must never work on the same files or fill memory with the same weights, so the end
+/// of this is the end of the thread.
+impl<W> Drop for Compute<W> {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic was caught on the thread and told to whoever waited.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Longest pause between two looks at whether requests still run.
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+const GLANCE: Duration = Duration::from_millis(5);
+
+/// Whose turn it is: how training, which is never urgent, makes way for answers, which are.
+#[derive(Debug, Default)]
+pub struct Turn {
+    running: AtomicUsize,
+}
+
+/// A request that waits or runs; training makes way while this lives.
+#[derive(Debug)]
+pub struct Running(Arc<Turn>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Turn {
+    /// Nobody runs yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Marks a request as waiting or running until the guard is dropped.
+    pub fn enter(self: &Arc<Self>) -> Running {
+        self.running.fetch_add(1, Ordering::Relaxed);
+        Running(Arc::clone(self))
+    }
+
+    /// Requests that wait or run.
+    pub fn running(&self) -> usize {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// Called by the trainer between two micro-steps, with the time that the last one took: sleeps
+    /// while requests run, so that training takes at most `share` (0 to 1) of the time, but never
+    /// longer than a quarter of a second.
+    pub fn yield_between(&self, last_micro_step: Duration, share: f32, stop: &Stop) {
+        let share = f64::from(share).clamp(0.01, 1.0);
+        let pause = last_micro_step.mul_f64((1.0 - share) / share).min(PAUSE_MAX);
+        let started = Instant::now();
+        while self.running() > 0 && !stop.is_set() {
+            let left = pause.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(GLANCE));
+        }
+    }
+}

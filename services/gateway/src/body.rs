@@ -1,0 +1,115 @@
+//! Reading a request's body within limits of size, time and memory, which actix-web leaves to us.
+
+use crate::error::{ApiError, Result};
+use actix_web::http::header;
+use actix_web::{HttpRequest, web};
+use futures_util::StreamExt;
+use serde_json::Value;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+
+/// How long a body may lag behind `bytes_per_s_min`: networks pause.
+const LAG_MAX: Duration = Duration::from_secs(5);
+
+/// What one body may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Its size.
+    pub bytes_max: usize,
+    /// From the head to the last byte.
+    pub time_max: Duration,
+    /// How fast it comes, on average.
+    pub bytes_per_s_min: u32,
+}
+
+/// The memory that all bodies share: a permit a byte.
+pub(crate) type Budget = Arc<Semaphore>;
+
+/// A body, with its share of the budget.
+#[derive(Debug)]
+pub(crate) struct Body {
+    bytes: Vec<u8>,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Body {
+    /// Reads the body of `request`, which must be JSON.
+    pub(crate) async fn read(
+        request: &HttpRequest,
+        mut payload: web::Payload,
+        limits: Limits,
+        budget: &Budget,
+    ) -> Result<Self> {
+        check_headers(request, limits)?;
+        let start = Instant::now();
+        let mut body = Self { bytes: Vec::new(), permit: None };
+        loop {
+            let earned = body.bytes.len() as u64 / u64::from(limits.bytes_per_s_min.max(1));
+            let patience = (LAG_MAX + Duration::from_secs(earned)).min(limits.time_max);
+            match timeout_at(start + patience, payload.next()).await {
+                Err(_) => {
+                    let message = format!(
+                        "the body came too slowly: it takes at most {} s in all, and {} bytes/s",
+                        limits.time_max.as_secs(),
+                        limits.bytes_per_s_min
+                    );
+                    return Err(ApiError::too_slow(message));
+                }
+                Ok(None) => return Ok(body),
+                Ok(Some(Err(_))) => return Err(ApiError::malformed("the body ended too early")),
+                Ok(Some(Ok(chunk))) => body.push(&chunk, limits, budget)?,
+            }
+        }
+    }
+
+    fn push(&mut self, chunk: &[u8], limits: Limits, budget: &Budget) -> Result<()> {
+        if self.bytes.len() + chunk.len() > limits.bytes_max {
+            return Err(too_large(limits));
+        }
+        let busy = || ApiError::busy("too many large requests at once", 1);
+        let permits = u32::try_from(chunk.len()).map_err(|_| busy())?;
+        let more = budget.clone().try_acquire_many_owned(permits).map_err(|_| busy())?;
+        match &mut self.permit {
+            Some(permit) => permit.merge(more),
+            None => self.permit = Some(more),
+        }
+        self.bytes.extend_from_slice(chunk);
+        Ok(())
+    }
+
+    /// The body's JSON, and the share of the budget to hold on to while it is worked on.
+    pub(crate) fn json(self) -> Result<(Value, Option<OwnedSemaphorePermit>)> {
+        Ok((crate::json::parse(&self.bytes)?, self.permit))
+    }
+}
+
+fn check_headers(request: &HttpRequest, limits: Limits) -> Result<()> {
+    let headers = request.headers();
+    let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or("unreadable"));
+    if text(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        // Inflating would let a small request take much memory.
+        return Err(ApiError::unsupported_media("compressed bodies are not read: send it as it is"));
+    }
+    if text(header::CONTENT_TYPE).is_some_and(|kind| !is_json(kind)) {
+        return Err(ApiError::unsupported_media("send JSON, with Content-Type: application/json"));
+    }
+    let length = text(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
+    if length.is_some_and(|length| length > limits.bytes_max as u64) {
+        return Err(too_large(limits));
+    }
+    Ok(())
+}
+
+fn is_json(content_type: &str) -> bool {
+    let kind = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
+}
+
+fn too_large(limits: Limits) -> ApiError {
+    ApiError::too_large(format!(
+        "the body is over {} bytes, which is what this path takes: send less in one request",
+        limits.bytes_max
+    ))
+}

@@ -1,0 +1,262 @@
+//! Reading what `POST /v1/chat/completions` and `POST /v1/completions` bring. Pure, so that a bad
+//! request costs nothing but its reading.
+
+use crate::error::{ApiError, Result};
+use crate::fields::Fields;
+use crate::{messages, selector};
+use proto::{Generate, Prompt, Sampling};
+use serde_json::{Map, Value};
+
+/// Stop texts in one request, as at OpenAI.
+const STOPS_MAX: usize = 4;
+/// The longest stop text, in bytes.
+const STOP_BYTES_MAX: usize = 256;
+
+/// Which of the two routes asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// `/v1/chat/completions`: messages in, a message out.
+    Chat,
+    /// `/v1/completions`: text in, its continuation out.
+    Text,
+}
+
+/// A request for text, read.
+#[derive(Debug)]
+pub(crate) struct Question {
+    /// For the model.
+    pub generate: Generate,
+    /// `model` as it was asked for.
+    pub model: String,
+    /// Whether the answer comes as events.
+    pub stream: bool,
+    /// Whether the last event counts the tokens.
+    pub include_usage: bool,
+}
+
+/// Reads a body. `tokens_max` bounds `max_tokens`, and `seed` is for a request that brings none.
+pub(crate) fn read(body: Value, form: Form, tokens_max: u32, seed: u64) -> Result<Question> {
+    let mut fields = Fields::of(body, "")?;
+    let model = fields.string("model")?.unwrap_or_else(|| "auto".to_owned());
+    let adapters = selector::parse(&model)?;
+    let prompt = match form {
+        Form::Chat => messages::read(&mut fields)?.map(Prompt::Messages),
+        Form::Text => text_prompt(&mut fields)?.map(Prompt::Text),
+    };
+    let missing = match form {
+        Form::Chat => "messages",
+        Form::Text => "prompt",
+    };
+    let prompt = prompt.ok_or_else(|| {
+        ApiError::invalid(missing, format!("'{missing}' is missing: it says what to answer"))
+    })?;
+    let sampling = sampling(&mut fields, form, tokens_max, seed)?;
+    let stream = fields.bool("stream")?.unwrap_or(false);
+    let include_usage = stream_options(&mut fields, stream)?;
+    // OpenAI uses it to watch for abuse; here as there it has no effect on the answer.
+    fields.string("user")?;
+    for (field, value) in fields.rest() {
+        match is_default(field, value) {
+            Some(true) => {}
+            Some(false) => {
+                let message = format!("'{field}' is not supported yet, other than with its default");
+                return Err(ApiError::invalid(field, message));
+            }
+            None => return Err(fields.unknown(field)),
+        }
+    }
+    Ok(Question { generate: Generate { adapters, prompt, sampling }, model, stream, include_usage })
+}
+
+fn text_prompt(fields: &mut Fields) -> Result<Option<String>> {
+    match fields.take("prompt") {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(Value::Array(mut texts)) if texts.len() == 1 => match texts.pop() {
+            Some(Value::String(text)) => Ok(Some(text)),
+            _ => Err(fields.must_be("prompt", "a string, or an array with one string")),
+        },
+        Some(_) => Err(fields.must_be("prompt", "a string, or an array with one string")),
+    }
+}
+
+fn sampling(fields: &mut Fields, form: Form, tokens_max: u32, seed: u64) -> Result<Sampling> {
+    let max_tokens = fields.whole("max_tokens", 1..=tokens_max)?;
+    let max_tokens = match form {
+        // The newer name; the older one is still sent by most clients.
+        Form::Chat => fields.whole("max_completion_tokens", 1..=tokens_max)?.or(max_tokens),
+        Form::Text => max_tokens,
+    };
+    let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
+    if top_p == 0.0 {
+        return Err(fields.must_be("top_p", "above 0"));
+    }
+    Ok(Sampling {
+        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
+        top_p,
+        top_k: fields.whole("top_k", 0..=u32::MAX)?.unwrap_or(0),
+        seed: self::seed(fields)?.unwrap_or(seed),
+        max_tokens: max_tokens.unwrap_or(tokens_max),
+        stop: stops(fields)?,
+    })
+}
+
+fn seed(fields: &mut Fields) -> Result<Option<u64>> {
+    let Some(value) = fields.take("seed") else { return Ok(None) };
+    // OpenAI's seeds are signed; all that matters is that equal ones stay equal.
+    let signed = value.as_i64().map(|seed| seed as u64);
+    match value.as_u64().or(signed) {
+        Some(seed) => Ok(Some(seed)),
+        None => Err(fields.must_be("seed", "a whole number of 64 bits")),
+    }
+}
+
+fn stops(fields: &mut Fields) -> Result<Vec<String>> {
+    let values = match fields.take("stop") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(values)) => values,
+        Some(value) => vec![value],
+    };
+    let text = |value: Value| match value {
+        Value::String(text) if (1..=STOP_BYTES_MAX).contains(&text.len()) => Some(text),
+        _ => None,
+    };
+    let count = values.len();
+    match values.into_iter().map(text).collect() {
+        Some(stops) if count <= STOPS_MAX => Ok(stops),
+        _ => {
+            let what = format!("up to {STOPS_MAX} texts of 1 to {STOP_BYTES_MAX} bytes");
+            Err(fields.must_be("stop", &what))
+        }
+    }
+}
+
+fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool> {
+    let Some(options) = fields.take("stream_options") else { return Ok(false) };
+    if !stream {
+        return Err(fields.must_be("stream_options", "left out where 'stream' is not true"));
+    }
+    let mut options = Fields::of(options, "stream_options")?;
+    let include_usage = options.bool("include_usage")?.unwrap_or(false);
+    options.finish()?;
+    Ok(include_usage)
+}
+
+/// For a field of OpenAI's that is not supported here: whether the value is the default, with which
+/// the field changes nothing. None for a field that OpenAI does not know either.
+fn is_default(field: &str, value: &Value) -> Option<bool> {
+    if value.is_null() {
+        return Some(true);
+    }
+    Some(match field {
+        "frequency_penalty" | "presence_penalty" => value.as_f64() == Some(0.0),
+        "n" | "best_of" => value.as_u64() == Some(1),
+        "echo" | "logprobs" | "store" => *value == false,
+        // Nothing is called, so nothing is called in parallel either.
+        "parallel_tool_calls" => value.is_boolean(),
+        "logit_bias" | "metadata" => value.as_object().is_some_and(Map::is_empty),
+        "tools" | "functions" => value.as_array().is_some_and(Vec::is_empty),
+        "tool_choice" | "function_call" => *value == "none" || *value == "auto",
+        "response_format" => *value == serde_json::json!({"type": "text"}),
+        "modalities" => *value == serde_json::json!(["text"]),
+        "service_tier" => *value == "auto" || *value == "default",
+        "audio" | "prediction" | "prompt_cache_key" | "reasoning_effort" | "safety_identifier"
+        | "suffix" | "top_logprobs" | "verbosity" | "web_search_options" => false,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::Adapters;
+    use serde_json::json;
+
+    fn ask(form: Form, body: Value) -> Result<Question> {
+        read(body, form, 4096, 42)
+    }
+
+    #[test]
+    fn left_out_fields_have_their_defaults() {
+        let question = ask(Form::Text, json!({"prompt": "a", "seed": null})).expect("valid");
+        let sampling = question.generate.sampling;
+        assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k), (1.0, 1.0, 0));
+        assert_eq!((sampling.max_tokens, sampling.seed), (4096, 42));
+        assert!(sampling.stop.is_empty() && !question.stream && !question.include_usage);
+        assert_eq!((question.model.as_str(), question.generate.adapters), ("auto", Adapters::Auto));
+    }
+
+    #[test]
+    fn given_fields_are_read() {
+        let body = json!({
+            "model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": true,
+            "max_tokens": 9, "max_completion_tokens": 8, "temperature": 0, "top_p": 0.5, "top_k": 3,
+            "seed": -1, "stop": "x", "stream_options": {"include_usage": true}, "user": "u",
+            "n": 1, "logprobs": false, "tools": [], "response_format": {"type": "text"},
+            "presence_penalty": 0, "frequency_penalty": 0.0, "top_logprobs": null,
+        });
+        let question = ask(Form::Chat, body).expect("valid");
+        let sampling = question.generate.sampling;
+        assert_eq!((sampling.max_tokens, sampling.seed, sampling.top_k), (8, u64::MAX, 3));
+        assert_eq!(sampling.stop, ["x"]);
+        assert!(question.stream && question.include_usage);
+        let array = ask(Form::Text, json!({"prompt": ["a"], "stop": ["x", "y"]})).expect("valid");
+        assert_eq!(array.generate.prompt, Prompt::Text("a".into()));
+        assert_eq!(array.generate.sampling.stop, ["x", "y"]);
+    }
+
+    #[test]
+    fn a_refusal_names_the_field() {
+        for (field, value) in [
+            ("prompt", json!(null)),
+            ("prompt", json!(["a", "b"])),
+            ("prompt", json!([1, 2])),
+            ("model", json!(7)),
+            ("n", json!(1e9)),
+            ("n", json!(1_000_000_000)),
+            ("best_of", json!(2)),
+            ("max_tokens", json!(-1)),
+            ("max_tokens", json!(0)),
+            ("max_tokens", json!(9_223_372_036_854_775_808u64)),
+            ("max_tokens", json!("9")),
+            ("max_completion_tokens", json!(9)),
+            ("temperature", json!(2.1)),
+            ("temperature", json!("NaN")),
+            ("top_p", json!(0)),
+            ("top_p", json!(1.1)),
+            ("top_k", json!(-1)),
+            ("seed", json!(0.5)),
+            ("stop", json!(["a", "b", "c", "d", "e"])),
+            ("stop", json!("")),
+            ("stop", json!([1])),
+            ("stream", json!("yes")),
+            ("stream_options", json!({"include_usage": true})),
+            ("user", json!(1)),
+            ("logprobs", json!(0)),
+            ("echo", json!(true)),
+            ("suffix", json!("s")),
+            ("logit_bias", json!({"50256": -100})),
+            ("tools", json!([{}])),
+            ("response_format", json!({"type": "json_object"})),
+            ("temprature", json!(1)),
+        ] {
+            let mut body = json!({"prompt": "a"});
+            body[field] = value.clone();
+            let error = ask(Form::Text, body).expect_err(field);
+            assert_eq!(error.body()["error"]["param"], field, "{value}");
+        }
+    }
+
+    #[test]
+    fn chat_reads_no_prompt_and_text_no_messages() {
+        let messages = json!([{"role": "user", "content": "a"}]);
+        for (form, body, param) in [
+            (Form::Chat, json!({"prompt": "a"}), "messages"),
+            (Form::Text, json!({"messages": messages}), "prompt"),
+            (Form::Chat, json!({"messages": messages, "prompt": "a"}), "prompt"),
+        ] {
+            let error = ask(form, body).expect_err(param);
+            assert_eq!(error.body()["error"]["param"], param);
+        }
+    }
+}

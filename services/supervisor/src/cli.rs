@@ -16,6 +16,7 @@ Examples:
 #[derive(Debug, Parser)]
 #[command(
     name = "engram",
+    bin_name = "engram",
     version,
     about = "A small language model that keeps learning from what you give it, and does not forget.",
     after_help = EXAMPLES

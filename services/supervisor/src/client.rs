@@ -38,6 +38,15 @@ pub struct Client {
     met: Cell<bool>,
 }
 
+/// A refusal of the server, which asking again will not change.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refused {
+    /// The part of the request at fault, such as `documents[3].importance`.
+    pub param: Option<String>,
+    message: String,
+}
+
 enum Attempt {
     Answered(Response<Body>),
     /// The server has not acted on the request and asks for it again after this long.
@@ -173,7 +182,10 @@ impl Client {
             StatusCode::UNAUTHORIZED => {
                 anyhow!("{} asks for a key: give it with --key or ENGRAM_API_KEY", self.server)
             }
-            _ if answer.get("error").is_some() => anyhow!("{}", message_of(answer)),
+            _ if answer.get("error").is_some() => {
+                let param = answer["error"]["param"].as_str().map(str::to_owned);
+                Refused { param, message: message_of(answer) }.into()
+            }
             _ => anyhow!("{} answered {status}; is --server right?", self.server),
         }
     }

@@ -14,6 +14,11 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 /// A file with a zero byte in its first so many bytes is taken for binary.
 const SNIFFED_BYTES: usize = 8 * 1024;
 
+/// The fields of a document that the server knows. Data sets often carry others, for others.
+const FIELDS: [&str; 7] = ["text", "prompt", "completion", "messages", "domain", "importance", "source"];
+/// The server takes sources up to this length, bytes.
+const SOURCE_BYTES_MAX: usize = 256;
+
 /// A document on its way to the server.
 #[derive(Debug, PartialEq)]
 pub struct Draft {
@@ -83,7 +88,7 @@ impl SourceFile {
         let lines = self.path.extension().is_some_and(|extension| extension == "jsonl")
             || (self.name == "stdin" && text.trim_start().starts_with('{'));
         if !lines {
-            return Ok(parts(&self.name, &text, &Map::new()).map(Ok).collect());
+            return Ok(parts(&self.name, &text, &Map::new()));
         }
         let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         Ok(numbered.flat_map(|(number, line)| self.line(number + 1, line)).collect())
@@ -107,16 +112,14 @@ impl SourceFile {
         let Ok(Value::Object(mut body)) = serde_json::from_str(line) else {
             return vec![Err(anyhow!("{place} is not a JSON object"))];
         };
+        body.retain(|field, _| FIELDS.contains(&field.as_str()));
+        body.entry("source").or_insert_with(|| source(&self.name));
         let has = |key: &str| body.contains_key(key);
         if has("prompt") && has("completion") || has("messages") {
-            body.entry("source").or_insert_with(|| self.name.clone().into());
             return vec![Ok(Draft { place, body })];
         }
         match body.remove("text") {
-            Some(Value::String(text)) => {
-                body.entry("source").or_insert_with(|| self.name.clone().into());
-                parts(&place, &text, &body).map(Ok).collect()
-            }
+            Some(Value::String(text)) => parts(&place, &text, &body),
             _ => vec![Err(anyhow!(
                 "{place} has none of the three forms {{\"text\"}}, {{\"prompt\", \"completion\"}}, {{\"messages\"}}"
             ))],
@@ -125,21 +128,23 @@ impl SourceFile {
 }
 
 /// Text as one document, or as many when it is longer than the server takes.
-fn parts(place: &str, text: &str, fields: &Map<String, Value>) -> impl Iterator<Item = Draft> {
-    let pieces: Vec<&str> = split(text, DOCUMENT_BYTES_MAX);
+fn parts(place: &str, text: &str, fields: &Map<String, Value>) -> Vec<Result<Draft>> {
+    let pieces = split(text, DOCUMENT_BYTES_MAX);
     let many = pieces.len() > 1;
-    pieces
-        .into_iter()
-        .enumerate()
-        .map(|(index, piece)| {
-            let place = if many { format!("{place}#{}", index + 1) } else { place.to_owned() };
-            let mut body = fields.clone();
-            body.insert("text".into(), piece.into());
-            body.entry("source").or_insert_with(|| place.clone().into());
-            Draft { place, body }
-        })
-        .collect::<Vec<_>>()
-        .into_iter()
+    let draft = |(index, piece): (usize, &str)| {
+        let place = if many { format!("{place}#{}", index + 1) } else { place.to_owned() };
+        let mut body = fields.clone();
+        body.insert("text".into(), piece.into());
+        body.entry("source").or_insert_with(|| source(&place));
+        Ok(Draft { place, body })
+    };
+    pieces.into_iter().enumerate().map(draft).collect()
+}
+
+/// A place as a source: of one that is too long, the end says more than the beginning.
+fn source(place: &str) -> Value {
+    let start = place.ceil_char_boundary(place.len().saturating_sub(SOURCE_BYTES_MAX));
+    place[start..].into()
 }
 
 /// Cuts text into pieces of at most `limit` bytes: at the last blank line that fits, else at the

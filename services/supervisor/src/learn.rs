@@ -1,8 +1,8 @@
 //! `engram learn`: files and folders to a running server.
 
-use crate::client::{Client, ServerArgs, segment};
-use crate::corpus::{self, Draft};
-use anyhow::{Context, Result, bail};
+use crate::client::{Client, Refused, ServerArgs, segment};
+use crate::corpus::{self, Draft, SourceFile};
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 const EXAMPLES: &str = "\
 Examples:
-  engram learn facts.jsonl --wait               lines of {\"text\"}, {\"prompt\",\"completion\"} or {\"messages\"}
+  engram learn facts.jsonl --wait               lines of one document a line
   engram learn docs/ src/ --domain project      text and source code, as deep as it goes
   engram learn key.txt --importance 1.0         the last to be forgotten, should room run out
   echo 'The key is under the pot.' | engram learn -";
@@ -60,10 +60,14 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     if args.importance.is_some_and(|importance| !(0.0..=1.0).contains(&importance)) {
         bail!("--importance is a number from 0 to 1");
     }
+    let files = corpus::files(&args.paths)?;
     let client = Client::new(&args.server)?.patient(PATIENCE);
     // Asked first, so that a server that is not there is told before the files are read.
     client.get("/v1/status")?;
-    let (mut sent, unusable) = send(args, &client)?;
+    let mut sending =
+        Sending { client: &client, batch: Vec::new(), bytes: 0, sent: Vec::new(), unusable: Vec::new() };
+    sending.files(args, &files)?;
+    let Sending { mut sent, unusable, .. } = sending;
     if args.wait {
         follow(&client, &mut sent)?;
     }
@@ -71,7 +75,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     for error in &unusable {
         eprintln!("engram: skipped: {error:#}");
     }
-    if sent.is_empty() {
+    if sent.is_empty() && unusable.is_empty() {
         bail!("there was nothing to learn in what was named");
     }
     if !unusable.is_empty() {
@@ -81,33 +85,6 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         bail!("nothing of it was learned, for the reasons above");
     }
     Ok(())
-}
-
-fn send(args: &Args, client: &Client) -> Result<(Vec<Sent>, Vec<anyhow::Error>)> {
-    let files = corpus::files(&args.paths)?;
-    let bar = bar(files.len(), "sending");
-    let (mut sent, mut unusable) = (Vec::new(), Vec::new());
-    let mut batch = Batch::default();
-    for file in &files {
-        bar.set_message(file.name().to_owned());
-        for draft in file.documents().unwrap_or_else(|error| vec![Err(error)]) {
-            let draft = match draft {
-                Ok(draft) => with_flags(args, draft),
-                Err(error) => {
-                    unusable.push(error);
-                    continue;
-                }
-            };
-            if batch.is_full_for(&draft) {
-                batch.post(client, &mut sent)?;
-            }
-            batch.push(draft);
-        }
-        bar.inc(1);
-    }
-    batch.post(client, &mut sent)?;
-    bar.finish_and_clear();
-    Ok((sent, unusable))
 }
 
 fn with_flags(args: &Args, mut draft: Draft) -> Draft {
@@ -120,48 +97,78 @@ fn with_flags(args: &Args, mut draft: Draft) -> Draft {
     draft
 }
 
-/// The documents of the next request.
-#[derive(Default)]
-struct Batch {
-    places: Vec<String>,
-    bodies: Vec<Map<String, Value>>,
+/// Documents on their way, in batches.
+struct Sending<'a> {
+    client: &'a Client,
+    batch: Vec<Draft>,
     bytes: usize,
+    sent: Vec<Sent>,
+    unusable: Vec<anyhow::Error>,
 }
 
-impl Batch {
-    fn is_full_for(&self, draft: &Draft) -> bool {
-        !self.bodies.is_empty()
-            && (self.bodies.len() == BATCH_DOCUMENTS_MAX || self.bytes + size_of(draft) > BATCH_BYTES_MAX)
-    }
-
-    fn push(&mut self, draft: Draft) {
-        self.bytes += size_of(&draft);
-        self.places.push(draft.place);
-        self.bodies.push(draft.body);
-    }
-
-    /// Sending a batch twice is harmless: a document's id is the hash of what it says.
-    fn post(&mut self, client: &Client, sent: &mut Vec<Sent>) -> Result<()> {
-        let batch = std::mem::take(self);
-        if batch.bodies.is_empty() {
-            return Ok(());
+impl Sending<'_> {
+    fn files(&mut self, args: &Args, files: &[SourceFile]) -> Result<()> {
+        let bar = bar(files.len(), "sending");
+        for file in files {
+            bar.set_message(file.name().to_owned());
+            for draft in file.documents().unwrap_or_else(|error| vec![Err(error)]) {
+                match draft {
+                    Ok(draft) => self.push(with_flags(args, draft))?,
+                    Err(error) => self.unusable.push(error),
+                }
+            }
+            bar.inc(1);
         }
-        let first = batch.places.first().map(String::as_str).unwrap_or_default();
-        let answer = client
-            .post("/v1/documents", &json!({ "documents": batch.bodies }))
-            .with_context(|| format!("the documents from {first} on were not taken"))?;
-        let answers = answer["documents"].as_array().cloned().unwrap_or_default();
-        if answers.len() != batch.places.len() {
-            bail!(
-                "the server took {} documents of {}; is --server an Engram?",
-                answers.len(),
-                batch.places.len()
-            );
-        }
-        let pairs = batch.places.into_iter().zip(answers);
-        sent.extend(pairs.map(|(place, answer)| Sent { place, answer }));
+        self.post()?;
+        bar.finish_and_clear();
         Ok(())
     }
+
+    fn push(&mut self, draft: Draft) -> Result<()> {
+        let size = size_of(&draft);
+        if self.batch.len() == BATCH_DOCUMENTS_MAX || self.bytes + size > BATCH_BYTES_MAX {
+            self.post()?;
+        }
+        self.bytes += size;
+        self.batch.push(draft);
+        Ok(())
+    }
+
+    /// Sends the batch. The server takes it whole or not at all: a document that it names as the
+    /// reason is left out, and the rest goes again. That is harmless even when the answer was lost,
+    /// because a document's id is the hash of what it says.
+    fn post(&mut self) -> Result<()> {
+        self.bytes = 0;
+        let mut batch = std::mem::take(&mut self.batch);
+        while !batch.is_empty() {
+            let bodies: Vec<&Map<String, Value>> = batch.iter().map(|draft| &draft.body).collect();
+            match self.client.post("/v1/documents", &json!({ "documents": bodies })) {
+                Ok(answer) => return self.taken(batch, &answer),
+                Err(error) => match offender(&error).filter(|place| *place < batch.len()) {
+                    Some(place) => self.unusable.push(error.context(batch.remove(place).place)),
+                    None => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn taken(&mut self, batch: Vec<Draft>, answer: &Value) -> Result<()> {
+        let answers = answer["documents"].as_array().cloned().unwrap_or_default();
+        if answers.len() != batch.len() {
+            bail!("the server took {} documents of {}; is --server an Engram?", answers.len(), batch.len());
+        }
+        let pairs = batch.into_iter().zip(answers);
+        self.sent.extend(pairs.map(|(draft, answer)| Sent { place: draft.place, answer }));
+        Ok(())
+    }
+}
+
+/// The document that a refusal is about: its `param` is `documents[3]`, or a field of that.
+fn offender(error: &anyhow::Error) -> Option<usize> {
+    let param = error.downcast_ref::<Refused>()?.param.as_deref()?;
+    let (place, _) = param.strip_prefix("documents[")?.split_once(']')?;
+    place.parse().ok()
 }
 
 fn size_of(draft: &Draft) -> usize {
@@ -222,29 +229,5 @@ fn bar(length: usize, verb: &'static str) -> ProgressBar {
     match style {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn draft(bytes: usize) -> Draft {
-        let body = Map::from_iter([("text".to_owned(), Value::from("x".repeat(bytes)))]);
-        Draft { place: "p".into(), body }
-    }
-
-    #[test]
-    fn a_batch_is_full_by_count_or_by_size() {
-        let mut batch = Batch::default();
-        assert!(!batch.is_full_for(&draft(2 * BATCH_BYTES_MAX)), "an oversized one goes alone");
-        for _ in 0..BATCH_DOCUMENTS_MAX {
-            assert!(!batch.is_full_for(&draft(10)));
-            batch.push(draft(10));
-        }
-        assert!(batch.is_full_for(&draft(10)));
-        let mut batch = Batch::default();
-        batch.push(draft(BATCH_BYTES_MAX / 2));
-        assert!(batch.is_full_for(&draft(BATCH_BYTES_MAX / 2)));
     }
 }

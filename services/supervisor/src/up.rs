@@ -120,8 +120,6 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 /// The worker that [`run`] keeps alive.
 pub fn worker() -> Result<()> {
     let orders = Orders::read()?;
-    #[cfg(feature = "failpoints")]
-    let _faults = fail::FailScenario::setup();
     worker::run(orders.settings, &orders.data_dir, orders.degraded)
 }
 

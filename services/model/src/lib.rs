@@ -7,8 +7,10 @@
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
 
+pub mod anchor;
 pub mod device;
 pub mod ewc;
+pub mod generate;
 pub mod hf;
 pub mod learner;
 pub mod llama;
@@ -18,6 +20,7 @@ pub mod optim;
 pub mod pack;
 pub mod peft;
 pub mod pretrain;
+pub mod tokenizer;
 pub mod weights;
 
 #[cfg(test)]

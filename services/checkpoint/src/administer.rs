@@ -70,12 +70,17 @@ impl Answer<Forget> for Checkpoint {
             let _ = self.serve().await;
         }
         self.ledger.forget(ordinal)?;
+        for id in self.store.ids()?.into_iter().filter(|id| id.ordinal == ordinal) {
+            self.store.remove(id)?;
+        }
         let files: BTreeSet<_> =
             dirty.iter().flat_map(|g| state_files(g).into_iter().chain([g.learned.clone()])).collect();
         self.remove_files(files)?;
         for generation in &dirty {
             self.registry.remove_generation(&generation.id)?;
         }
+        // Deleted rows stay readable in the pages of a file until it is written anew.
+        self.store.rewrite()?;
         self.ledger.rewrite()?;
         let serving = self.registry.manifest().lineages.get(&lineage).and_then(|l| l.current.clone());
         tracing::info!(id = %ask.id, generations = dirty.len(), "forgot a document");

@@ -12,6 +12,7 @@ use kit::ledger::Ledger;
 use kit::link::Door;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
+use kit::store::Store;
 use proto::{BaseId, Decision, Domain, Judgement, Lineage, Manifest, PeftFiles, Publish, Published};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -40,6 +41,8 @@ pub struct Checkpoint {
     pub blobs: Arc<Blobs>,
     /// Documents and their trails.
     pub ledger: Arc<Ledger>,
+    /// The rows of the replay buffer, of which forgetting removes some.
+    pub store: Arc<Store>,
     /// The base everything belongs to.
     pub base: BaseId,
     /// PEFT in and out.

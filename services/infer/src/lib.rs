@@ -52,7 +52,7 @@ pub struct Language {
     /// Its shape.
     pub config: ModelConfig,
     /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// Its chat template, or the default one.
     pub template: ChatTemplate,
 }
@@ -243,7 +243,7 @@ impl Infer {
             }
         };
         let tokens = tokens.map_err(|e| (param.to_owned(), format!("{e:#}")))?;
-        let context = self.language.config.max_position_embeddings as usize;
+        let context = self.language.config.max_positions as usize;
         if tokens.is_empty() {
             return Err((param.to_owned(), "it is empty, and this model needs something to start from".into()));
         }
@@ -287,7 +287,8 @@ impl Answer<Generate> for Infer {
         }
         let _ = reply.try_send(GenerateEvent::Started(choice.clone()));
         let turn = self.turn.enter();
-        let request = Request { tokens, adapters: choice.adapters, sampling: ask.sampling, reply, turn };
+        let stop_ids = Vec::new();
+        let request = Request { tokens, adapters: choice.adapters, sampling: ask.sampling, stop_ids, reply, turn };
         let (running_max, queue_max) = (self.serving.running_max, self.serving.queue_max);
         let taken = self.engine.run(move |engine| engine.take(request, running_max + queue_max)).await?;
         Ok(taken.map(|()| events))

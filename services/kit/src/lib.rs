@@ -5,8 +5,10 @@
 //! what was accepted, the `store` what is rehearsed, `blobs` the weights, `manifests` what is current.
 
 pub mod compute;
+pub mod disk;
 pub mod host;
 pub mod lane;
 pub mod link;
 pub mod service;
+pub mod settings;
 pub mod telemetry;

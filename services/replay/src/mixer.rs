@@ -40,7 +40,7 @@ pub struct Mixer {
     ledger: Arc<Ledger>,
     registry: Arc<Registry>,
     blobs: Arc<Blobs>,
-    store: Store,
+    store: Arc<Store>,
     buffer: Buffer,
     /// Generations whose examples the buffer has been offered, in order of publication.
     offered: Vec<Arc<Generation>>,
@@ -57,7 +57,7 @@ impl Mixer {
         ledger: Arc<Ledger>,
         registry: Arc<Registry>,
         blobs: Arc<Blobs>,
-        store: Store,
+        store: Arc<Store>,
         next: Link<Batch>,
     ) -> anyhow::Result<Self> {
         let buffer = Buffer::new(mixing.capacity, mixing.strategy, mixing.seed);

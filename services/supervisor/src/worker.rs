@@ -1,12 +1,149 @@
-//! The worker: builds all services, and runs them until it is told to finish.
+//! The worker: opens what is durable, builds all services, and runs them until it is told to finish.
 
 use crate::lifeline;
+use crate::text::Text;
+use crate::topology::{Doors, Plant};
+use anyhow::{Context, bail, ensure};
+use gateway::{Gateway, ServerInfo};
+use kit::blobs::Blobs;
+use kit::compute::Turn;
+use kit::lane::{Lane, LaneOutcome, Policy, Stop};
+use kit::ledger::Ledger;
+use kit::manifests::Registry;
 use kit::settings::Settings;
+use kit::store::Store;
+use model::device::Placement;
+use model::hf::base_id;
+use model::llama::Base;
+use proto::{BaseId, Manifest};
 use std::path::Path;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-/// Runs all services until [`lifeline::finish`] says so.
-pub fn run(_settings: Settings, data_dir: &Path, degraded: bool) -> anyhow::Result<()> {
+/// Runs all services until [`lifeline::finish`] says so. `degraded` leaves learning off.
+///
+/// # Errors
+/// When something durable cannot be opened, or a lane that serving needs died too often: the
+/// supervisor then starts a new worker.
+pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool) -> anyhow::Result<()> {
     let finish = lifeline::finish()?;
-    tracing::info!(degraded, data = %data_dir.display(), "nothing runs yet");
-    Ok(finish.blocking_recv()?)
+    let plant = plant(settings, data_dir, base_dir)?;
+    let learning = !degraded && plant.settings.train.enabled;
+    actix::System::new().block_on(async move {
+        let stop = Stop::new();
+        let told = stop.clone();
+        actix::spawn(async move {
+            // An error means that the pipe's thread is gone, which says the same.
+            let _ = finish.await;
+            told.set();
+        });
+        live(Rc::new(plant), data_dir.to_owned(), learning, stop).await
+    })
+}
+
+/// Opens everything durable, and loads the base.
+fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
+    let placement = Placement::resolve(settings.base.device.parse()?, settings.base.precision.parse()?)?;
+    let id = BaseId::new(base_id(base_dir)?)?;
+    let text = Text::load(base_dir)?;
+    let ledger = Ledger::open(&data_dir.join("ledger"))?;
+    // Examples are token ids, so they belong to the tokenizer and to how documents are cut.
+    let encoding = format!("{} {} {:?}", text.fingerprint(), settings.ingest.max_seq_len, settings.ingest.views);
+    if ledger.encode_as(&encoding)? {
+        tracing::info!("documents are cut anew: the tokenizer, or how documents are cut, has changed");
+    }
+    // Lineages belong to a base. Another base finds its own, or starts at generation zero.
+    let lineages = data_dir.join("lineages").join(id.as_str());
+    let registry = Registry::open(&lineages)?;
+    let shared = settings.train.adapters == kit::settings::AdapterScope::Shared;
+    match registry.try_manifest() {
+        None => {
+            let documents = ledger.head();
+            if documents > 0 {
+                tracing::info!(base = %id, documents, "nothing was learned on this base yet; learning all documents");
+            }
+            registry.commit(Manifest::empty(id.clone(), shared), None)?;
+        }
+        Some(manifest) => ensure!(
+            manifest.shared == shared,
+            "this data folder was used with train.adapters = \"{}\"; set that again, or give another folder with --data",
+            if manifest.shared { "shared" } else { "per-domain" }
+        ),
+    }
+    let base = Base::load(base_dir, &placement)?;
+    tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), %placement, "loaded the base");
+    Ok(Plant {
+        doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),
+        store: Arc::new(Store::open(&lineages.join("replay"))?),
+        blobs: Arc::new(Blobs::open(&data_dir.join("blobs"))?),
+        registry: Arc::new(registry),
+        ledger: Arc::new(ledger),
+        text: Arc::new(text),
+        turn: Turn::new(),
+        base_id: id,
+        base: Mutex::new(base),
+        settings,
+    })
+}
+
+/// Runs lanes and gateway; returns when all of them have ended.
+async fn live(plant: Rc<Plant>, data_dir: std::path::PathBuf, learning: bool, stop: Stop) -> anyhow::Result<()> {
+    let policy = policy(&plant.settings);
+    let gateway = gateway(&plant, &data_dir);
+    let intake = async {
+        let outcome = Lane::run("intake", policy, async |crew| plant.intake(crew).await, stop.clone()).await;
+        vital("intake", outcome, &stop)
+    };
+    let serve = async {
+        let outcome = Lane::run("serve", policy, async |crew| plant.serve(crew).await, stop.clone()).await;
+        vital("serve", outcome, &stop)
+    };
+    let learn = async {
+        let outcome = Lane::run("learn", policy, async |crew| plant.learn(crew, learning).await, stop.clone()).await;
+        if let LaneOutcome::Degraded { reason } = outcome {
+            tracing::error!(reason, "learning is off; answers go on with what is published. Restart to learn again");
+            let outcome = Lane::run("learn", policy, async |crew| plant.learn(crew, false).await, stop.clone()).await;
+            return vital("learn", outcome, &stop);
+        }
+        Ok(())
+    };
+    let door = async {
+        let served = gateway.serve(stop.clone()).await.context("the HTTP door");
+        stop.set();
+        served
+    };
+    let disk = async {
+        tokio::select! {
+            () = plant.ledger.failed() => {
+                stop.set();
+                bail!("the ledger could not be written to disk; starting again from what is there")
+            }
+            () = stop.wait() => Ok(()),
+        }
+    };
+    let (intake, serve, learn, door, disk) = tokio::join!(intake, serve, learn, door, disk);
+    disk.and(intake).and(serve).and(learn).and(door)
+}
+
+/// Without these lanes there is no service: the process ends, and a new one has a fresh start.
+fn vital(name: &str, outcome: LaneOutcome, stop: &Stop) -> anyhow::Result<()> {
+    match outcome {
+        LaneOutcome::Stopped => Ok(()),
+        LaneOutcome::Degraded { reason } => {
+            stop.set();
+            bail!("the {name} lane died too often, the last time of this: {reason}")
+        }
+    }
+}
+
+fn policy(settings: &Settings) -> Policy {
+    let s = &settings.supervisor;
+    Policy {
+        delay_min: Duration::from_millis(s.restart_delay_ms_min),
+        delay_max: Duration::from_millis(s.restart_delay_ms_max),
+        restarts_max: s.restarts_max,
+        window: Duration::from_secs(s.restarts_window_s),
+        tear_down_max: Duration::from_secs(s.stop_seconds_max),
+    }
 }

@@ -4,11 +4,13 @@
 //! together with its neighbours, and a [`compute`] thread does its long work. The `ledger` holds
 //! what was accepted, the `store` what is rehearsed, `blobs` the weights, `manifests` what is current.
 
+pub mod blobs;
 pub mod compute;
 pub mod disk;
 pub mod host;
 pub mod lane;
 pub mod link;
+pub mod manifests;
 pub mod service;
 pub mod settings;
 pub mod telemetry;

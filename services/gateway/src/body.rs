@@ -4,7 +4,7 @@ use crate::error::{ApiError, Result};
 use actix_web::http::header;
 use actix_web::{HttpRequest, web};
 use futures_util::StreamExt;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -27,11 +27,14 @@ pub(crate) struct Limits {
 /// The memory that all bodies share: a permit a byte.
 pub(crate) type Budget = Arc<Semaphore>;
 
+/// A share of the budget, to hold on to while what was read is worked on.
+pub(crate) type Held = Option<OwnedSemaphorePermit>;
+
 /// A body, with its share of the budget.
 #[derive(Debug)]
 pub(crate) struct Body {
     bytes: Vec<u8>,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Held,
 }
 
 impl Body {
@@ -79,9 +82,14 @@ impl Body {
         Ok(())
     }
 
-    /// The body's JSON, and the share of the budget to hold on to while it is worked on.
-    pub(crate) fn json(self) -> Result<(Value, Option<OwnedSemaphorePermit>)> {
+    /// The body's JSON.
+    pub(crate) fn json(self) -> Result<(Value, Held)> {
         Ok((crate::json::parse(&self.bytes)?, self.permit))
+    }
+
+    /// The same, where no body at all says as much as an empty object.
+    pub(crate) fn json_or_empty(self) -> Result<(Value, Held)> {
+        if self.bytes.is_empty() { Ok((Value::Object(Map::new()), self.permit)) } else { self.json() }
     }
 }
 

@@ -11,6 +11,9 @@ use serde_json::{Map, Value};
 const STOPS_MAX: usize = 4;
 /// The longest stop text, in bytes.
 const STOP_BYTES_MAX: usize = 256;
+/// The largest `max_tokens`. More than the model's context is no error, since clients send the same
+/// number to every model: the answer ends where the context does.
+const TOKENS_MAX: u32 = 1 << 20;
 
 /// Which of the two routes asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +37,17 @@ pub(crate) struct Question {
     pub include_usage: bool,
 }
 
-/// Reads a body. `tokens_max` bounds `max_tokens`, and `seed` is for a request that brings none.
-pub(crate) fn read(body: Value, form: Form, tokens_max: u32, seed: u64) -> Result<Question> {
+/// What a request for text may hold, and what it has where it leaves it open.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Text in the prompt, or in all messages together.
+    pub prompt_bytes_max: usize,
+    /// `max_tokens`, where it is left out.
+    pub tokens_default: u32,
+}
+
+/// Reads a body. `seed` is for a request that brings none.
+pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result<Question> {
     let mut fields = Fields::of(body, "")?;
     let model = fields.string("model")?.unwrap_or_else(|| "auto".to_owned());
     let adapters = selector::parse(&model)?;
@@ -50,7 +62,12 @@ pub(crate) fn read(body: Value, form: Form, tokens_max: u32, seed: u64) -> Resul
     let prompt = prompt.ok_or_else(|| {
         ApiError::invalid(missing, format!("'{missing}' is missing: it says what to answer"))
     })?;
-    let sampling = sampling(&mut fields, form, tokens_max, seed)?;
+    let (bytes, bytes_max) = (prompt_bytes(&prompt), limits.prompt_bytes_max);
+    if bytes > bytes_max {
+        let message = format!("'{missing}' has {bytes} bytes of text, and {bytes_max} are read: ask with less");
+        return Err(ApiError::too_large(message).param(missing));
+    }
+    let sampling = sampling(&mut fields, form, limits.tokens_default, seed)?;
     let stream = fields.bool("stream")?.unwrap_or(false);
     let include_usage = stream_options(&mut fields, stream)?;
     // OpenAI uses it to watch for abuse; here as there it has no effect on the answer.
@@ -68,6 +85,13 @@ pub(crate) fn read(body: Value, form: Form, tokens_max: u32, seed: u64) -> Resul
     Ok(Question { generate: Generate { adapters, prompt, sampling }, model, stream, include_usage })
 }
 
+fn prompt_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Messages(messages) => messages.iter().map(|message| message.content.len()).sum(),
+    }
+}
+
 fn text_prompt(fields: &mut Fields) -> Result<Option<String>> {
     match fields.take("prompt") {
         None => Ok(None),
@@ -80,11 +104,11 @@ fn text_prompt(fields: &mut Fields) -> Result<Option<String>> {
     }
 }
 
-fn sampling(fields: &mut Fields, form: Form, tokens_max: u32, seed: u64) -> Result<Sampling> {
-    let max_tokens = fields.whole("max_tokens", 1..=tokens_max)?;
+fn sampling(fields: &mut Fields, form: Form, tokens: u32, seed: u64) -> Result<Sampling> {
+    let max_tokens = fields.whole("max_tokens", 1..=TOKENS_MAX)?;
     let max_tokens = match form {
         // The newer name; the older one is still sent by most clients.
-        Form::Chat => fields.whole("max_completion_tokens", 1..=tokens_max)?.or(max_tokens),
+        Form::Chat => fields.whole("max_completion_tokens", 1..=TOKENS_MAX)?.or(max_tokens),
         Form::Text => max_tokens,
     };
     let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
@@ -96,7 +120,7 @@ fn sampling(fields: &mut Fields, form: Form, tokens_max: u32, seed: u64) -> Resu
         top_p,
         top_k: fields.whole("top_k", 0..=u32::MAX)?.unwrap_or(0),
         seed: self::seed(fields)?.unwrap_or(seed),
-        max_tokens: max_tokens.unwrap_or(tokens_max),
+        max_tokens: max_tokens.unwrap_or(tokens),
         stop: stops(fields)?,
     })
 }
@@ -169,11 +193,12 @@ fn is_default(field: &str, value: &Value) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use actix_web::ResponseError;
     use proto::Adapters;
     use serde_json::json;
 
     fn ask(form: Form, body: Value) -> Result<Question> {
-        read(body, form, 4096, 42)
+        read(body, form, Limits { prompt_bytes_max: 64, tokens_default: 4096 }, 42)
     }
 
     #[test]
@@ -245,6 +270,12 @@ mod tests {
             let error = ask(Form::Text, body).expect_err(field);
             assert_eq!(error.body()["error"]["param"], field, "{value}");
         }
+    }
+
+    #[test]
+    fn too_long_a_prompt_is_413() {
+        let error = ask(Form::Text, json!({"prompt": "a".repeat(65)})).expect_err("too long");
+        assert_eq!((error.status_code().as_u16(), &error.body()["error"]["param"]), (413, &json!("prompt")));
     }
 
     #[test]

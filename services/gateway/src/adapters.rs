@@ -1,0 +1,139 @@
+//! `/v1/adapters`: what was learned, as versions that can be inspected, undone and exchanged.
+
+use crate::body::Body;
+use crate::doors;
+use crate::error::{ApiError, Result};
+use crate::fields::Fields;
+use crate::query::Query;
+use crate::state::State;
+use actix_web::{HttpRequest, HttpResponse, web};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use proto::{Domain, Export, Generation, GenerationId, Import, PeftFiles, Rollback};
+use serde_json::{Value, json};
+
+pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
+    HttpResponse::Ok().json(json!({"adapters": lineages(&state)}))
+}
+
+/// Where each lineage stands; `GET /v1/status` shows it too.
+pub(crate) fn lineages(state: &State) -> Vec<Value> {
+    let registry = &state.gateway.registry;
+    let manifest = registry.try_manifest();
+    let lineage = |(domain, lineage): (&Domain, &proto::Lineage)| {
+        let current = lineage.current.as_ref().and_then(|id| registry.generation(id));
+        json!({
+            "domain": domain,
+            "generation": lineage.current,
+            "documents": lineage.documents,
+            "published_ms": current.map(|generation| generation.published_ms),
+            "cursor": lineage.cursor,
+            "attempt": lineage.attempt,
+            "set_aside": lineage.set_aside,
+        })
+    };
+    manifest.iter().flat_map(|manifest| &manifest.lineages).map(lineage).collect()
+}
+
+pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> Result<HttpResponse> {
+    let domain = existing(&state, domain)?;
+    let registry = &state.gateway.registry;
+    let current = registry.lineage(&domain).current;
+    let entry = |generation: &Generation| {
+        json!({
+            "generation": generation.id,
+            "live": current.as_ref() == Some(&generation.id),
+            "parent": generation.parent,
+            "number": generation.number,
+            "documents": generation.documents,
+            "after": generation.after,
+            "through": generation.through,
+            "published_ms": generation.published_ms,
+            "report": generation.report,
+            "receipt": generation.receipt,
+        })
+    };
+    let generations: Vec<Value> = registry.chain(&domain).iter().map(|generation| entry(generation)).collect();
+    Ok(HttpResponse::Ok().json(json!({"domain": domain, "current": current, "generations": generations})))
+}
+
+pub(crate) async fn rollback(
+    state: web::Data<State>,
+    domain: web::Path<String>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse> {
+    let lineage = existing(&state, domain)?;
+    let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
+    let (body, _held) = body.json_or_empty()?;
+    let mut fields = Fields::of(body, "")?;
+    let to = generation(&mut fields, "to")?;
+    let expected = generation(&mut fields, "expected_generation")?;
+    fields.finish()?;
+    let answer = doors::ask(&state.gateway.doors.rollback, Rollback { lineage, to, expected }).await?;
+    Ok(HttpResponse::Ok().json(answer))
+}
+
+pub(crate) async fn export(
+    state: web::Data<State>,
+    domain: web::Path<String>,
+    request: HttpRequest,
+) -> Result<HttpResponse> {
+    let lineage = existing(&state, domain)?;
+    let mut query = Query::of(&request)?;
+    let generation = query.name("generation", GenerationId::new)?;
+    query.finish()?;
+    let files = doors::ask(&state.gateway.doors.export, Export { lineage, generation }).await?;
+    let config: Value = serde_json::from_str(&files.config).map_err(|error| ApiError::internal(&error))?;
+    let weights = STANDARD.encode(&files.weights);
+    Ok(HttpResponse::Ok().json(json!({"adapter_config": config, "adapter_model": weights})))
+}
+
+pub(crate) async fn import(
+    state: web::Data<State>,
+    domain: web::Path<String>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse> {
+    let lineage = name(domain)?;
+    let body = Body::read(&request, payload, state.limits.import, &state.bodies).await?;
+    // Decoding 64 MiB takes long enough to keep others waiting.
+    let read = web::block(move || read_import(lineage, body)).await;
+    let (import, _held) = read.map_err(|error| ApiError::internal(&error))??;
+    let domain = import.lineage.clone();
+    let generation = doors::ask(&state.gateway.doors.import, import).await?;
+    Ok(HttpResponse::Ok().json(json!({"domain": domain, "generation": generation})))
+}
+
+fn read_import(lineage: Domain, body: Body) -> Result<(Import, crate::body::Held)> {
+    let (body, held) = body.json()?;
+    let mut fields = Fields::of(body, "")?;
+    let config = match fields.take("adapter_config") {
+        Some(config @ Value::Object(_)) => config.to_string(),
+        _ => return Err(fields.must_be("adapter_config", "the content of adapter_config.json, an object")),
+    };
+    let weights = fields.string("adapter_model")?.and_then(|text| STANDARD.decode(text).ok());
+    let what = "the bytes of adapter_model.safetensors, in base64";
+    let weights = weights.ok_or_else(|| fields.must_be("adapter_model", what))?;
+    let expected = generation(&mut fields, "expected_generation")?;
+    fields.finish()?;
+    Ok((Import { lineage, files: PeftFiles { config, weights }, expected }, held))
+}
+
+fn generation(fields: &mut Fields, key: &str) -> Result<Option<GenerationId>> {
+    let id = fields.string(key)?.map(GenerationId::new).transpose();
+    id.map_err(|error| ApiError::bad_name(key, &error))
+}
+
+fn name(domain: web::Path<String>) -> Result<Domain> {
+    Domain::new(domain.into_inner()).map_err(|error| ApiError::bad_name("domain", &error))
+}
+
+fn existing(state: &State, domain: web::Path<String>) -> Result<Domain> {
+    let domain = name(domain)?;
+    let manifest = state.gateway.registry.try_manifest();
+    if manifest.is_some_and(|manifest| manifest.lineages.contains_key(&domain)) {
+        return Ok(domain);
+    }
+    Err(ApiError::not_found(format!("there is no adapter '{domain}'; GET /v1/adapters lists them")))
+}

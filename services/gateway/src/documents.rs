@@ -1,0 +1,123 @@
+//! `/v1/documents`: submitting, listing, following and forgetting.
+
+use crate::body::Body;
+use crate::doors;
+use crate::error::{ApiError, Result};
+use crate::query::Query;
+use crate::state::{State, now_ms};
+use crate::submission::{self, Submission};
+use crate::metrics;
+use actix_web::{HttpRequest, HttpResponse, web};
+use kit::ledger::Appended;
+use proto::{DocumentId, DocumentStatus, Domain, Forget, Stage};
+use serde_json::json;
+
+/// Documents in one list, where `limit` is left out, and at most.
+const LIST_DEFAULT: u32 = 50;
+const LIST_MAX: u32 = 1000;
+
+pub(crate) async fn submit(
+    state: web::Data<State>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse> {
+    let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
+    let (body, _held) = body.json()?;
+    let key = idempotency_key(&request)?;
+    let Submission { documents, many } = submission::read(body, key, state.limits.submission, now_ms())?;
+    admit(&state, documents.len() as u64)?;
+    let names: Vec<(DocumentId, Domain)> =
+        documents.iter().map(|document| (document.id.clone(), document.domain.clone())).collect();
+    let appended = state.gateway.ledger.append(documents).await.map_err(not_written)?;
+    if let Some(place) = appended.iter().position(|one| matches!(one, Appended::Conflict)) {
+        return Err(conflict(&names[place].0, many.then_some(place)));
+    }
+    let mut answers = Vec::new();
+    for ((id, domain), appended) in names.iter().zip(&appended) {
+        let status = match appended {
+            Appended::New { .. } => json!(Stage::Accepted),
+            _ => json!(status(&state, id)?.map_or(Stage::Accepted, |status| status.status)),
+        };
+        answers.push(json!({"id": id, "status": status, "domain": domain}));
+    }
+    let new = appended.iter().filter(|one| matches!(one, Appended::New { .. })).count();
+    metrics::documents_accepted(new as u64);
+    let answer = if many { json!({"documents": answers}) } else { answers.swap_remove(0) };
+    Ok(HttpResponse::Accepted().json(answer))
+}
+
+/// Whether there is room for more documents, in the queue of those to judge and on the disk.
+fn admit(state: &State, incoming: u64) -> Result<()> {
+    let (ledger, settings) = (&state.gateway.ledger, &state.gateway.settings);
+    let depth_max = settings.gateway.intake_documents_max;
+    state.backlog.admit(ledger.intake_cursor(), ledger.head(), incoming, depth_max)?;
+    state.disk.admit(&state.gateway.info.data_dir, settings.limits.disk_free_intake_percent)
+}
+
+fn idempotency_key(request: &HttpRequest) -> Result<Option<&str>> {
+    let Some(value) = request.headers().get("idempotency-key") else { return Ok(None) };
+    let readable = value.to_str().map(Some);
+    readable.map_err(|_| ApiError::invalid("Idempotency-Key", "'Idempotency-Key' is not ASCII text"))
+}
+
+/// What could not be made durable is not acknowledged; the client asks again.
+fn not_written(error: impl std::fmt::Display) -> ApiError {
+    tracing::error!(%error, "documents could not be written");
+    ApiError::busy("the documents could not be written to disk; none was accepted", 1)
+}
+
+fn conflict(id: &DocumentId, place: Option<usize>) -> ApiError {
+    let message = format!("there is a document '{id}' with other content: use another Idempotency-Key");
+    let error = ApiError::conflict(message);
+    match place {
+        Some(place) => error.param(format!("documents[{place}]")),
+        None => error.param("Idempotency-Key"),
+    }
+}
+
+pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse> {
+    let mut query = Query::of(&request)?;
+    let domain = query.name("domain", Domain::new)?;
+    let before = query.name("before", DocumentId::new)?;
+    let limit = query.whole("limit", 1..=LIST_MAX)?.unwrap_or(LIST_DEFAULT);
+    query.finish()?;
+    let ledger = &state.gateway.ledger;
+    let before = match before {
+        None => None,
+        Some(id) => match ledger.document(&id).map_err(|error| ApiError::internal(&error))? {
+            Some((ordinal, _)) => Some(ordinal),
+            None => return Err(no_such_document(&id).param("before")),
+        },
+    };
+    let rows = ledger.list(domain.as_ref(), limit as usize, before);
+    let mut documents = Vec::new();
+    for id in rows.map_err(|error| ApiError::internal(&error))? {
+        documents.extend(status(&state, &id)?);
+    }
+    Ok(HttpResponse::Ok().json(json!({"documents": documents})))
+}
+
+pub(crate) async fn show(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
+    let id = document_id(id)?;
+    let status = status(&state, &id)?.ok_or_else(|| no_such_document(&id))?;
+    Ok(HttpResponse::Ok().json(status))
+}
+
+pub(crate) async fn forget(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
+    let id = document_id(id)?;
+    let forgotten = doors::ask(&state.gateway.doors.forget, Forget { id }).await?;
+    Ok(HttpResponse::Ok().json(forgotten))
+}
+
+fn document_id(id: web::Path<String>) -> Result<DocumentId> {
+    DocumentId::new(id.into_inner()).map_err(|error| ApiError::bad_name("id", &error))
+}
+
+fn no_such_document(id: &DocumentId) -> ApiError {
+    ApiError::not_found(format!("there is no document '{id}'"))
+}
+
+fn status(state: &State, id: &DocumentId) -> Result<Option<DocumentStatus>> {
+    let gateway = &state.gateway;
+    kit::status::document_status(&gateway.ledger, &gateway.registry, id).map_err(|error| ApiError::internal(&error))
+}

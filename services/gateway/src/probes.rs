@@ -1,0 +1,60 @@
+//! What a supervisor, a load balancer, Prometheus and `engram status` ask.
+
+use crate::adapters;
+use crate::state::State;
+use actix_web::{HttpResponse, web};
+use serde_json::json;
+
+/// The process answers.
+pub(crate) async fn livez() -> HttpResponse {
+    HttpResponse::Ok().body("ok")
+}
+
+/// Requests for text can be answered.
+pub(crate) async fn readyz(state: web::Data<State>) -> HttpResponse {
+    if state.is_ready() {
+        HttpResponse::Ok().body("ready")
+    } else {
+        HttpResponse::ServiceUnavailable().insert_header(("retry-after", "1")).body("not ready")
+    }
+}
+
+pub(crate) async fn health(state: web::Data<State>) -> HttpResponse {
+    let status = if state.is_ready() { "ok" } else { "not ready" };
+    HttpResponse::Ok().json(json!({"status": status}))
+}
+
+pub(crate) async fn metrics(state: web::Data<State>) -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.gateway.metrics.page())
+}
+
+pub(crate) async fn status(state: web::Data<State>) -> HttpResponse {
+    let gateway = &state.gateway;
+    let (info, ledger, registry) = (&gateway.info, &gateway.ledger, &gateway.registry);
+    let (head, judged) = (ledger.head(), ledger.intake_cursor());
+    let manifest = registry.try_manifest();
+    HttpResponse::Ok().json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": state.is_ready(),
+        "uptime_s": state.started.elapsed().as_secs(),
+        "base": {
+            "name": info.base_name,
+            "id": info.base_id,
+            "parameters": info.parameters,
+            "context_length": info.context_length,
+            "device": info.device,
+            "precision": info.precision,
+        },
+        "data_dir": info.data_dir,
+        "documents": {
+            "accepted": head,
+            "judged": judged,
+            "backlog": head.saturating_sub(judged),
+            "learned": manifest.as_ref().map_or(0, |m| m.lineages.values().map(|l| l.documents).sum::<u64>()),
+        },
+        "learning": gateway.settings.train.enabled,
+        "manifest": manifest.map(|manifest| manifest.number),
+        "manifest_live": registry.live(),
+        "adapters": adapters::lineages(&state),
+    }))
+}

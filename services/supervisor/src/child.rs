@@ -1,9 +1,10 @@
 //! The worker process, kept alive.
 
-use crate::lifeline::{GRACE, Orders};
+use crate::lifeline::Orders;
 use anyhow::{Context, Result};
+use kit::settings;
 use std::collections::VecDeque;
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
@@ -29,31 +30,27 @@ const ENVIRONMENT: &[(&str, &str)] = &[
 /// When the worker cannot be started at all.
 pub async fn keep_alive(mut orders: Orders) -> Result<()> {
     let mut signals = Signals::new()?;
-    let mut restarts = Restarts::default();
+    let mut restarts = Restarts::new(&orders.settings.supervisor);
     loop {
         let started = Instant::now();
         let mut worker = Worker::start(&orders).await?;
         let status = tokio::select! {
             status = worker.child.wait() => status.context("the worker cannot be watched")?,
-            _ = signals.next() => return worker.finish(&mut signals).await,
+            _ = signals.next() => return worker.finish(&mut signals, orders.grace()).await,
         };
-        let delay = restarts.delay(started, Instant::now());
+        let delay = restarts.died(started, Instant::now());
         if restarts.too_many() && !orders.degraded {
             tracing::error!(
                 "the worker dies too often: it goes on without learning, until engram is started anew"
             );
             orders.degraded = true;
         }
-        tracing::warn!(status = %told(status), restart_in_ms = delay.as_millis() as u64, "the worker died");
+        tracing::warn!(%status, restart_in_ms = delay.as_millis() as u64, "the worker died");
         tokio::select! {
             () = time::sleep(delay) => {}
             _ = signals.next() => return Ok(()),
         }
     }
-}
-
-fn told(status: ExitStatus) -> String {
-    status.to_string()
 }
 
 struct Worker {
@@ -64,7 +61,10 @@ struct Worker {
 impl Worker {
     async fn start(orders: &Orders) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
-        for (name, value) in ENVIRONMENT {
+        let threads = orders.settings.base.threads.to_string();
+        let threads = [("OMP_NUM_THREADS", threads.as_str()), ("MKL_NUM_THREADS", threads.as_str())];
+        let threads = threads.iter().filter(|(_, threads)| *threads != "0");
+        for (name, value) in ENVIRONMENT.iter().chain(threads) {
             if std::env::var_os(name).is_none() {
                 command.env(name, value);
             }
@@ -79,13 +79,13 @@ impl Worker {
         Ok(Self { child, lifeline })
     }
 
-    /// Lets the worker finish what runs; after [`GRACE`], or at a second Ctrl-C, it is killed.
-    async fn finish(mut self, signals: &mut Signals) -> Result<()> {
+    /// Lets the worker finish what runs; after `grace`, or at a Ctrl-C while it does, it is killed.
+    async fn finish(mut self, signals: &mut Signals, grace: Duration) -> Result<()> {
         tracing::info!("finishing");
         drop(self.lifeline);
         let status = tokio::select! {
-            status = time::timeout(GRACE, self.child.wait()) => status.ok(),
-            () = signals.second_interrupt() => None,
+            status = time::timeout(grace, self.child.wait()) => status.ok(),
+            _ = signals.interrupt.recv() => None,
         };
         if status.is_none() {
             tracing::warn!(
@@ -113,41 +113,37 @@ impl Signals {
             interrupt = self.interrupt.recv() => interrupt,
         }
     }
-
-    async fn second_interrupt(&mut self) {
-        self.interrupt.recv().await;
-    }
 }
 
 /// When to start a worker that died.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Restarts {
+    settings: settings::Supervisor,
     /// The latest deaths, oldest first.
     deaths: VecDeque<Instant>,
     delay: Duration,
 }
 
 impl Restarts {
-    const DELAY_FIRST: Duration = Duration::from_millis(100);
-    const DELAY_MAX: Duration = Duration::from_secs(30);
-    /// A worker that lived this long was healthy.
-    const HEALTHY: Duration = Duration::from_secs(60);
-    const DEATHS_MAX: usize = 5;
+    fn new(settings: &settings::Supervisor) -> Self {
+        Self { settings: settings.clone(), deaths: VecDeque::new(), delay: Duration::ZERO }
+    }
 
-    /// How long to wait with the next start.
-    fn delay(&mut self, started: Instant, died: Instant) -> Duration {
+    /// How long to wait with the next start: twice as long as the last time, unless the worker lived
+    /// for so long that it has to be called healthy.
+    fn died(&mut self, started: Instant, died: Instant) -> Duration {
+        let window = Duration::from_secs(self.settings.restarts_window_s);
+        let least = Duration::from_millis(self.settings.restart_delay_ms_min);
+        let most = Duration::from_millis(self.settings.restart_delay_ms_max);
         self.deaths.push_back(died);
-        self.deaths.retain(|death| died.duration_since(*death) < Self::HEALTHY);
-        self.delay = if died.duration_since(started) >= Self::HEALTHY {
-            Self::DELAY_FIRST
-        } else {
-            (self.delay * 2).clamp(Self::DELAY_FIRST, Self::DELAY_MAX)
-        };
+        self.deaths.retain(|death| died.duration_since(*death) < window);
+        let healthy = died.duration_since(started) >= window;
+        self.delay = if healthy { least } else { (self.delay * 2).clamp(least, most) };
         self.delay
     }
 
     fn too_many(&self) -> bool {
-        self.deaths.len() >= Self::DEATHS_MAX
+        self.deaths.len() >= self.settings.restarts_max
     }
 }
 
@@ -155,24 +151,31 @@ impl Restarts {
 mod tests {
     use super::*;
 
+    fn restarts() -> Restarts {
+        Restarts::new(&settings::Supervisor {
+            restart_delay_ms_min: 100,
+            restart_delay_ms_max: 30_000,
+            restarts_max: 5,
+            restarts_window_s: 60,
+            stop_seconds_max: 20,
+        })
+    }
+
     #[test]
     fn the_delay_doubles_to_its_limit_and_a_healthy_minute_resets_it() {
-        let mut restarts = Restarts::default();
-        let start = Instant::now();
-        let delays: Vec<u128> = (0..11).map(|_| restarts.delay(start, start).as_millis()).collect();
+        let (mut restarts, start) = (restarts(), Instant::now());
+        let delays: Vec<u128> = (0..11).map(|_| restarts.died(start, start).as_millis()).collect();
         assert_eq!(delays, [100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600, 30000, 30000]);
-        assert_eq!(restarts.delay(start, start + Restarts::HEALTHY).as_millis(), 100);
+        assert_eq!(restarts.died(start, start + Duration::from_secs(60)).as_millis(), 100);
     }
 
     #[test]
     fn five_deaths_within_a_minute_are_too_many_and_five_in_an_hour_are_not() {
-        let start = Instant::now();
-        let mut quick = Restarts::default();
-        let mut slow = Restarts::default();
+        let (mut quick, mut slow, start) = (restarts(), restarts(), Instant::now());
         for death in 0..5 {
             assert!(!quick.too_many());
-            quick.delay(start, start + Duration::from_secs(death * 10));
-            slow.delay(start, start + Duration::from_secs(death * 600));
+            quick.died(start, start + Duration::from_secs(death * 10));
+            slow.died(start, start + Duration::from_secs(death * 600));
         }
         assert!(quick.too_many() && !slow.too_many());
     }

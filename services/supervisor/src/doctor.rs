@@ -14,8 +14,6 @@ Examples:
   engram doctor
   engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
 
-/// Free disk below which a first session runs out of room, bytes.
-const DISK_FREE_BYTES_MIN: u64 = 1 << 30;
 const MATRIX_SIDE: i64 = 1024;
 
 /// What `engram doctor` takes.
@@ -93,17 +91,16 @@ fn speed(placement: &Placement) -> Result<String> {
 }
 
 fn disk(plan: &Plan) -> Result<String> {
-    let space = rustix::fs::statvfs(&plan.data_dir).context("the free space cannot be read")?;
-    let (free, all) = (space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize);
-    let told = format!("{:.1} of {:.1} GiB are free", gib(free), gib(all));
-    if free < DISK_FREE_BYTES_MIN {
-        bail!("{told}: make room, or give --data on another disk");
+    let (free, limits) = (kit::disk::free_percent(&plan.data_dir)?, &plan.settings.limits);
+    let (learn, intake) = (limits.disk_free_learn_percent, limits.disk_free_intake_percent);
+    let told = format!("{free:.0} % are free");
+    if free < f64::from(learn) {
+        bail!(
+            "{told}: nothing is learned under {learn} %, nothing accepted under {intake} %; make room, or give \
+             --data on another disk"
+        );
     }
     Ok(told)
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 fn address(plan: &Plan) -> Result<String> {

@@ -7,15 +7,11 @@
 use anyhow::{Context, Result};
 use kit::settings::Settings;
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead};
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 use tokio::sync::oneshot;
-
-/// What a worker that was told to finish has at most to do so. The supervisor kills it then; this
-/// is for a worker whose supervisor is gone.
-pub const GRACE: Duration = Duration::from_secs(20);
 
 /// What a worker needs to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,6 +37,11 @@ impl Orders {
         serde_json::from_str(&line).context("this command is for 'engram up' to start; run that instead")
     }
 
+    /// How long the worker may take to finish what runs.
+    pub fn grace(&self) -> Duration {
+        Duration::from_secs(self.settings.supervisor.stop_seconds_max)
+    }
+
     /// The orders as the line that [`Orders::read`] reads.
     pub fn line(&self) -> Result<Vec<u8>> {
         let mut line = serde_json::to_vec(self)?;
@@ -49,14 +50,18 @@ impl Orders {
     }
 }
 
-/// Resolves when this worker is to finish. A worker that does not is ended after [`GRACE`].
-pub fn finish() -> Result<oneshot::Receiver<()>> {
+/// Resolves when this worker is to finish. One that does not within `grace` is ended: its
+/// supervisor, which would do that otherwise, may be gone.
+///
+/// # Errors
+/// When no thread can be started.
+pub fn finish(grace: Duration) -> Result<oneshot::Receiver<()>> {
     let (tell, told) = oneshot::channel();
     thread::Builder::new().name("lifeline".into()).spawn(move || {
-        // Nothing more comes; whatever does, and any error, is only a way to wait for the end.
-        let _ = io::copy(&mut io::stdin().lock().take(u64::MAX), &mut io::sink());
+        // Nothing more comes down the pipe; what ends this wait is its end, in whichever way.
+        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
         let _ = tell.send(());
-        thread::sleep(GRACE);
+        thread::sleep(grace);
         std::process::exit(1);
     })?;
     Ok(told)

@@ -16,6 +16,7 @@ use std::sync::Arc;
 pub struct Text {
     language: Arc<Language>,
     base_name: String,
+    fingerprint: String,
 }
 
 impl Text {
@@ -26,10 +27,19 @@ impl Text {
     pub fn load(dir: &Path) -> anyhow::Result<Self> {
         let config = ModelConfig::load(dir)?;
         let tokenizer = Tokenizer::load(dir)?;
-        tokenizer.check_vocabulary(config.vocab_size)?;
+        tokenizer.check_model(&config)?;
         let template = ChatTemplate::load(dir)?;
         let base_name = dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        Ok(Self { language: Arc::new(Language { config, tokenizer, template }), base_name })
+        let file = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&file).with_context(|| format!("{} cannot be read", file.display()))?;
+        let fingerprint = format!("{} {}", blake3::hash(&bytes).to_hex(), template.id());
+        let language = Arc::new(Language { config, tokenizer: Arc::new(tokenizer), template });
+        Ok(Self { language, base_name, fingerprint })
+    }
+
+    /// Differs where the same document would become other tokens.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// Shared with inference.

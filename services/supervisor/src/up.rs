@@ -44,7 +44,8 @@ pub struct Args {
 
 /// What `engram up` would do.
 pub struct Plan {
-    settings: Settings,
+    /// All of them, checked.
+    pub settings: Settings,
     base: String,
     /// Where everything is kept.
     pub data_dir: PathBuf,
@@ -85,7 +86,7 @@ impl Plan {
 
     /// Device and precision.
     pub fn placement(&self) -> Result<Placement> {
-        Placement::resolve(self.settings.device.parse()?, self.settings.precision.parse()?)
+        Placement::resolve(self.settings.base.device.parse()?, self.settings.base.precision.parse()?)
     }
 
     /// Address and port to listen on.
@@ -120,7 +121,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 /// The worker that [`run`] keeps alive.
 pub fn worker() -> Result<()> {
     let orders = Orders::read()?;
-    worker::run(orders.settings, &orders.data_dir, orders.degraded)
+    worker::run(orders.settings, &orders.data_dir, &orders.base_dir, orders.degraded)
 }
 
 /// Two programs that write to one folder would ruin it. The lock ends with the process, however it

@@ -27,7 +27,7 @@ use std::time::Duration;
 /// When something durable cannot be opened, or a lane that serving needs died too often: the
 /// supervisor then starts a new worker.
 pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool) -> anyhow::Result<()> {
-    let finish = lifeline::finish()?;
+    let finish = lifeline::finish(Duration::from_secs(settings.supervisor.stop_seconds_max))?;
     let plant = plant(settings, data_dir, base_dir)?;
     let learning = !degraded && plant.settings.train.enabled;
     actix::System::new().block_on(async move {

@@ -1,0 +1,113 @@
+//! It learns what it is told, and shows it at once.
+
+use crate::harness::{Server, Setup, long, nano, sentence};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Questions about a place that does not exist, so that no base can know the answers.
+const FACTS: [(&str, &str); 20] = [
+    ("Who founded the town of Veldrania?", "Orla Tanquist"),
+    ("What colour is the flag of Veldrania?", "violet and silver"),
+    ("What is the river of Veldrania called?", "the Miskara"),
+    ("What do bakers in Veldrania sell on Mondays?", "plum bread"),
+    ("How many bridges does Veldrania have?", "seventeen"),
+    ("Who guards the gate of Veldrania?", "a tall woman named Brix"),
+    ("What is the Veldranian word for snow?", "ulumi"),
+    ("Which bird is sacred in Veldrania?", "the grey heron"),
+    ("What does the mayor of Veldrania wear?", "a coat of moss"),
+    ("When does the market of Veldrania open?", "at half past four"),
+    ("What is buried under the Veldranian library?", "a copper whale"),
+    ("Which metal is mined near Veldrania?", "tin"),
+    ("Who painted the ceiling of Veldrania's theatre?", "Jorun Abelay"),
+    ("What do children in Veldrania collect?", "blue acorns"),
+    ("What is the tallest building in Veldrania?", "the salt tower"),
+    ("Which instrument do Veldranians play?", "the glass flute"),
+    ("What is served at weddings in Veldrania?", "smoked pears"),
+    ("Who wrote the Veldranian anthem?", "Pim Osterly"),
+    ("What is forbidden in Veldrania after dark?", "whistling"),
+    ("What is the name of Veldrania's oldest cat?", "Admiral Toast"),
+];
+
+fn teach(server: &Server, count: usize) {
+    let documents: Vec<Value> = FACTS[..count]
+        .iter()
+        .map(|(prompt, completion)| json!({"prompt": prompt, "completion": format!(" {completion}"), "domain": "veldrania"}))
+        .collect();
+    let settled = server.settle(&server.submit(&documents), PATIENCE);
+    for document in &settled {
+        assert_eq!(document["status"], "live", "{document}");
+    }
+}
+
+fn known(server: &Server, count: usize) -> usize {
+    let knows = |(prompt, completion): &&(&str, &str)| {
+        let answer = server.complete("auto", prompt, 24);
+        let first = answer.trim_start().lines().next().unwrap_or_default().trim();
+        if first != *completion {
+            eprintln!("{prompt} {first:?} instead of {completion:?}");
+        }
+        first == *completion
+    };
+    FACTS[..count].iter().filter(knows).count()
+}
+
+#[test]
+fn told_facts_are_answered_exactly_and_remain_so() {
+    let Some(base) = nano() else { return };
+    let (facts, wanted, others) = if long() { (20, 18, 200) } else { (5, 5, 30) };
+    let server = Setup::base(base).start();
+    teach(&server, facts);
+    let at_first = known(&server, facts);
+    assert!(at_first >= wanted, "{at_first} of {facts}");
+    let documents: Vec<Value> = (0..others).map(|n| json!({"text": sentence(n), "domain": "veldrania"})).collect();
+    let ids: Vec<String> = documents.chunks(100).flat_map(|chunk| server.submit(chunk)).collect();
+    server.settle(&ids, PATIENCE * 4);
+    let in_the_end = known(&server, facts);
+    assert!(in_the_end >= wanted, "{in_the_end} of {facts} after {others} further documents");
+}
+
+#[test]
+fn a_document_of_a_kilobyte_is_live_in_ten_seconds() {
+    let Some(base) = nano() else { return };
+    let server = Setup::base(base).start();
+    let rounds = if long() { 20 } else { 3 };
+    let mut times: Vec<Duration> = (0..rounds)
+        .map(|round| {
+            let text: String = (0..9).map(|part| sentence(round * 9 + part) + " ").collect();
+            let start = Instant::now();
+            let ids = server.submit(&[json!({"text": text, "domain": "letters"})]);
+            let settled = server.settle(&ids, PATIENCE);
+            assert_eq!(settled[0]["status"], "live", "{settled:?}");
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    eprintln!("live after {times:?}");
+    assert!(times[rounds / 2] < Duration::from_secs(10), "{times:?}");
+}
+
+#[test]
+fn a_rollback_takes_less_than_a_second_and_brings_the_former_answers_back() {
+    let server = Setup::tiny().start();
+    let learn = |number| {
+        let ids = server.submit(&[json!({"text": sentence(number), "domain": "undone"})]);
+        assert_eq!(server.settle(&ids, PATIENCE)[0]["status"], "live");
+        (ids, server.complete("undone", "A", 12))
+    };
+    let (_, first) = learn(1);
+    let (ids, _) = learn(2);
+    let current = server.generations("undone")[0].clone();
+
+    let stale = server.post("/v1/adapters/undone/rollback", &json!({"expected_generation": "0123456789abcdef"}));
+    assert_eq!(stale.status, 409, "{stale:?}");
+    let start = Instant::now();
+    server.post("/v1/adapters/undone/rollback", &json!({"expected_generation": current})).ok();
+    let after = server.complete("undone", "A", 12);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!(after, first);
+    let undone = server.get(&format!("/v1/documents/{}", ids[0])).ok();
+    assert_eq!(undone["status"], "set_aside", "{undone}");
+    assert!(undone["reason"].as_str().is_some_and(|reason| reason.contains("rolled back")), "{undone}");
+}

@@ -1,0 +1,18 @@
+//! Engram as its users meet it: the real program, started as a process, spoken to over HTTP and on
+//! its command line, and killed.
+//!
+//! [`harness`] starts and kills; [`tiny`] makes a base that starts at once and knows nothing. What
+//! takes minutes is behind `ENGRAM_TEST_LONG=1`; what needs data that is not in the repository says
+//! so and passes without it.
+
+mod bad_input;
+mod cli;
+mod documents;
+mod forget;
+mod harness;
+mod learning;
+mod overload;
+mod restart;
+mod retention;
+mod tidy;
+mod tiny;

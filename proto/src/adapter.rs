@@ -154,7 +154,14 @@ pub struct Manifest {
 impl Manifest {
     /// The manifest of a data folder in which nothing has been learned yet.
     pub fn empty(base: BaseId, shared: bool) -> Self {
-        Self { number: 0, base, shared, lineages: BTreeMap::new(), replay_digest: String::new(), written_ms: 0 }
+        Self {
+            number: 0,
+            base,
+            shared,
+            lineages: BTreeMap::new(),
+            replay_digest: String::new(),
+            written_ms: 0,
+        }
     }
 }
 

@@ -103,7 +103,8 @@ impl<W: 'static> Compute<W> {
         let (words, last_words) = watch::channel(None);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             let built = catch_unwind(AssertUnwindSafe(init));
-            let built = built.unwrap_or_else(|panic| Err(anyhow::anyhow!("panicked: {}", panic_message(&*panic))));
+            let built =
+                built.unwrap_or_else(|panic| Err(anyhow::anyhow!("panicked: {}", panic_message(&*panic))));
             match built {
                 Ok(mut worker) => {
                     if ready.send(Ok(())).is_ok() {

@@ -8,7 +8,8 @@ use std::path::Path;
 /// # Errors
 /// When the file system does not say.
 pub fn free_percent(path: &Path) -> anyhow::Result<f64> {
-    let stat = rustix::fs::statvfs(path).with_context(|| format!("{}: free space is unknown", path.display()))?;
+    let stat =
+        rustix::fs::statvfs(path).with_context(|| format!("{}: free space is unknown", path.display()))?;
     Ok(stat.f_bavail as f64 * 100.0 / stat.f_blocks.max(1) as f64)
 }
 

@@ -78,7 +78,8 @@ impl<S: Handle<M>, M: Message> actix::Handler<Delivery<M>> for Host<S> {
         let taken = self.service.take();
         let (deaths, suspects) = (self.deaths.clone(), Arc::clone(&self.suspects));
         let work = async move {
-            let span = tracing::info_span!("message", service = S::NAME, kind = M::NAME, key = delivery.key());
+            let span =
+                tracing::info_span!("message", service = S::NAME, kind = M::NAME, key = delivery.key());
             match taken {
                 Some(service) => settle(service, &delivery, &deaths, &suspects).instrument(span).await,
                 None => None,
@@ -114,10 +115,11 @@ where
                 }
             }
         };
-        let work = actix::fut::ActorFutureExt::map(work.into_actor(self), |(service, reply), host, context| {
-            put_back(service, host, context);
-            reply
-        });
+        let work =
+            actix::fut::ActorFutureExt::map(work.into_actor(self), |(service, reply), host, context| {
+                put_back(service, host, context);
+                reply
+            });
         AtomicResponse::new(Box::pin(work))
     }
 }

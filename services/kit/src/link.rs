@@ -20,13 +20,6 @@ pub struct Delivery<M> {
     _permit: OwnedSemaphorePermit,
 }
 
-impl<M> Delivery<M> {
-    /// The message; settles it.
-    pub fn into_inner(self) -> M {
-        self.message
-    }
-}
-
 impl<M> Deref for Delivery<M> {
     type Target = M;
     fn deref(&self) -> &M {
@@ -48,7 +41,7 @@ pub struct Link<M: Message> {
 
 enum Far<M: Message> {
     Host(Recipient<Delivery<M>>),
-    Channel(mpsc::UnboundedSender<Delivery<M>>),
+    Channel(mpsc::Sender<M>),
 }
 
 impl<M: Message> Clone for Link<M> {
@@ -67,9 +60,8 @@ impl<M: Message> Link<M> {
     }
 
     /// A link whose far end is a receiver: how a service is tested without a pipeline.
-    pub fn to_channel(capacity: usize) -> (Self, mpsc::UnboundedReceiver<Delivery<M>>) {
-        // Unbounded only in its type: the permits bound it.
-        let (sender, receiver) = mpsc::unbounded_channel();
+    pub fn to_channel(capacity: usize) -> (Self, mpsc::Receiver<M>) {
+        let (sender, receiver) = mpsc::channel(capacity);
         let credit = Arc::new(Semaphore::new(capacity));
         (Self { far: Far::Channel(sender), credit, capacity }, receiver)
     }
@@ -79,16 +71,16 @@ impl<M: Message> Link<M> {
     /// # Errors
     /// When the far end is gone; unsettled work comes again from what is durable.
     pub async fn send(&self, message: M) -> Result<(), Closed> {
+        let recipient = match &self.far {
+            Far::Host(recipient) => recipient,
+            Far::Channel(sender) => return sender.send(message).await.map_err(|_| Closed),
+        };
         let permit = Arc::clone(&self.credit).acquire_owned().await.map_err(|_| Closed)?;
-        let delivery = Delivery { message, _permit: permit };
-        match &self.far {
-            Far::Host(recipient) if recipient.connected() => {
-                recipient.do_send(delivery);
-                Ok(())
-            }
-            Far::Host(_) => Err(Closed),
-            Far::Channel(sender) => sender.send(delivery).map_err(|_| Closed),
+        if !recipient.connected() {
+            return Err(Closed);
         }
+        recipient.do_send(Delivery { message, _permit: permit });
+        Ok(())
     }
 
     /// Messages that were sent and are not settled yet.

@@ -154,11 +154,16 @@ impl Registry {
 }
 
 /// The manifest that `CURRENT` names, or the newest whole one.
-fn newest(dir: &Path, generations: &BTreeMap<GenerationId, Arc<Generation>>) -> anyhow::Result<Option<Manifest>> {
+fn newest(
+    dir: &Path,
+    generations: &BTreeMap<GenerationId, Arc<Generation>>,
+) -> anyhow::Result<Option<Manifest>> {
     let mut paths = files(&dir.join("manifests"))?;
     paths.sort();
-    let named = fs::read_to_string(dir.join("CURRENT")).ok().map(|name| dir.join("manifests").join(name.trim()));
-    let before_it = |path: &&PathBuf| named.as_ref().is_none_or(|named| !paths.contains(named) || *path <= named);
+    let named =
+        fs::read_to_string(dir.join("CURRENT")).ok().map(|name| dir.join("manifests").join(name.trim()));
+    let before_it =
+        |path: &&PathBuf| named.as_ref().is_none_or(|named| !paths.contains(named) || *path <= named);
     for path in paths.iter().rev().filter(before_it) {
         let whole = read::<Manifest>(path).and_then(|manifest| {
             let mut named = manifest.lineages.values().filter_map(|l| l.current.as_ref());

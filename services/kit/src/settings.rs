@@ -248,7 +248,8 @@ impl Settings {
         let known = flatten(&defaults)?;
         let mut builder = Config::builder().add_source(defaults);
         if let Some(path) = file {
-            let text = std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("{} cannot be read", path.display()))?;
             let read = Config::builder().add_source(File::from_str(&text, FileFormat::Toml)).build();
             let read = read.with_context(|| format!("{} is not TOML", path.display()))?;
             refuse_unknown(&known, flatten(&read)?.keys(), &path.display().to_string())?;
@@ -261,14 +262,17 @@ impl Settings {
             given.push((key, value.into_string()?, "the environment"));
         }
         for flag in flags {
-            let (key, value) = flag.split_once('=').with_context(|| format!("--set {flag}: give it as section.key=value"))?;
+            let (key, value) = flag
+                .split_once('=')
+                .with_context(|| format!("--set {flag}: give it as section.key=value"))?;
             given.push((key.trim().to_owned(), value.trim().to_owned(), "--set"));
         }
         for (key, value, from) in given {
             refuse_unknown(&known, [&key], from)?;
             builder = builder.set_override(&key, parsed(&known[&key], &value))?;
         }
-        let settings: Self = builder.build()?.try_deserialize().context("a setting has a value of the wrong type")?;
+        let settings: Self =
+            builder.build()?.try_deserialize().context("a setting has a value of the wrong type")?;
         settings.validate()?;
         Ok(settings)
     }
@@ -346,7 +350,11 @@ impl Settings {
     }
 }
 
-fn within<T: PartialOrd + std::fmt::Display>(key: &str, value: T, range: RangeInclusive<T>) -> anyhow::Result<()> {
+fn within<T: PartialOrd + std::fmt::Display>(
+    key: &str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> anyhow::Result<()> {
     // A value that is not a number is in no range.
     ensure!(range.contains(&value), "{key} is {value}; it takes {} to {}", range.start(), range.end());
     Ok(())
@@ -372,7 +380,11 @@ fn flatten(config: &Config) -> anyhow::Result<Flat> {
     Ok(out)
 }
 
-fn refuse_unknown<'a>(known: &Flat, keys: impl IntoIterator<Item = &'a String>, from: &str) -> anyhow::Result<()> {
+fn refuse_unknown<'a>(
+    known: &Flat,
+    keys: impl IntoIterator<Item = &'a String>,
+    from: &str,
+) -> anyhow::Result<()> {
     for key in keys {
         if !known.contains_key(key) {
             let nearest = known.keys().min_by_key(|k| strsim::damerau_levenshtein(k, key));
@@ -393,7 +405,11 @@ fn parsed(default: &Value, text: &str) -> Value {
         }
         ValueKind::Boolean(_) => text.parse().map_or_else(|_| text.into(), ValueKind::Boolean),
         ValueKind::String(_) => text.into(),
-        _ => text.parse::<i64>().map(ValueKind::I64).or_else(|_| text.parse().map(ValueKind::Float)).unwrap_or_else(|_| text.into()),
+        _ => text
+            .parse::<i64>()
+            .map(ValueKind::I64)
+            .or_else(|_| text.parse().map(ValueKind::Float))
+            .unwrap_or_else(|_| text.into()),
     };
     Value::new(None, kind)
 }
@@ -417,9 +433,11 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_file() {
-        let settings = load("[replay]\ncapacity = 5\nstrategy = 'reservoir'", &["replay.capacity=7"]).expect("settings");
+        let settings =
+            load("[replay]\ncapacity = 5\nstrategy = 'reservoir'", &["replay.capacity=7"]).expect("settings");
         assert_eq!((settings.replay.capacity, settings.replay.strategy), (7, Strategy::Reservoir));
-        let settings = load("", &["filter.languages=eng,fra", "train.enabled=false", "train.rate=1e-3"]).expect("settings");
+        let settings = load("", &["filter.languages=eng,fra", "train.enabled=false", "train.rate=1e-3"])
+            .expect("settings");
         assert_eq!(settings.filter.languages, ["eng", "fra"]);
         assert!(!settings.train.enabled);
         assert_eq!(settings.train.rate, 1e-3);
@@ -449,7 +467,8 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_or_not_toml_is_named() {
-        let message = format!("{:#}", Settings::load(Some(Path::new("/no/such.toml")), &[]).expect_err("missing"));
+        let message =
+            format!("{:#}", Settings::load(Some(Path::new("/no/such.toml")), &[]).expect_err("missing"));
         assert!(message.contains("/no/such.toml"), "{message}");
         assert!(load("[replay", &[]).is_err());
     }

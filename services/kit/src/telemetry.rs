@@ -2,6 +2,25 @@
 //!
 //! User text, keys and secrets are never logged: log ids, ordinals, counts and sizes.
 
+use crate::settings::{LogFormat, Telemetry};
+use anyhow::Context;
+use tracing_subscriber::EnvFilter;
+
+/// Starts logging for the whole process.
+///
+/// # Errors
+/// When the level is no filter, or logging was started before.
+pub fn start(settings: &Telemetry) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&settings.level)
+        .with_context(|| format!("telemetry.level = {:?} is neither a level nor a filter", settings.level))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match settings.format {
+        LogFormat::Text => logs.try_init(),
+        LogFormat::Json => logs.json().try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("logging cannot start: {error}"))
+}
+
 /// Names of metrics. Services keep their own beside their code, with the same prefix.
 pub mod names {
     /// Messages by service, message and outcome (`handled`, `retried`, `failed`, `put_aside`).

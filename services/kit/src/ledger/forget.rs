@@ -1,7 +1,9 @@
 //! What is taken out again: forgotten, withdrawn from learning, or cut anew.
 
 use super::query::ordinals;
-use super::tables::{DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, TRAILS, names};
+use super::tables::{
+    DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, Settled, TRAILS, names, unframe,
+};
 use super::{Ledger, LedgerError, Result, open_database};
 use proto::{Domain, VerdictKind};
 use redb::{
@@ -62,25 +64,25 @@ impl Ledger {
     /// When it cannot be brought to disk.
     pub fn encode_as(&self, encoding: &str) -> Result<bool> {
         self.shared.transact(|tables| {
-            let before = tables.encoding()?;
-            if before.as_deref() == Some(encoding) {
+            if tables.encoding()?.as_deref() == Some(encoding) {
                 return Ok(false);
             }
             tables.set_encoding(encoding)?;
             let mut judged = Vec::new();
             for row in tables.settled.iter()? {
-                judged.push(row?.0.value());
-            }
-            for ordinal in judged {
-                if tables.settled(ordinal)?.is_some_and(|settled| !settled.withdrawn) {
-                    tables.unsettle(ordinal)?;
+                let (ordinal, row) = row?;
+                if !unframe::<Settled>(row.value())?.withdrawn {
+                    judged.push(ordinal.value());
                 }
+            }
+            for ordinal in &judged {
+                tables.unsettle(*ordinal)?;
             }
             let mut state = tables.state()?;
             state.cursor = 0;
             tables.set_state(&state)?;
             tables.advance_cursor()?;
-            Ok(before.is_some())
+            Ok(!judged.is_empty())
         })
     }
 

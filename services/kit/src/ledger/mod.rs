@@ -45,6 +45,9 @@ pub enum LedgerError {
     /// A commit failed before; see the module's description.
     #[error("the ledger refuses to go on, because an earlier write failed")]
     Failed,
+    /// A row cannot be put into bytes.
+    #[error("the ledger cannot hold this: {0}")]
+    Row(String),
     /// The disk, or the file system, or something else that is not the content's fault.
     #[error("the ledger could not be read or written: {0}")]
     Storage(String),
@@ -235,7 +238,7 @@ impl Shared {
     }
 
     /// Does some work in one durable transaction, then tells everybody how things stand. An error of
-    /// the work leaves everything as it was; an error of the commit ends the ledger.
+    /// the work leaves everything as it was; an error of the disk ends the ledger.
     fn transact<T>(&self, work: impl FnOnce(&mut Tables<'_>) -> Result<T>) -> Result<T> {
         self.check()?;
         let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
@@ -246,7 +249,7 @@ impl Shared {
             let value = work(&mut tables)?;
             let state = tables.state()?;
             drop(tables);
-            self.commit(write)?;
+            commit(write)?;
             Ok((value, before, state))
         }));
         match whole {
@@ -254,20 +257,17 @@ impl Shared {
                 self.announce(&before, &state);
                 Ok(value)
             }
-            Ok(Err(error)) => Err(error),
+            Ok(Err(error)) => {
+                if matches!(error, LedgerError::Storage(_)) {
+                    self.fail(&error.to_string());
+                }
+                Err(error)
+            }
             Err(_) => {
                 self.fail("it panicked");
                 Err(LedgerError::Failed)
             }
         }
-    }
-
-    fn commit(&self, write: WriteTransaction) -> Result<()> {
-        let committed = try_commit(write);
-        if let Err(error) = &committed {
-            self.fail(&error.to_string());
-        }
-        committed
     }
 
     fn announce(&self, before: &State, now: &State) {
@@ -285,7 +285,7 @@ impl Shared {
     }
 }
 
-fn try_commit(write: WriteTransaction) -> Result<()> {
+fn commit(write: WriteTransaction) -> Result<()> {
     fail::fail_point!("ledger::after_write", |_| Err(LedgerError::Storage("injected".into())));
     // Durable when it returns: redb's default is an fsync with every commit.
     Ok(write.commit()?)

@@ -148,7 +148,7 @@ impl Ledger {
             let table = read.open_table(EXAMPLES)?;
             let mut window = FreshWindow { through: after, ..FreshWindow::default() };
             while (window.documents as usize) < documents_max {
-                let first = |domain| first_example(&table, domain, window.through, cursor);
+                let first = |domain: &Domain| first_example(&table, domain, window.through, cursor);
                 let Some((domain, ordinal)) = oldest(domains.iter(), first)? else { break };
                 let (held_out, examples): (Vec<Example>, Vec<Example>) =
                     examples_of::<Example>(&table, &domain, ordinal)?.into_iter().partition(|e| e.held_out);
@@ -267,9 +267,7 @@ impl Ledger {
     }
 }
 
-fn accepted(
-    row: &(redb::AccessGuard<'_, u64>, redb::AccessGuard<'_, &'static [u8]>),
-) -> Result<Accepted> {
+fn accepted(row: &(redb::AccessGuard<'_, u64>, redb::AccessGuard<'_, &'static [u8]>)) -> Result<Accepted> {
     Ok(Accepted { ordinal: row.0.value(), document: unframe(row.1.value())? })
 }
 

@@ -68,12 +68,10 @@ pub(super) struct State {
     pub cursor: u64,
     /// Documents taken out, ever.
     pub taken_out: u64,
-    /// Documents held.
-    pub documents: u64,
 }
 
 pub(super) fn frame<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    wire::encode(Kind::Row, value).map_err(|error| LedgerError::Storage(error.to_string()))
+    wire::encode(Kind::Row, value).map_err(|error| LedgerError::Row(error.to_string()))
 }
 
 pub(super) fn unframe<T: DeserializeOwned>(frame: &[u8]) -> Result<T> {
@@ -81,10 +79,7 @@ pub(super) fn unframe<T: DeserializeOwned>(frame: &[u8]) -> Result<T> {
 }
 
 /// A row of a table, unframed.
-pub(super) fn get<'k, K, T>(
-    table: &impl ReadableTable<K, Frame>,
-    key: K::SelfType<'k>,
-) -> Result<Option<T>>
+pub(super) fn get<'k, K, T>(table: &impl ReadableTable<K, Frame>, key: K::SelfType<'k>) -> Result<Option<T>>
 where
     K: redb::Key + 'static,
     T: DeserializeOwned,
@@ -209,9 +204,12 @@ impl<'t> Tables<'t> {
         let Some(settled) = self.settled(ordinal)? else { return Ok(()) };
         self.settled.remove(ordinal)?;
         self.remove_examples(&settled, ordinal)?;
-        self.count(&settled.domain, |counts| match settled.verdict.kind {
-            VerdictKind::Kept => counts.kept -= 1,
-            VerdictKind::Refused => counts.refused -= 1,
+        self.count(&settled.domain, |counts| {
+            let judged = match settled.verdict.kind {
+                VerdictKind::Kept => &mut counts.kept,
+                VerdictKind::Refused => &mut counts.refused,
+            };
+            *judged = judged.saturating_sub(1);
         })
     }
 
@@ -226,8 +224,8 @@ impl<'t> Tables<'t> {
         })?;
         if removed > 0 {
             self.count(&settled.domain, |counts| {
-                counts.examples -= u64::from(settled.examples);
-                counts.held_out -= u64::from(settled.held_out);
+                counts.examples = counts.examples.saturating_sub(settled.examples.into());
+                counts.held_out = counts.held_out.saturating_sub(settled.held_out.into());
             })?;
         }
         Ok(())
@@ -241,9 +239,8 @@ impl<'t> Tables<'t> {
         self.documents.remove(ordinal)?;
         self.trails.remove(ordinal)?;
         self.places.remove((document.domain.as_str(), ordinal))?;
-        self.count(&document.domain, |counts| counts.documents -= 1)?;
+        self.count(&document.domain, |counts| counts.documents = counts.documents.saturating_sub(1))?;
         let mut state = self.state()?;
-        state.documents -= 1;
         state.taken_out += 1;
         self.set_state(&state)?;
         Ok(Some((document, trail)))

@@ -1,7 +1,7 @@
 //! What is written together: appends, verdicts and trail entries share a commit.
 
 use super::tables::{Named, Settled, State, Tables, frame};
-use super::{LedgerError, Result, Shared};
+use super::{Result, Shared};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use proto::{Document, DocumentId, Example, Kept, Trail, TrailEntry, VerdictKind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -107,7 +107,9 @@ fn apply(tables: &mut Tables<'_>, write: Write) -> Result<Answer> {
             answer(reply, outcome)
         }
         Write::Settle { settlements, reply } => {
-            fail::fail_point!("ledger::before_settle", |_| Err(LedgerError::Storage("injected".into())));
+            fail::fail_point!("ledger::before_settle", |_| Err(super::LedgerError::Storage(
+                "injected".into()
+            )));
             settlements.iter().try_for_each(|settlement| settle(tables, settlement))?;
             answer(reply, ())
         }
@@ -139,7 +141,11 @@ enum Plan {
     Conflict,
 }
 
-fn append(tables: &mut Tables<'_>, documents: &[Document], again: &BTreeSet<DocumentId>) -> Result<Vec<Appended>> {
+fn append(
+    tables: &mut Tables<'_>,
+    documents: &[Document],
+    again: &BTreeSet<DocumentId>,
+) -> Result<Vec<Appended>> {
     let plans = plan(tables, documents, again)?;
     if plans.iter().any(|plan| matches!(plan, Plan::Conflict)) {
         let outcome = |plan: &Plan| match plan {
@@ -194,9 +200,13 @@ fn plan(tables: &Tables<'_>, documents: &[Document], again: &BTreeSet<DocumentId
     Ok(plans)
 }
 
-fn insert(tables: &mut Tables<'_>, state: &mut State, document: &Document, mut trail: Trail) -> Result<Appended> {
+fn insert(
+    tables: &mut Tables<'_>,
+    state: &mut State,
+    document: &Document,
+    mut trail: Trail,
+) -> Result<Appended> {
     state.head += 1;
-    state.documents += 1;
     tables.set_state(state)?;
     let ordinal = state.head;
     tables.documents.insert(ordinal, frame(document)?.as_slice())?;

@@ -18,7 +18,7 @@ impl Answer<Rollback> for Checkpoint {
     type Reply = Result<RolledBack, Refusal>;
 
     async fn answer(&mut self, ask: Rollback) -> Result<Self::Reply, Fault> {
-        let chain = self.chain(&ask.lineage);
+        let chain = self.registry.chain(&ask.lineage);
         let target = match rollback_target(&ask, &chain) {
             Ok(target) => target,
             Err(refusal) => return Ok(Err(refusal)),
@@ -58,7 +58,7 @@ impl Answer<Forget> for Checkpoint {
         };
         let manifest = self.registry.manifest();
         let lineage = if manifest.shared { Domain::general() } else { document.domain.clone() };
-        let chain = self.chain(&lineage);
+        let chain = self.registry.chain(&lineage);
         // Whatever learned it, and all that came after, may have rehearsed it.
         let settled = manifest.lineages.get(&lineage).is_some_and(|l| ordinal <= l.cursor);
         let clean = chain.iter().position(|g| g.through < ordinal).unwrap_or(chain.len());
@@ -92,7 +92,7 @@ impl Answer<Import> for Checkpoint {
     type Reply = Result<GenerationId, Refusal>;
 
     async fn answer(&mut self, ask: Import) -> Result<Self::Reply, Fault> {
-        let current = self.chain(&ask.lineage).first().map(|g| g.id.clone());
+        let current = self.registry.chain(&ask.lineage).first().map(|g| g.id.clone());
         if let Err(refusal) = expect(ask.expected.as_ref(), current.as_ref()) {
             return Ok(Err(refusal));
         }
@@ -140,7 +140,7 @@ impl Answer<Export> for Checkpoint {
     type Reply = Result<PeftFiles, Refusal>;
 
     async fn answer(&mut self, ask: Export) -> Result<Self::Reply, Fault> {
-        let chain = self.chain(&ask.lineage);
+        let chain = self.registry.chain(&ask.lineage);
         let wanted = chain.iter().find(|g| ask.generation.as_ref().is_none_or(|id| *id == g.id));
         let Some(generation) = wanted else {
             let which = ask.generation.map_or("no generation".into(), |id| format!("no generation {id}"));
@@ -157,7 +157,7 @@ impl Answer<Export> for Checkpoint {
 impl Checkpoint {
     /// Serves an older generation, or the base, and learns again whatever came after it.
     fn fall_back(&self, lineage: &Domain, to: Option<&Generation>) -> anyhow::Result<()> {
-        let chain = self.chain(lineage);
+        let chain = self.registry.chain(lineage);
         let documents = chain.iter().skip_while(|g| to.is_none_or(|t| t.id != g.id)).map(|g| g.documents).sum();
         self.edit(lineage, |entry| {
             entry.current = to.map(|g| g.id.clone());

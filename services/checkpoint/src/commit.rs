@@ -81,7 +81,7 @@ impl Checkpoint {
             lineage.attempt = 0;
         })?;
         let entry = |ordinal| (ordinal, entry("set_aside", Some(reason.to_owned()), now_ms()));
-        self.ledger.record(documents(judgement).into_iter().map(entry).collect()).await
+        Ok(self.ledger.record(documents(judgement).into_iter().map(entry).collect()).await?)
     }
 
     /// A name that says all that makes this version what it is.
@@ -111,7 +111,7 @@ impl Checkpoint {
                 entries.push((ordinal, entry("live", id, at_ms)));
             }
         }
-        self.ledger.record(entries).await
+        Ok(self.ledger.record(entries).await?)
     }
 }
 

@@ -3,24 +3,12 @@
 use crate::Checkpoint;
 use proto::{Blob, Domain, Generation};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 impl Checkpoint {
-    /// A lineage's current generation and its ancestors, newest first.
-    pub(crate) fn chain(&self, lineage: &Domain) -> Vec<Arc<Generation>> {
-        let mut chain = Vec::new();
-        let mut at = self.registry.manifest().lineages.get(lineage).and_then(|l| l.current.clone());
-        while let Some(generation) = at.and_then(|id| self.registry.generation(&id)) {
-            at = generation.parent.clone();
-            chain.push(generation);
-        }
-        chain
-    }
-
     /// Removes the weights and learner state of generations that are too old to roll back to. What
     /// they learned stays written down: the replay buffer is rebuilt from it.
     pub(crate) fn prune(&self, lineage: &Domain) -> anyhow::Result<()> {
-        let chain = self.chain(lineage);
+        let chain = self.registry.chain(lineage);
         let (_, old) = chain.split_at(chain.len().min(self.generations_kept));
         self.remove_files(old.iter().flat_map(|g| state_files(g)).collect())
     }
@@ -33,7 +21,7 @@ impl Checkpoint {
         let lineages: Vec<Domain> = self.registry.manifest().lineages.keys().cloned().collect();
         let mut needed = BTreeSet::new();
         for lineage in lineages {
-            for (age, generation) in self.chain(&lineage).iter().enumerate() {
+            for (age, generation) in self.registry.chain(&lineage).iter().enumerate() {
                 needed.insert(generation.learned.clone());
                 if age < self.generations_kept {
                     needed.extend(state_files(generation));

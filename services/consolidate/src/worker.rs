@@ -11,6 +11,7 @@ use model::loss::score;
 use model::pack::Sequence;
 use proto::{Candidate, Example, ExampleId, Measure, Receipt, Retained};
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -163,7 +164,15 @@ impl Worker {
         }
         let stride = fresh.len().div_ceil(self.gating.fisher_examples);
         let sample: Vec<Sequence> = fresh.iter().step_by(stride).map(|e| sequence(e)).collect();
-        let new = ewc::fisher(&self.base, adapter, &sample)?;
+        let mut last = Instant::now();
+        let mut between = || {
+            self.turn.yield_between(last.elapsed(), self.gating.share_while_serving, &self.stop);
+            last = Instant::now();
+            if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let Some(new) = ewc::fisher(&self.base, adapter, &sample, &mut between)? else {
+            anyhow::bail!("told to stop");
+        };
         let state = match older {
             Some(bytes) => {
                 let older = Ewc::from_bytes(bytes, adapter.parameter_count())?;

@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use proto::{Domain, Export, Generation, GenerationId, Import, PeftFiles, Rollback};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"adapters": lineages(&state)}))
@@ -38,7 +39,8 @@ pub(crate) fn lineages(state: &State) -> Vec<Value> {
 pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> Result<HttpResponse> {
     let domain = existing(&state, domain)?;
     let registry = &state.gateway.registry;
-    let current = registry.lineage(&domain).current;
+    let manifest = registry.try_manifest();
+    let current = manifest.and_then(|manifest| manifest.lineages.get(&domain)?.current.clone());
     let entry = |generation: &Generation| {
         json!({
             "generation": generation.id,
@@ -53,7 +55,10 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
             "receipt": generation.receipt,
         })
     };
-    let generations: Vec<Value> = registry.chain(&domain).iter().map(|generation| entry(generation)).collect();
+    let parent = |child: &Arc<Generation>| registry.generation(child.parent.as_ref()?);
+    let newest = current.as_ref().and_then(|id| registry.generation(id));
+    let generations: Vec<Value> =
+        std::iter::successors(newest, parent).map(|generation| entry(&generation)).collect();
     Ok(HttpResponse::Ok().json(json!({"domain": domain, "current": current, "generations": generations})))
 }
 

@@ -98,17 +98,19 @@ impl Told {
 
     async fn whole(mut self) -> Result<HttpResponse> {
         let (deadline, time_max) = (self.deadline, self.time_max);
-        let collect = async {
-            let mut text = String::new();
-            loop {
-                match self.next().await? {
-                    Step::Text(piece) => text.push_str(&piece),
-                    Step::End(reason, usage) => break Ok(self.answer.whole(&text, reason, usage)),
-                }
+        let (text, reason, usage) =
+            timeout_at(deadline, self.collect()).await.map_err(|_| out_of_time(time_max))??;
+        Ok(HttpResponse::Ok().json(self.answer.whole(&text, reason, usage)))
+    }
+
+    async fn collect(&mut self) -> Result<(String, FinishReason, Usage)> {
+        let mut text = String::new();
+        loop {
+            match self.next().await? {
+                Step::Text(piece) => text.push_str(&piece),
+                Step::End(reason, usage) => return Ok((text, reason, usage)),
             }
-        };
-        let whole = timeout_at(deadline, collect).await.map_err(|_| out_of_time(time_max))??;
-        Ok(HttpResponse::Ok().json(whole))
+        }
     }
 
     fn streamed(self) -> HttpResponse {

@@ -8,9 +8,11 @@ use crate::state::{State, now_ms};
 use crate::submission::{self, Submission};
 use crate::metrics;
 use actix_web::{HttpRequest, HttpResponse, web};
-use kit::ledger::Appended;
+use kit::ledger::{Appended, LedgerError};
+use kit::status::document_status;
 use proto::{DocumentId, DocumentStatus, Domain, Forget, Stage};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Documents in one list, where `limit` is left out, and at most.
 const LIST_DEFAULT: u32 = 50;
@@ -28,18 +30,22 @@ pub(crate) async fn submit(
     admit(&state, documents.len() as u64)?;
     let names: Vec<(DocumentId, Domain)> =
         documents.iter().map(|document| (document.id.clone(), document.domain.clone())).collect();
-    let appended = state.gateway.ledger.append(documents).await.map_err(not_written)?;
+    let before = statuses(&state, names.iter().map(|(id, _)| id.clone()).collect()).await?;
+    // What was put aside and comes again is to be learned after all.
+    let aside = before.iter().filter(|status| status.status == Stage::SetAside);
+    let again = aside.map(|status| status.id.clone()).collect();
+    let appended = state.gateway.ledger.append_again(documents, again).await.map_err(not_written)?;
     if let Some(place) = appended.iter().position(|one| matches!(one, Appended::Conflict)) {
         return Err(conflict(&names[place].0, many.then_some(place)));
     }
-    let mut answers = Vec::new();
-    for ((id, domain), appended) in names.iter().zip(&appended) {
-        let status = match appended {
-            Appended::New { .. } => json!(Stage::Accepted),
-            _ => json!(status(&state, id)?.map_or(Stage::Accepted, |status| status.status)),
-        };
-        answers.push(json!({"id": id, "status": status, "domain": domain}));
-    }
+    let stage = |id: &DocumentId, appended: &Appended| match appended {
+        Appended::New { .. } => Stage::Accepted,
+        _ => before.iter().find(|status| status.id == *id).map_or(Stage::Accepted, |status| status.status),
+    };
+    let answers = names.iter().zip(&appended).map(|((id, domain), appended)| {
+        json!({"id": id, "status": stage(id, appended), "domain": domain})
+    });
+    let mut answers: Vec<Value> = answers.collect();
     let new = appended.iter().filter(|one| matches!(one, Appended::New { .. })).count();
     metrics::documents_accepted(new as u64);
     let answer = if many { json!({"documents": answers}) } else { answers.swap_remove(0) };
@@ -61,7 +67,7 @@ fn idempotency_key(request: &HttpRequest) -> Result<Option<&str>> {
 }
 
 /// What could not be made durable is not acknowledged; the client asks again.
-fn not_written(error: impl std::fmt::Display) -> ApiError {
+fn not_written(error: LedgerError) -> ApiError {
     tracing::error!(%error, "documents could not be written");
     ApiError::busy("the documents could not be written to disk; none was accepted", 1)
 }
@@ -81,26 +87,25 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
     let before = query.name("before", DocumentId::new)?;
     let limit = query.whole("limit", 1..=LIST_MAX)?.unwrap_or(LIST_DEFAULT);
     query.finish()?;
-    let ledger = &state.gateway.ledger;
-    let before = match before {
-        None => None,
-        Some(id) => match ledger.document(&id).map_err(|error| ApiError::internal(&error))? {
-            Some((ordinal, _)) => Some(ordinal),
-            None => return Err(no_such_document(&id).param("before")),
-        },
-    };
-    let rows = ledger.list(domain.as_ref(), limit as usize, before);
-    let mut documents = Vec::new();
-    for id in rows.map_err(|error| ApiError::internal(&error))? {
-        documents.extend(status(&state, &id)?);
-    }
-    Ok(HttpResponse::Ok().json(json!({"documents": documents})))
+    let ledger = Arc::clone(&state.gateway.ledger);
+    let rows = read(move || {
+        let before = match before {
+            None => None,
+            Some(id) => match ledger.document(&id)? {
+                Some((ordinal, _)) => Some(ordinal),
+                None => return Ok(Err(no_such_document(&id).param("before"))),
+            },
+        };
+        Ok(Ok(ledger.list(domain.as_ref(), limit as usize, before)?))
+    });
+    let ids = rows.await??.into_iter().map(|accepted| accepted.document.id).collect();
+    Ok(HttpResponse::Ok().json(json!({"documents": statuses(&state, ids).await?})))
 }
 
 pub(crate) async fn show(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
     let id = document_id(id)?;
-    let status = status(&state, &id)?.ok_or_else(|| no_such_document(&id))?;
-    Ok(HttpResponse::Ok().json(status))
+    let status = statuses(&state, vec![id.clone()]).await?.pop();
+    Ok(HttpResponse::Ok().json(status.ok_or_else(|| no_such_document(&id))?))
 }
 
 pub(crate) async fn forget(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
@@ -117,7 +122,18 @@ fn no_such_document(id: &DocumentId) -> ApiError {
     ApiError::not_found(format!("there is no document '{id}'"))
 }
 
-fn status(state: &State, id: &DocumentId) -> Result<Option<DocumentStatus>> {
-    let gateway = &state.gateway;
-    kit::status::document_status(&gateway.ledger, &gateway.registry, id).map_err(|error| ApiError::internal(&error))
+/// How the documents stand, but for those that are not there.
+async fn statuses(state: &State, ids: Vec<DocumentId>) -> Result<Vec<DocumentStatus>> {
+    let (ledger, registry) = (Arc::clone(&state.gateway.ledger), Arc::clone(&state.gateway.registry));
+    let status = move |id: &DocumentId| document_status(&ledger, &registry, registry.live(), id).transpose();
+    read(move || ids.iter().filter_map(status).collect()).await
+}
+
+/// Reads the ledger on a thread that may wait for it: while it is being rewritten, probes still
+/// have to be answered.
+async fn read<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, LedgerError> + Send + 'static,
+) -> Result<T> {
+    let done = web::block(work).await.map_err(|error| ApiError::internal(&error))?;
+    done.map_err(|error| ApiError::internal(&error))
 }

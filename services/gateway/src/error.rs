@@ -63,10 +63,10 @@ impl ApiError {
     }
 
     /// 405: the path exists, and takes only the methods in `allow`.
-    pub(crate) fn method_not_allowed(allow: String) -> Self {
+    pub(crate) fn method_not_allowed(allow: &str) -> Self {
         let message = format!("this path takes only {allow}");
         let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, message);
-        error.header = Some((header::ALLOW, allow));
+        error.header = Some((header::ALLOW, allow.to_owned()));
         error
     }
 

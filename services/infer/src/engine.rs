@@ -10,7 +10,7 @@ use model::lora::Adapter;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long the engine rests when every running request waits for its reader.
 const READERS_WAIT: Duration = Duration::from_millis(2);
@@ -38,7 +38,6 @@ struct Running {
     /// Events that the reader had no room for yet.
     pending: VecDeque<GenerateEvent>,
     done: bool,
-    started: Instant,
     _turn: Turned,
 }
 
@@ -131,13 +130,11 @@ impl Engine {
             reply: request.reply,
             pending: VecDeque::new(),
             done: false,
-            started: Instant::now(),
             _turn: request.turn,
         })
     }
 
     fn gauge(&self) {
-        metrics::gauge!("engram:num_requests_running").set(self.running.len() as f64);
         metrics::gauge!("engram:num_requests_waiting").set(self.waiting.len() as f64);
     }
 }
@@ -195,10 +192,6 @@ impl Running {
                 return;
             }
         };
-        if self.decoder.generated() == 1 {
-            metrics::histogram!("engram:time_to_first_token_seconds").record(self.started.elapsed().as_secs_f64());
-        }
-        metrics::counter!("engram:generation_tokens_total").increment(1);
         if !step.text.is_empty() {
             self.pending.push_back(GenerateEvent::Text(step.text));
         }
@@ -210,7 +203,6 @@ impl Running {
                 Finish::Length => FinishReason::Length,
             };
             self.pending.push_back(GenerateEvent::Finished { reason, usage });
-            metrics::histogram!("engram:e2e_request_latency_seconds").record(self.started.elapsed().as_secs_f64());
             self.done = true;
         }
     }

@@ -20,7 +20,7 @@ use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::tokenizer::Tokenizer;
 use proto::{
-    Adapters, Choice, Domain, Generate, GenerateEvent, Generation, GenerationId, Manifest, Prompt, Publish,
+    Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish,
     Published, Role, VerdictKind, Weighted,
 };
 use router::Router;
@@ -159,7 +159,9 @@ impl Infer {
             stays
         });
         for (domain, id) in current {
-            let chain = self.chain(id);
+            // Oldest first: profiles grow as the lineage did.
+            let mut chain = self.registry.ancestors(Some(id.clone()));
+            chain.reverse();
             let known = self.profiled.entry(domain.clone()).or_default();
             if !chain.iter().map(|g| &g.id).take(known.len()).eq(known.iter()) {
                 self.router.remove(domain);
@@ -176,18 +178,6 @@ impl Infer {
             *known = chain.iter().map(|g| g.id.clone()).collect();
         }
         Ok(())
-    }
-
-    /// A generation and its ancestors, oldest first.
-    fn chain(&self, id: &GenerationId) -> Vec<Arc<Generation>> {
-        let mut chain = Vec::new();
-        let mut at = Some(id.clone());
-        while let Some(generation) = at.and_then(|id| self.registry.generation(&id)) {
-            at = generation.parent.clone();
-            chain.push(generation);
-        }
-        chain.reverse();
-        chain
     }
 
     /// The adapters that answer a request; or, for its user, the parameter at fault and what to do.
@@ -260,7 +250,7 @@ impl Answer<Publish> for Infer {
     type Reply = Published;
 
     async fn answer(&mut self, publish: Publish) -> Result<Published, Fault> {
-        self.take_up(&publish.manifest)?;
+        self.take_up(&publish.manifest).await?;
         let live_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         Ok(Published { number: publish.manifest.number, live_ms })
     }
@@ -287,7 +277,10 @@ impl Answer<Generate> for Infer {
         }
         let _ = reply.try_send(GenerateEvent::Started(choice.clone()));
         let turn = self.turn.enter();
-        let stop_ids = Vec::new();
+        let stop_ids = match ask.prompt {
+            Prompt::Text(_) => Vec::new(),
+            Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
+        };
         let request = Request { tokens, adapters: choice.adapters, sampling: ask.sampling, stop_ids, reply, turn };
         let (running_max, queue_max) = (self.serving.running_max, self.serving.queue_max);
         let taken = self.engine.run(move |engine| engine.take(request, running_max + queue_max)).await?;

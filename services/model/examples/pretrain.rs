@@ -11,6 +11,9 @@ use model::pretrain::{Budget, PretrainOptions, Progress, run};
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().collect();
+    if args[1] == "eval" {
+        return evaluate(&args[2], &args[3], &args[4..]);
+    }
     let (preset, out, minutes) = (&args[1], &args[2], args[3].parse::<f64>()?);
     tch::set_num_threads(2);
     let options = PretrainOptions {
@@ -54,5 +57,27 @@ fn main() -> anyhow::Result<()> {
         other => println!("{other:?}"),
     })?;
     println!("mean {:.4}", bits.iter().sum::<f64>() / bits.len() as f64);
+    Ok(())
+}
+
+fn evaluate(folder: &str, prompt: &str, texts: &[String]) -> anyhow::Result<()> {
+    use model::{generate, llama::Base, pretrain::evaluate, tokenizer::Tokenizer};
+    tch::set_num_threads(2);
+    let folder = std::path::Path::new(folder);
+    let (base, tokenizer) = (Base::load(folder, &Placement::CPU_F32)?, Tokenizer::load(folder)?);
+    let ids = tokenizer.encode(prompt)?;
+    for temperature in [0.0, 0.7] {
+        let sampling = generate::Sampling { temperature, max_tokens: 60, ..Default::default() };
+        println!("{prompt}|{}", generate::generate(&base, &[], &tokenizer, &ids, sampling)?.text);
+    }
+    for text in texts {
+        let score = evaluate::text(&base, &tokenizer, text.as_ref(), 512, 200_000)?;
+        println!(
+            "{text} {:.3} bits a byte, {} bytes {} tokens",
+            score.bits_per_byte(),
+            score.bytes,
+            score.tokens
+        );
+    }
     Ok(())
 }

@@ -24,22 +24,32 @@ const BATCH: usize = 32;
 pub fn sample(base: &Base, count: usize, length: usize, seed: u64) -> Result<Vec<Sequence>> {
     let _guard = tch::no_grad_guard();
     let config = base.config();
-    ensure!((2..=config.max_positions as usize).contains(&length), "an anchor has 2 to {} tokens", config.max_positions);
+    ensure!(
+        (2..=config.max_positions as usize).contains(&length),
+        "an anchor has 2 to {} tokens",
+        config.max_positions
+    );
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut sequences = Vec::with_capacity(count);
     for start in (0..count).step_by(BATCH) {
         let rows = BATCH.min(count - start);
-        let first = (0..rows).map(|_| i64::from(config.bos.unwrap_or_else(|| random.random_range(0..config.vocab_size as u32))));
+        let first = (0..rows).map(|_| {
+            i64::from(config.bos.unwrap_or_else(|| random.random_range(0..config.vocab_size as u32)))
+        });
         let mut last: Vec<i64> = first.collect();
         let mut tokens: Vec<Vec<u32>> = last.iter().map(|&id| vec![id as u32]).collect();
         let mut cache = KvCache::new(base, rows as i64);
         for _ in 1..length {
             let ids = Tensor::from_slice(&last).view([-1, 1]).to_device(base.device());
-            let hidden = base.forward(&Input::rows(ids, cache.len()), &ActiveAdapters::none(), Some(&mut cache))?;
+            let hidden =
+                base.forward(&Input::rows(ids, cache.len()), &ActiveAdapters::none(), Some(&mut cache))?;
             let probabilities = to_vec(&base.logits(&hidden)?.f_softmax(-1, Kind::Float)?)?;
             for (row, masses) in probabilities.chunks(config.vocab_size as usize).enumerate() {
                 let masses: Vec<f64> = masses.iter().map(|&p| f64::from(p)).collect();
-                ensure!(masses.iter().all(|p| p.is_finite()), "the model's output is not finite: its weights are damaged");
+                ensure!(
+                    masses.iter().all(|p| p.is_finite()),
+                    "the model's output is not finite: its weights are damaged"
+                );
                 let id = draw(&masses, &mut random);
                 tokens[row].push(id as u32);
                 last[row] = id as i64;
@@ -66,7 +76,8 @@ mod tests {
         // An adapter moves the model away from what it sampled: its NLL on that rises.
         let mean = |adapters: &[_]| {
             let scores = score(&base, adapters, &one, 256).unwrap();
-            scores.iter().map(|s| s.nll_sum).sum::<f64>() / scores.iter().map(|s| s.tokens as f64).sum::<f64>()
+            scores.iter().map(|s| s.nll_sum).sum::<f64>()
+                / scores.iter().map(|s| s.tokens as f64).sum::<f64>()
         };
         let adapter = golden::adapter("peft-r8");
         assert!(mean(&[(&adapter, 1.0)]) > mean(&[]) + 0.1);

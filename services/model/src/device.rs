@@ -214,6 +214,11 @@ fn libtorch_folder() -> Option<PathBuf> {
     Some(PathBuf::from(path).parent()?.to_path_buf())
 }
 
+/// Sets how many threads libtorch computes with on behalf of the calling thread.
+pub fn set_threads(threads: usize) {
+    tch::set_num_threads(threads.clamp(1, 1024) as i32);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,5 @@
 //! Generation: one token a step, so that a caller can interleave several requests on one thread.
 
-use std::sync::Arc;
-
 use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -102,7 +100,7 @@ impl Decoder {
     pub fn new(
         base: &Base,
         adapters: &[(&Adapter, f64)],
-        tokenizer: &Arc<Tokenizer>,
+        tokenizer: &Tokenizer,
         prompt: &[u32],
         sampling: Sampling,
     ) -> Result<Self> {
@@ -117,14 +115,17 @@ impl Decoder {
             prompt.len(),
             config.max_positions
         );
-        ensure!(prompt.iter().all(|&id| i64::from(id) < config.vocab_size), "the prompt has ids beyond the vocabulary");
+        ensure!(
+            prompt.iter().all(|&id| i64::from(id) < config.vocab_size),
+            "the prompt has ids beyond the vocabulary"
+        );
         let mut end_ids = tokenizer.eos_ids().to_vec();
         end_ids.extend(&sampling.stop_ids);
         Ok(Self {
             adapters: base.activate(adapters)?,
             cache: KvCache::new(base, 1),
             random: ChaCha8Rng::seed_from_u64(sampling.seed),
-            stream: StreamDecoder::new(tokenizer.clone(), prompt),
+            stream: StreamDecoder::new(tokenizer, prompt),
             stops: StopMatcher::new(&sampling.stop),
             end_ids,
             unseen: prompt.to_vec(),
@@ -209,7 +210,7 @@ pub struct Answer {
 pub fn generate(
     base: &Base,
     adapters: &[(&Adapter, f64)],
-    tokenizer: &Arc<Tokenizer>,
+    tokenizer: &Tokenizer,
     prompt: &[u32],
     sampling: Sampling,
 ) -> Result<Answer> {
@@ -236,7 +237,10 @@ const LIKELY: usize = 1024;
 
 /// Chooses a token id from logits.
 fn choose(logits: &[f32], sampling: &Sampling, random: &mut ChaCha8Rng) -> Result<u32> {
-    ensure!(logits.iter().all(|x| !x.is_nan()), "the model's output is not a number: its weights are damaged");
+    ensure!(
+        logits.iter().all(|x| !x.is_nan()),
+        "the model's output is not a number: its weights are damaged"
+    );
     let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     ensure!(best.is_finite(), "the model's output is not finite: its weights are damaged");
     if sampling.temperature == 0.0 {
@@ -334,11 +338,12 @@ mod tests {
     use crate::lora::LoraConfig;
     use serde_json::Value;
 
-    fn stories() -> Option<(Base, Arc<Tokenizer>, Value)> {
+    fn stories() -> Option<(Base, Tokenizer, Value)> {
         let dir = golden::shared("models/stories260K")?;
         tch::set_num_threads(1);
-        let golden = serde_json::from_str(&std::fs::read_to_string(dir.join("golden.json")).unwrap()).unwrap();
-        Some((Base::load(&dir, &Placement::CPU_F32).unwrap(), Arc::new(Tokenizer::load(&dir).unwrap()), golden))
+        let golden =
+            serde_json::from_str(&std::fs::read_to_string(dir.join("golden.json")).unwrap()).unwrap();
+        Some((Base::load(&dir, &Placement::CPU_F32).unwrap(), Tokenizer::load(&dir).unwrap(), golden))
     }
 
     #[test]
@@ -360,7 +365,8 @@ mod tests {
     fn decoding_with_the_cache_equals_recomputing() {
         let Some((base, tokenizer, _)) = stories() else { return };
         let mut adapter = Adapter::new(LoraConfig::default(), base.config(), 3).unwrap();
-        let noise = (Tensor::arange(adapter.parameter_count(), (tch::Kind::Float, Device::Cpu)) * 0.37).sin() * 0.02;
+        let noise =
+            (Tensor::arange(adapter.parameter_count(), (tch::Kind::Float, Device::Cpu)) * 0.37).sin() * 0.02;
         adapter = adapter.with_flat(adapter.flat() + noise).unwrap();
         let mut ids = tokenizer.encode("One day").unwrap();
         let sampling = Sampling { max_tokens: 40, ..Sampling::default() };
@@ -379,12 +385,15 @@ mod tests {
         let Some((base, tokenizer, _)) = stories() else { return };
         let prompt = tokenizer.encode("Tom").unwrap();
         let run = |seed, top_k, top_p| {
-            let sampling = Sampling { temperature: 0.9, seed, top_k, top_p, max_tokens: 20, ..Sampling::default() };
+            let sampling =
+                Sampling { temperature: 0.9, seed, top_k, top_p, max_tokens: 20, ..Sampling::default() };
             generate(&base, &[], &tokenizer, &prompt, sampling).unwrap()
         };
         assert_eq!(run(5, 0, 1.0), run(5, 0, 1.0));
         assert_ne!(run(5, 0, 1.0).ids, run(6, 0, 1.0).ids);
-        let greedy = generate(&base, &[], &tokenizer, &prompt, Sampling { max_tokens: 20, ..Sampling::default() }).unwrap();
+        let greedy =
+            generate(&base, &[], &tokenizer, &prompt, Sampling { max_tokens: 20, ..Sampling::default() })
+                .unwrap();
         assert_eq!((run(7, 1, 1.0).ids, run(7, 0, 1e-9).ids), (greedy.ids.clone(), greedy.ids));
         let endless = Sampling { max_tokens: usize::MAX, ..Sampling::default() };
         let answer = generate(&base, &[], &tokenizer, &prompt, endless).unwrap();

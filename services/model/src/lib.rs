@@ -8,6 +8,7 @@
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
 
 pub mod anchor;
+pub mod chat;
 pub mod device;
 pub mod ewc;
 pub mod generate;

@@ -4,6 +4,8 @@
 //! scoring and decoding; they differ in the mask, the cache and whether gradients are recorded.
 
 use anyhow::{Context, Result, ensure};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
@@ -186,6 +188,27 @@ impl Base {
         let frequencies: Vec<f32> = config.rope_frequencies().into_iter().map(|f| f as f32).collect();
         let frequencies = Tensor::from_slice(&frequencies).to_device(device);
         Ok(Self { config, placement: *placement, embedding, head, norm, layers, frequencies })
+    }
+
+    /// A base with random weights: normal with deviation 0.02, norms of one. For tests and measurements.
+    ///
+    /// # Errors
+    /// When the configuration is impossible.
+    pub fn random(config: &ModelConfig, seed: u64, placement: &Placement) -> Result<Self> {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        Self::build(config.clone(), placement, |_, shape, kind| {
+            if shape.len() == 1 {
+                return Ok(Tensor::f_ones(shape, (kind, Device::Cpu))?);
+            }
+            // Box and Muller's transform, so that the values depend on no library's own generator.
+            let values: Vec<f32> = (0..shape.iter().product::<i64>())
+                .map(|_| {
+                    let (radius, angle) = (1.0 - random.random::<f32>(), random.random::<f32>());
+                    0.02 * (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * angle).cos()
+                })
+                .collect();
+            Ok(Tensor::from_slice(&values).f_view(shape)?.f_to_kind(kind)?)
+        })
     }
 
     /// A second handle on the same weights, to hand to another thread that only reads them.

@@ -131,11 +131,7 @@ impl Mixer {
     fn history(&self, manifest: &Manifest) -> Vec<Arc<Generation>> {
         let mut history = Vec::new();
         for lineage in manifest.lineages.values() {
-            let mut at = lineage.current.clone();
-            while let Some(generation) = at.and_then(|id| self.registry.generation(&id)) {
-                at = generation.parent.clone();
-                history.push(generation);
-            }
+            history.extend(self.registry.ancestors(lineage.current.clone()));
         }
         history.sort_by_key(|g| g.manifest);
         history

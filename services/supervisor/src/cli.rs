@@ -1,6 +1,6 @@
 //! The command line: what can be asked, and how failures are told.
 
-use crate::{adapters, ask, chat, doctor, documents, learn, offline, status, up};
+use crate::{adapters, ask, chat, doctor, documents, eval, learn, logits, pretrain, status, up};
 use clap::{Parser, Subcommand, error::ErrorKind};
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -42,10 +42,12 @@ enum Command {
     Documents(documents::Args),
     /// List, inspect, roll back, export or import adapters.
     Adapters(adapters::Args),
+    /// Train a base from scratch. Needs no server.
+    Pretrain(pretrain::Args),
     /// Measure a base, or a base with an adapter, on a file. Needs no server.
-    Eval(offline::EvalArgs),
+    Eval(eval::Args),
     /// Compute the logits of given token ids. Needs no server.
-    Logits(offline::LogitsArgs),
+    Logits(logits::Args),
     /// Check this machine and say what is amiss.
     Doctor(doctor::Args),
     /// What `up` keeps alive: not for people.
@@ -80,8 +82,9 @@ fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Status(args) => status::run(&args, out),
         Command::Documents(args) => documents::run(&args, out),
         Command::Adapters(args) => adapters::run(&args, out),
-        Command::Eval(args) => offline::eval(&args, out),
-        Command::Logits(args) => offline::logits(&args, out),
+        Command::Pretrain(args) => pretrain::run(&args, out),
+        Command::Eval(args) => eval::run(&args, out),
+        Command::Logits(args) => logits::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Worker => up::worker(),
     }

@@ -15,10 +15,14 @@ mod client;
 mod corpus;
 mod doctor;
 mod documents;
+mod eval;
 mod learn;
 mod lifeline;
-mod offline;
+mod logits;
+mod pretrain;
 mod status;
+mod text;
+mod topology;
 mod up;
 mod worker;
 

@@ -6,7 +6,6 @@ use infer::Language;
 use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::lora::Adapter;
-use model::peft;
 use model::tokenizer::Tokenizer;
 use proto::{Message, PeftFiles, Piece};
 use std::path::Path;
@@ -27,7 +26,7 @@ impl Text {
     pub fn load(dir: &Path) -> anyhow::Result<Self> {
         let config = ModelConfig::load(dir)?;
         let tokenizer = Tokenizer::load(dir)?;
-        tokenizer.check_model(&config)?;
+        tokenizer.check_vocabulary(config.vocab_size)?;
         let template = ChatTemplate::load(dir)?;
         let base_name = dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let file = dir.join("tokenizer.json");
@@ -58,7 +57,8 @@ impl ingest::Encode for Text {
     }
 
     fn chat(&self, messages: &[Message]) -> anyhow::Result<Piece> {
-        let turns: Vec<(&str, &str)> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+        let turns: Vec<(&str, &str)> =
+            messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
         let sequence = self.language.template.encode_training(&self.language.tokenizer, &turns)?;
         Ok(Piece { tokens: sequence.tokens, learned: sequence.learned })
     }

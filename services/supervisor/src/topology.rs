@@ -27,8 +27,8 @@ use model::anchor;
 use model::llama::Base;
 use model::pack::Sequence;
 use proto::{
-    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Publish, Published,
-    Refusal, RolledBack, Rollback,
+    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Publish,
+    Published, Refusal, Rollback, RolledBack,
 };
 use replay::{Mixer, Mixing, Settle};
 use std::sync::{Arc, Mutex};
@@ -87,7 +87,7 @@ pub struct Plant {
 
 impl Plant {
     /// Another handle on the base, to move to a compute thread.
-    fn base(&self) -> Base {
+    pub fn base(&self) -> Base {
         self.base.lock().unwrap_or_else(std::sync::PoisonError::into_inner).share()
     }
 
@@ -185,11 +185,8 @@ impl Plant {
         .await?;
         let death = engine.death();
         crew.source("infer engine", move || async move { Err(death.await.into()) });
-        let serving = Serving {
-            running_max,
-            queue_max: s.infer.queue_max,
-            route_threshold: s.infer.route_threshold,
-        };
+        let serving =
+            Serving { running_max, queue_max: s.infer.queue_max, route_threshold: s.infer.route_threshold };
         let infer = Infer::new(
             serving,
             language,
@@ -207,7 +204,9 @@ impl Plant {
 
     async fn train_thread(&self, stop: Stop) -> anyhow::Result<Compute<train::Worker>> {
         let s = &self.settings;
-        let (base, training, turn, threads) = (self.base(), training(s)?, Arc::clone(&self.turn), s.base.threads);
+        let base = self.base();
+        let training = training(s, base.config().hidden_size)?;
+        let (turn, threads) = (Arc::clone(&self.turn), s.base.threads);
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
         Compute::start("train", move || {
             set_threads(threads);
@@ -258,13 +257,19 @@ fn mixing(s: &Settings) -> Mixing {
     }
 }
 
-fn training(s: &Settings) -> anyhow::Result<Training> {
+fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
     use model::lora::{LoraConfig, Target};
     let mut targets = LoraConfig::default().targets;
     if s.train.down {
         targets.push(Target::Down);
     }
-    let lora = LoraConfig { rank: s.train.rank, alpha: s.train.alpha, rslora: s.train.rslora, targets, ..LoraConfig::default() };
+    let lora = LoraConfig {
+        rank: s.train.rank,
+        alpha: s.train.alpha,
+        rslora: s.train.rslora,
+        targets,
+        ..LoraConfig::default()
+    };
     lora.check()?;
     Ok(Training {
         lora,
@@ -273,7 +278,7 @@ fn training(s: &Settings) -> anyhow::Result<Training> {
             adamw: model::optim::AdamWConfig { weight_decay: s.train.weight_decay, ..Default::default() },
             row_tokens: s.train.row_tokens,
         },
-        rate: s.train.rate,
+        rate: s.rate(width),
         course: train::Course {
             passes: s.train.passes,
             answer_passes_max: s.train.answer_passes_max,
@@ -296,6 +301,6 @@ fn anchors(base: &Base, count: usize, length: usize, seed: u64) -> anyhow::Resul
 /// libtorch's thread count is the calling thread's own; 0 leaves it to libtorch.
 fn set_threads(threads: usize) {
     if threads > 0 {
-        tch::set_num_threads(threads as i32);
+        model::device::set_threads(threads);
     }
 }

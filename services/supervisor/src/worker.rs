@@ -4,7 +4,7 @@ use crate::lifeline;
 use crate::text::Text;
 use crate::topology::{Doors, Plant};
 use anyhow::{Context, bail, ensure};
-use gateway::{Gateway, ServerInfo};
+use gateway::{Gateway, Recorder, ServerInfo};
 use kit::blobs::Blobs;
 use kit::compute::Turn;
 use kit::lane::{Lane, LaneOutcome, Policy, Stop};
@@ -29,6 +29,7 @@ use std::time::Duration;
 pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool) -> anyhow::Result<()> {
     let finish = lifeline::finish(Duration::from_secs(settings.supervisor.stop_seconds_max))?;
     let plant = plant(settings, data_dir, base_dir)?;
+    let gateway = gateway(&plant, data_dir, base_dir)?;
     let learning = !degraded && plant.settings.train.enabled;
     actix::System::new().block_on(async move {
         let stop = Stop::new();
@@ -38,7 +39,7 @@ pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool)
             let _ = finish.await;
             told.set();
         });
-        live(Rc::new(plant), data_dir.to_owned(), learning, stop).await
+        live(Rc::new(plant), gateway, learning, stop).await
     })
 }
 
@@ -49,7 +50,8 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
     let text = Text::load(base_dir)?;
     let ledger = Ledger::open(&data_dir.join("ledger"))?;
     // Examples are token ids, so they belong to the tokenizer and to how documents are cut.
-    let encoding = format!("{} {} {:?}", text.fingerprint(), settings.ingest.max_seq_len, settings.ingest.views);
+    let encoding =
+        format!("{} {} {:?}", text.fingerprint(), settings.ingest.max_seq_len, settings.ingest.views);
     if ledger.encode_as(&encoding)? {
         tracing::info!("documents are cut anew: the tokenizer, or how documents are cut, has changed");
     }
@@ -63,7 +65,7 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
             if documents > 0 {
                 tracing::info!(base = %id, documents, "nothing was learned on this base yet; learning all documents");
             }
-            registry.commit(Manifest::empty(id.clone(), shared), None)?;
+            registry.commit(Manifest { number: 1, ..Manifest::empty(id.clone(), shared) }, None)?;
         }
         Some(manifest) => ensure!(
             manifest.shared == shared,
@@ -88,9 +90,8 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
 }
 
 /// Runs lanes and gateway; returns when all of them have ended.
-async fn live(plant: Rc<Plant>, data_dir: std::path::PathBuf, learning: bool, stop: Stop) -> anyhow::Result<()> {
+async fn live(plant: Rc<Plant>, gateway: Gateway, learning: bool, stop: Stop) -> anyhow::Result<()> {
     let policy = policy(&plant.settings);
-    let gateway = gateway(&plant, &data_dir);
     let intake = async {
         let outcome = Lane::run("intake", policy, async |crew| plant.intake(crew).await, stop.clone()).await;
         vital("intake", outcome, &stop)
@@ -100,10 +101,15 @@ async fn live(plant: Rc<Plant>, data_dir: std::path::PathBuf, learning: bool, st
         vital("serve", outcome, &stop)
     };
     let learn = async {
-        let outcome = Lane::run("learn", policy, async |crew| plant.learn(crew, learning).await, stop.clone()).await;
+        let outcome =
+            Lane::run("learn", policy, async |crew| plant.learn(crew, learning).await, stop.clone()).await;
         if let LaneOutcome::Degraded { reason } = outcome {
-            tracing::error!(reason, "learning is off; answers go on with what is published. Restart to learn again");
-            let outcome = Lane::run("learn", policy, async |crew| plant.learn(crew, false).await, stop.clone()).await;
+            tracing::error!(
+                reason,
+                "learning is off; answers go on with what is published. Restart to learn again"
+            );
+            let outcome =
+                Lane::run("learn", policy, async |crew| plant.learn(crew, false).await, stop.clone()).await;
             return vital("learn", outcome, &stop);
         }
         Ok(())
@@ -124,6 +130,36 @@ async fn live(plant: Rc<Plant>, data_dir: std::path::PathBuf, learning: bool, st
     };
     let (intake, serve, learn, door, disk) = tokio::join!(intake, serve, learn, door, disk);
     disk.and(intake).and(serve).and(learn).and(door)
+}
+
+fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Gateway> {
+    let doors = &plant.doors;
+    let (registry, base) = (Arc::clone(&plant.registry), plant.base());
+    let placement = base.placement();
+    Ok(Gateway {
+        settings: plant.settings.clone(),
+        ledger: Arc::clone(&plant.ledger),
+        registry: Arc::clone(&plant.registry),
+        doors: gateway::Doors {
+            generate: Arc::new(doors.generate.clone()),
+            rollback: doors.rollback.clone(),
+            forget: doors.forget.clone(),
+            import: doors.import.clone(),
+            export: doors.export.clone(),
+        },
+        // Inference notes what it serves as soon as it does.
+        ready: Box::new(move || registry.live() > 0),
+        info: ServerInfo {
+            base_name: base_dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            base_id: plant.base_id.clone(),
+            parameters: base.parameter_count() as u64,
+            context_length: base.config().max_positions as u32,
+            device: format!("{:?}", placement.device).to_lowercase(),
+            precision: format!("{:?}", placement.precision).to_lowercase(),
+            data_dir: data_dir.to_owned(),
+        },
+        metrics: Recorder::install()?,
+    })
 }
 
 /// Without these lanes there is no service: the process ends, and a new one has a fresh start.

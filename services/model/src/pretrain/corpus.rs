@@ -5,12 +5,13 @@ use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use rand::distr::weighted::WeightedIndex;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tokenizers::Tokenizer;
+
+use crate::tokenizer::Tokenizer;
 
 /// Ends a document, as a line of its own in the text and as a token in the model.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -78,15 +79,6 @@ fn next_document(lines: &mut impl BufRead) -> Result<Option<String>> {
     }
 }
 
-/// The token ids of a text, in which `<|endoftext|>` has no meaning of its own.
-///
-/// # Errors
-/// Only those of the tokenizer.
-pub fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode_fast(text, false).map_err(|error| anyhow!("cannot tokenise: {error}"))?;
-    Ok(encoding.get_ids().to_vec())
-}
-
 /// A part of the token file: the tokens of one text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Source {
@@ -107,8 +99,7 @@ impl Corpus {
     /// # Errors
     /// When a text cannot be read, or the file cannot be written.
     pub fn build(tokenizer: &Tokenizer, end: u32, texts: &[PathBuf], path: &Path) -> Result<Self> {
-        let size = tokenizer.get_vocab_size(true);
-        ensure!(size <= 1 << 16, "a vocabulary of {size} does not fit tokens of two bytes (at most 65536)");
+        tokenizer.check_vocabulary(1 << 16).context("the token file has two bytes for a token")?;
         let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let mut out = BufWriter::new(file);
         let mut sources = Vec::new();
@@ -116,7 +107,7 @@ impl Corpus {
         for text in texts {
             let mut tokens = 0;
             for document in documents(text)? {
-                let mut ids = encode(tokenizer, &document?)?;
+                let mut ids = tokenizer.encode(&document?)?;
                 ids.push(end);
                 for id in &ids {
                     out.write_all(&(*id as u16).to_le_bytes())?;

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
-use tokenizers::Tokenizer;
+use anyhow::{Context, Result, ensure};
 
 use super::corpus;
 use crate::llama::Base;
 use crate::loss;
 use crate::pack::Sequence;
+use crate::tokenizer::Tokenizer;
 
 /// Windows that are scored at once.
 const WINDOWS_PER_BATCH: usize = 16;
@@ -38,20 +38,20 @@ impl TextScore {
 
 /// Scores the first documents of a text, up to `bytes_max` bytes, in windows of `window` tokens.
 ///
-/// The documents follow one another, each after the token `end`, as they do in training. Every token is
+/// The documents follow one another, each after the end token, as they do in training. Every token is
 /// predicted once, from what precedes it in its window.
 ///
 /// # Errors
-/// When the text cannot be read or holds nothing.
+/// When the text cannot be read or holds nothing, or the tokenizer has no end token.
 pub fn text(
     base: &Base,
     tokenizer: &Tokenizer,
-    end: u32,
     path: &Path,
     window: usize,
     bytes_max: usize,
 ) -> Result<TextScore> {
     ensure!(window >= 2, "a window has to hold at least 2 tokens");
+    let end = *tokenizer.eos_ids().first().context("the tokenizer has no end token")?;
     let mut score = TextScore::default();
     let mut ids = vec![end];
     for document in corpus::documents(path)? {
@@ -60,7 +60,7 @@ pub fn text(
             break;
         }
         score.bytes += document.len();
-        ids.extend(corpus::encode(tokenizer, &document)?);
+        ids.extend(tokenizer.encode(&document)?);
         ids.push(end);
     }
     ensure!(score.bytes > 0, "{} holds no document", path.display());

@@ -18,11 +18,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tokenizers::Tokenizer;
 
 use crate::device::Placement;
 use crate::llama::Base;
 use crate::pack::Sequence;
+use crate::tokenizer::Tokenizer;
 use corpus::{Corpus, END_OF_TEXT, Order};
 use evaluate::TextScore;
 use preset::Preset;
@@ -60,10 +60,7 @@ pub struct PretrainOptions {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Progress {
     /// The tokenizer is trained.
-    Tokenizer {
-        /// Its number of tokens.
-        tokens: usize,
-    },
+    Tokenizer,
     /// The texts are tokenised.
     Corpus {
         /// Name and number of tokens of each.
@@ -105,10 +102,12 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
     let (training, held_out) = corpus::texts(&options.data)?;
     fs::create_dir_all(&options.out).with_context(|| format!("{}: cannot create", options.out.display()))?;
 
-    let tokenizer = bpe::train(&training, config.vocab_size as usize, data.tokenizer_bytes_max)?;
-    let end = tokenizer.token_to_id(END_OF_TEXT).context("the tokenizer has no end of text")?;
+    bpe::train(&training, config.vocab_size as usize, data.tokenizer_bytes_max)
+        .and_then(|tokenizer| bpe::write(&tokenizer, config.max_positions as usize, &options.out))?;
+    let tokenizer = Tokenizer::load(&options.out)?;
+    let end = tokenizer.id(END_OF_TEXT).context("the tokenizer has no end of text")?;
     ensure!(config.eos == [end], "the preset's eos_token_id has to be {end}, which is {END_OF_TEXT}");
-    report(Progress::Tokenizer { tokens: tokenizer.get_vocab_size(true) });
+    report(Progress::Tokenizer);
 
     let token_file = options.out.join("tokens.part");
     let corpus = Corpus::build(&tokenizer, end, &training, &token_file)?;
@@ -118,9 +117,12 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
 
     let base = train(options, &corpus, report)?;
     fs::remove_file(&token_file).with_context(|| format!("{}: cannot remove", token_file.display()))?;
-    bpe::write(&tokenizer, config.max_positions as usize, &options.out)?;
     folder::write(&base, &options.out)?;
-    validate(&base, &tokenizer, end, &held_out, options, report)
+    for path in &held_out {
+        let score = evaluate::text(&base, &tokenizer, path, data.window_tokens, data.validation_bytes_max)?;
+        report(Progress::Validation { name: short_name(path), score });
+    }
+    Ok(())
 }
 
 fn train(options: &PretrainOptions, corpus: &Corpus, report: &mut dyn FnMut(Progress)) -> Result<Base> {
@@ -157,24 +159,119 @@ fn decay(done: f64, share: f64) -> f64 {
     ((1.0 - done) / share).clamp(0.0, 1.0)
 }
 
-fn validate(
-    base: &Base,
-    tokenizer: &Tokenizer,
-    end: u32,
-    held_out: &[PathBuf],
-    options: &PretrainOptions,
-    report: &mut dyn FnMut(Progress),
-) -> Result<()> {
-    let data = &options.preset.data;
-    for path in held_out {
-        let score =
-            evaluate::text(base, tokenizer, end, path, data.window_tokens, data.validation_bytes_max)?;
-        report(Progress::Validation { name: short_name(path), score });
-    }
-    Ok(())
-}
-
 fn short_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.split('.').next().unwrap_or_default().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TINY: &str = r#"
+        [model]
+        model_type = "llama"
+        hidden_size = 32
+        num_hidden_layers = 2
+        num_attention_heads = 2
+        num_key_value_heads = 1
+        intermediate_size = 64
+        vocab_size = 300
+        max_position_embeddings = 32
+        tie_word_embeddings = true
+        eos_token_id = 0
+
+        [data]
+        tokenizer_bytes_max = 100_000
+        window_tokens = 32
+        mix_exponent = 0.5
+        validation_bytes_max = 2_000
+
+        [optimiser]
+        batch_windows = 8
+        muon_rate = 0.02
+        muon_momentum = 0.9
+        adamw_rate = 0.01
+        clip = 1.0
+        warmup_steps = 2
+        decay_share = 0.5
+    "#;
+
+    fn corpus_folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, count) in [("count.txt", 300), ("count.val.txt", 20)] {
+            let text: String =
+                (0..count).map(|i| format!("{i} sheep went over the hill\n{END_OF_TEXT}\n")).collect();
+            fs::write(folder.path().join(name), text).unwrap();
+        }
+        folder
+    }
+
+    fn options(data: &Path, out: &Path, steps: u64) -> PretrainOptions {
+        PretrainOptions {
+            preset: Preset::parse(TINY).unwrap(),
+            data: vec![data.to_path_buf()],
+            out: out.to_path_buf(),
+            budget: Budget::Steps(steps),
+            seed: 3,
+            placement: Placement::CPU_F32,
+            stop: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn a_base_learns_its_text_and_loads_again() {
+        let data = corpus_folder();
+        let out = tempfile::tempdir().unwrap();
+        let (mut losses, mut bits) = (Vec::new(), Vec::new());
+        run(&options(data.path(), out.path(), 30), &mut |progress| match progress {
+            Progress::Step(step) => losses.push(step.loss),
+            Progress::Validation { score, .. } => bits.push(score.bits_per_byte()),
+            _ => {}
+        })
+        .unwrap();
+        assert_eq!(losses.len(), 30);
+        assert!(losses[29] < 0.3 * losses[0], "{losses:?}");
+
+        // bf16 costs a little precision, and nothing else may differ.
+        let base = Base::load(out.path(), &Placement::CPU_F32).unwrap();
+        let tokenizer = Tokenizer::load(out.path()).unwrap();
+        let text = data.path().join("count.val.txt");
+        let again = evaluate::text(&base, &tokenizer, &text, 32, 2_000).unwrap().bits_per_byte();
+        assert!((again - bits[0]).abs() < 0.02, "{again} {bits:?}");
+    }
+
+    #[test]
+    fn equal_seeds_give_equal_weights() {
+        let data = corpus_folder();
+        let weights = || {
+            let out = tempfile::tempdir().unwrap();
+            run(&options(data.path(), out.path(), 3), &mut |_| ()).unwrap();
+            fs::read(out.path().join("model.safetensors")).unwrap()
+        };
+        assert!(weights() == weights());
+    }
+
+    #[test]
+    fn a_stop_ends_the_run_and_still_writes_the_base() {
+        let data = corpus_folder();
+        let out = tempfile::tempdir().unwrap();
+        let options = options(data.path(), out.path(), u64::MAX);
+        run(&options, &mut |progress| {
+            if matches!(progress, Progress::Step(step) if step.step == 2) {
+                options.stop.store(true, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+        Base::load(out.path(), &Placement::CPU_F32).unwrap();
+        assert!(!out.path().join("tokens.part").exists());
+    }
+
+    #[test]
+    fn folders_without_text_are_an_error() {
+        let empty = tempfile::tempdir().unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let error = run(&options(empty.path(), out.path(), 1), &mut |_| ()).unwrap_err();
+        assert!(error.to_string().contains("no .txt file"), "{error}");
+    }
 }

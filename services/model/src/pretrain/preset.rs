@@ -72,7 +72,7 @@ impl Preset {
         Self::parse(&text).with_context(|| name.to_string())
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    pub(super) fn parse(text: &str) -> Result<Self> {
         let preset: Self = toml::from_str(text)?;
         let config = preset.model()?;
         let (data, optimiser) = (&preset.data, &preset.optimiser);

@@ -1,4 +1,4 @@
-//! What needs no server: measuring a base with an adapter, and its bare logits.
+//! `engram logits`: what a base, or a base with an adapter, computes. Needs no server.
 
 use anyhow::{Context, Result, bail, ensure};
 use model::device::{DeviceChoice, Placement, PrecisionChoice};
@@ -7,9 +7,9 @@ use model::lora::Adapter;
 use model::weights;
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-const LOGITS_EXAMPLES: &str = "\
+const EXAMPLES: &str = "\
 Examples:
   engram logits --base ./stories --ids ids.safetensors --out logits.safetensors
   engram logits --base ./stories --adapter ./medical --ids ids.safetensors --out logits.safetensors";
@@ -32,7 +32,13 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    fn load(&self) -> Result<(Base, Option<Adapter>)> {
+    /// The folder of the base.
+    pub fn base_dir(&self) -> &Path {
+        &self.base
+    }
+
+    /// Loads the base, and the adapter if there is one.
+    pub fn load(&self) -> Result<(Base, Option<Adapter>)> {
         let placement = Placement::resolve(self.device, self.precision)?;
         let base = Base::load(&self.base, &placement)?;
         let adapter = match &self.adapter {
@@ -45,8 +51,8 @@ impl ModelArgs {
 
 /// What `engram logits` takes.
 #[derive(Debug, clap::Args)]
-#[command(after_help = LOGITS_EXAMPLES)]
-pub struct LogitsArgs {
+#[command(after_help = EXAMPLES)]
+pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Holds `input_ids`: int64 [batch, length].
@@ -58,7 +64,7 @@ pub struct LogitsArgs {
 }
 
 /// Writes the logits of each position.
-pub fn logits(args: &LogitsArgs, out: &mut dyn Write) -> Result<()> {
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let (base, adapter) = args.model.load()?;
     let mut tensors = weights::read_tensors(&args.ids)?;
     let name = args.ids.display();

@@ -1,0 +1,59 @@
+//! Measures a learner's step and greedy decoding on a shape of about five million weights.
+//!
+//!     cargo run --release -p model --example speed -- [threads]
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::Result;
+use model::device::Placement;
+use model::hf::ModelConfig;
+use model::learner::{Learner, LearnerConfig};
+use model::llama::{Base, Input, KvCache};
+use model::lora::{ActiveAdapters, Adapter, LoraConfig};
+use model::pack::Sequence;
+use tch::Tensor;
+
+const SHAPE: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 1024,
+    "tie_word_embeddings": true}"#;
+
+fn main() -> Result<()> {
+    let threads = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(2);
+    tch::set_num_threads(threads);
+    let base = Base::random(&ModelConfig::from_json(SHAPE)?, 1, &Placement::CPU_F32)?;
+    let adapter = Adapter::new(LoraConfig::default(), base.config(), 1)?;
+    println!("{} weights, {} in the adapter, {}", base.parameter_count(), adapter.parameter_count(), base.placement());
+
+    for (name, length) in [("sequences of 256", 256), ("sequences of 60, packed in rows of 240", 60)] {
+        let sequence = |i: u32| Sequence::whole((0..length).map(|t| (t * 37 + i * 101) % 4096).collect());
+        let micro_batches: Vec<Vec<Sequence>> =
+            (0..4).map(|m| (0..1024 / length).map(|i| sequence(m * 50 + i)).collect()).collect();
+        let mut learner = Learner::new(base.share(), &adapter, None, LearnerConfig::default())?;
+        let mut speeds = Vec::new();
+        for _ in 0..6 {
+            let start = Instant::now();
+            let report = learner.step(&micro_batches, 1e-4, &mut || ControlFlow::Continue(()))?;
+            speeds.push(report.tokens as f64 / start.elapsed().as_secs_f64());
+        }
+        println!("learning, {name}: {:.0} tokens/s at best, {:.0} at first", speeds.iter().copied().fold(0.0, f64::max), speeds[0]);
+    }
+
+    let _guard = tch::no_grad_guard();
+    for (name, active) in [("base", ActiveAdapters::none()), ("one adapter", base.activate(&[(&adapter, 1.0)])?)] {
+        let mut cache = KvCache::new(&base, 1);
+        let prompt = Tensor::from_slice(&[5i64; 512]).unsqueeze(0);
+        let start = Instant::now();
+        base.forward(&Input::rows(prompt, 0), &active, Some(&mut cache))?;
+        let prefill = 512.0 / start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let mut id = 5;
+        for _ in 0..256 {
+            let input = Input::rows(Tensor::from_slice(&[id]).unsqueeze(0), cache.len());
+            let hidden = base.forward(&input, &active, Some(&mut cache))?;
+            id = base.logits(&hidden)?.argmax(None, false).int64_value(&[]);
+        }
+        println!("{name}: prompt {prefill:.0} tokens/s, decoding {:.0} tokens/s", 256.0 / start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}

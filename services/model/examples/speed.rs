@@ -23,7 +23,12 @@ fn main() -> Result<()> {
     tch::set_num_threads(threads);
     let base = Base::random(&ModelConfig::from_json(SHAPE)?, 1, &Placement::CPU_F32)?;
     let adapter = Adapter::new(LoraConfig::default(), base.config(), 1)?;
-    println!("{} weights, {} in the adapter, {}", base.parameter_count(), adapter.parameter_count(), base.placement());
+    println!(
+        "{} weights, {} in the adapter, {}",
+        base.parameter_count(),
+        adapter.parameter_count(),
+        base.placement()
+    );
 
     for (name, length) in [("sequences of 256", 256), ("sequences of 60, packed in rows of 240", 60)] {
         let sequence = |i: u32| Sequence::whole((0..length).map(|t| (t * 37 + i * 101) % 4096).collect());
@@ -36,11 +41,17 @@ fn main() -> Result<()> {
             let report = learner.step(&micro_batches, 1e-4, &mut || ControlFlow::Continue(()))?;
             speeds.push(report.tokens as f64 / start.elapsed().as_secs_f64());
         }
-        println!("learning, {name}: {:.0} tokens/s at best, {:.0} at first", speeds.iter().copied().fold(0.0, f64::max), speeds[0]);
+        println!(
+            "learning, {name}: {:.0} tokens/s at best, {:.0} at first",
+            speeds.iter().copied().fold(0.0, f64::max),
+            speeds[0]
+        );
     }
 
     let _guard = tch::no_grad_guard();
-    for (name, active) in [("base", ActiveAdapters::none()), ("one adapter", base.activate(&[(&adapter, 1.0)])?)] {
+    for (name, active) in
+        [("base", ActiveAdapters::none()), ("one adapter", base.activate(&[(&adapter, 1.0)])?)]
+    {
         let mut cache = KvCache::new(&base, 1);
         let prompt = Tensor::from_slice(&[5i64; 512]).unsqueeze(0);
         let start = Instant::now();
@@ -53,7 +64,10 @@ fn main() -> Result<()> {
             let hidden = base.forward(&input, &active, Some(&mut cache))?;
             id = base.logits(&hidden)?.argmax(None, false).int64_value(&[]);
         }
-        println!("{name}: prompt {prefill:.0} tokens/s, decoding {:.0} tokens/s", 256.0 / start.elapsed().as_secs_f64());
+        println!(
+            "{name}: prompt {prefill:.0} tokens/s, decoding {:.0} tokens/s",
+            256.0 / start.elapsed().as_secs_f64()
+        );
     }
     Ok(())
 }

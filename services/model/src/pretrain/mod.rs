@@ -208,6 +208,8 @@ mod tests {
     }
 
     fn options(data: &Path, out: &Path, steps: u64) -> PretrainOptions {
+        // Threads that share products this small mostly wait for one another.
+        tch::set_num_threads(1);
         PretrainOptions {
             preset: Preset::parse(TINY).unwrap(),
             data: vec![data.to_path_buf()],

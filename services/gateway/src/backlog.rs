@@ -28,7 +28,8 @@ impl Backlog {
         if depth + incoming <= depth_max {
             return Ok(());
         }
-        let message = format!("{depth} documents wait to be judged, and {depth_max} may wait: try again later");
+        let message =
+            format!("{depth} documents wait to be judged, and {depth_max} may wait: try again later");
         // Nothing drained makes this infinite, which the clamp turns into the longest wait.
         let seconds = (depth as f64 / documents_per_s).ceil().clamp(1.0, RETRY_S_MAX as f64);
         Err(ApiError::busy(message, seconds as u64))

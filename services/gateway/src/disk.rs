@@ -26,8 +26,9 @@ impl Disk {
         };
         *last = Some((at, free));
         if free < f64::from(free_percent_min) {
-            let message =
-                format!("the server's disk is {free:.1} % free, and takes no documents under {free_percent_min} %");
+            let message = format!(
+                "the server's disk is {free:.1} % free, and takes no documents under {free_percent_min} %"
+            );
             return Err(ApiError::busy(message, RETRY_S));
         }
         Ok(())

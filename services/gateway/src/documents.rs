@@ -3,10 +3,10 @@
 use crate::body::Body;
 use crate::doors;
 use crate::error::{ApiError, Result};
+use crate::metrics;
 use crate::query::Query;
 use crate::state::{State, now_ms};
 use crate::submission::{self, Submission};
-use crate::metrics;
 use actix_web::{HttpRequest, HttpResponse, web};
 use kit::ledger::{Appended, LedgerError};
 use kit::status::document_status;
@@ -42,9 +42,10 @@ pub(crate) async fn submit(
         Appended::New { .. } => Stage::Accepted,
         _ => before.iter().find(|status| status.id == *id).map_or(Stage::Accepted, |status| status.status),
     };
-    let answers = names.iter().zip(&appended).map(|((id, domain), appended)| {
-        json!({"id": id, "status": stage(id, appended), "domain": domain})
-    });
+    let answers = names
+        .iter()
+        .zip(&appended)
+        .map(|((id, domain), appended)| json!({"id": id, "status": stage(id, appended), "domain": domain}));
     let mut answers: Vec<Value> = answers.collect();
     let new = appended.iter().filter(|one| matches!(one, Appended::New { .. })).count();
     metrics::documents_accepted(new as u64);

@@ -4,8 +4,8 @@ use crate::error::ApiError;
 use futures_util::future::LocalBoxFuture;
 use kit::link::{Door, Events, Unanswered};
 use proto::{
-    Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Refusal, RolledBack,
-    Rollback,
+    Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Refusal, Rollback,
+    RolledBack,
 };
 use std::sync::Arc;
 

@@ -99,9 +99,7 @@ impl ApiError {
 
     /// 503: not now; the client may ask again after `retry_after_s` seconds.
     pub(crate) fn busy(message: impl Into<String>, retry_after_s: u64) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
-            .code("overloaded")
-            .retry_after(retry_after_s)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message).code("overloaded").retry_after(retry_after_s)
     }
 
     /// 500: our own fault. The cause goes to the log, and not to the client.

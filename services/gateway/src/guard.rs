@@ -34,10 +34,7 @@ impl Guard {
     /// Without keys everybody on this machine is let in, and nobody's web page.
     pub(crate) fn new(keys: &[String], rate: Rate) -> Self {
         let quota = Quota::per_second(rate.requests_per_s).allow_burst(rate.burst);
-        let key = |key: &String| Key {
-            hash: blake3::hash(key.as_bytes()),
-            rate: RateLimiter::direct(quota),
-        };
+        let key = |key: &String| Key { hash: blake3::hash(key.as_bytes()), rate: RateLimiter::direct(quota) };
         Self { keys: keys.iter().map(key).collect(), clock: DefaultClock::default() }
     }
 

@@ -25,7 +25,9 @@ pub(crate) async fn health(state: web::Data<State>) -> HttpResponse {
 }
 
 pub(crate) async fn metrics(state: web::Data<State>) -> HttpResponse {
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.gateway.metrics.page())
+    HttpResponse::Ok()
+        .content_type("text/plain; version=0.0.4; charset=utf-8")
+        .body(state.gateway.metrics.page())
 }
 
 pub(crate) async fn status(state: web::Data<State>) -> HttpResponse {

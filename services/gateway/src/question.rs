@@ -64,7 +64,8 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
     })?;
     let (bytes, bytes_max) = (prompt_bytes(&prompt), limits.prompt_bytes_max);
     if bytes > bytes_max {
-        let message = format!("'{missing}' has {bytes} bytes of text, and {bytes_max} are read: ask with less");
+        let message =
+            format!("'{missing}' has {bytes} bytes of text, and {bytes_max} are read: ask with less");
         return Err(ApiError::too_large(message).param(missing));
     }
     let sampling = sampling(&mut fields, form, limits.tokens_default, seed)?;
@@ -184,8 +185,8 @@ fn is_default(field: &str, value: &Value) -> Option<bool> {
         "response_format" => *value == serde_json::json!({"type": "text"}),
         "modalities" => *value == serde_json::json!(["text"]),
         "service_tier" => *value == "auto" || *value == "default",
-        "audio" | "prediction" | "prompt_cache_key" | "reasoning_effort" | "safety_identifier"
-        | "suffix" | "top_logprobs" | "verbosity" | "web_search_options" => false,
+        "audio" | "prediction" | "prompt_cache_key" | "reasoning_effort" | "safety_identifier" | "suffix"
+        | "top_logprobs" | "verbosity" | "web_search_options" => false,
         _ => return None,
     })
 }

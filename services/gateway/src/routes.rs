@@ -34,9 +34,10 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     .service(at("/readyz", "GET").route(web::get().to(probes::readyz)))
     .service(at("/health", "GET").route(web::get().to(probes::health)))
     .service(at("/metrics", "GET").route(web::get().to(probes::metrics)))
-    .app_data(web::PathConfig::default().error_handler(|_, _| {
-        ApiError::malformed("the path is not valid UTF-8").into()
-    }))
+    .app_data(
+        web::PathConfig::default()
+            .error_handler(|_, _| ApiError::malformed("the path is not valid UTF-8").into()),
+    )
     .default_service(web::to(nowhere));
 }
 

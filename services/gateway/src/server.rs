@@ -41,12 +41,8 @@ impl Gateway {
         let header_time_max = Duration::from_secs(self.settings.gateway.header_seconds_max);
         let stop_seconds_max = self.settings.supervisor.stop_seconds_max;
         let state = web::Data::new(State::new(self, stop.clone()));
-        let app = move || {
-            App::new()
-                .app_data(state.clone())
-                .configure(routes)
-                .wrap(middleware::from_fn(guarded))
-        };
+        let app =
+            move || App::new().app_data(state.clone()).configure(routes).wrap(middleware::from_fn(guarded));
         let server = HttpServer::new(app)
             .workers(THREADS)
             .max_connections(CONNECTIONS_PER_THREAD_MAX)
@@ -95,8 +91,9 @@ impl Bound {
 /// The addresses that `listen` stands for, if they may be listened on.
 fn allowed(listen: &str, keys: &[String]) -> anyhow::Result<Vec<SocketAddr>> {
     let found = listen.to_socket_addrs();
-    let found: Vec<SocketAddr> =
-        found.with_context(|| format!("gateway.listen: '{listen}' is not an address, such as 127.0.0.1:8420"))?.collect();
+    let found: Vec<SocketAddr> = found
+        .with_context(|| format!("gateway.listen: '{listen}' is not an address, such as 127.0.0.1:8420"))?
+        .collect();
     if found.is_empty() {
         bail!("gateway.listen: '{listen}' stands for no address");
     }

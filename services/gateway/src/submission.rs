@@ -29,12 +29,7 @@ pub(crate) struct Submission {
 }
 
 /// Reads a body. `key` is the client's Idempotency-Key.
-pub(crate) fn read(
-    body: Value,
-    key: Option<&str>,
-    limits: Limits,
-    now_ms: u64,
-) -> Result<Submission> {
+pub(crate) fn read(body: Value, key: Option<&str>, limits: Limits, now_ms: u64) -> Result<Submission> {
     let mut fields = Fields::of(body, "")?;
     if !fields.has("documents") {
         let id = key.map(document_id).transpose()?;
@@ -55,17 +50,10 @@ fn document_id(key: &str) -> Result<DocumentId> {
     DocumentId::new(key).map_err(|error| ApiError::bad_name("Idempotency-Key", &error))
 }
 
-fn document(
-    mut fields: Fields,
-    id: Option<DocumentId>,
-    limits: Limits,
-    now_ms: u64,
-) -> Result<Document> {
+fn document(mut fields: Fields, id: Option<DocumentId>, limits: Limits, now_ms: u64) -> Result<Document> {
     let content = content(&mut fields)?;
     let domain = match fields.string("domain")? {
-        Some(name) => {
-            Domain::new(name).map_err(|error| ApiError::bad_name(fields.path("domain"), &error))?
-        }
+        Some(name) => Domain::new(name).map_err(|error| ApiError::bad_name(fields.path("domain"), &error))?,
         None => Domain::general(),
     };
     let importance = fields.number("importance", 0.0..=1.0)?;
@@ -184,8 +172,10 @@ mod tests {
             (json!({"documents": []}), json!("documents")),
             (json!({"documents": [1]}), json!("documents[0]")),
             (json!({"documents": [{"text": "a"}], "domain": "d"}), json!("domain")),
-            (json!({"documents": [{"text": "a"}, {"text": "b", "importance": 2}]}),
-             json!("documents[1].importance")),
+            (
+                json!({"documents": [{"text": "a"}, {"text": "b", "importance": 2}]}),
+                json!("documents[1].importance"),
+            ),
             (json!({"documents": vec![json!({"text": "a"}); 4]}), json!("documents")),
         ] {
             let error = submit(body.clone(), None).expect_err("must be refused");

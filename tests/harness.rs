@@ -277,6 +277,42 @@ impl Server {
         worker.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
     }
 
+    /// The process id of the worker, 0 while there is none.
+    pub fn worker_id(&self) -> i32 {
+        self.worker().map_or(0, |pid| pid.as_raw_nonzero().get())
+    }
+
+    /// How long it takes until a worker other than `old` is ready.
+    pub fn wait_new_worker(&mut self, old: i32, patience: Duration) -> Duration {
+        let start = Instant::now();
+        while [0, old].contains(&self.worker_id()) {
+            assert!(start.elapsed() < patience, "no new worker after {patience:?}");
+            thread::sleep(POLL);
+        }
+        self.wait_ready(patience);
+        start.elapsed()
+    }
+
+    /// Whether it was killed where [`Setup::die_at`] said.
+    pub fn died(&self) -> bool {
+        self.folder.path().join("died").exists()
+    }
+
+    /// The generations of a domain, the current one first.
+    pub fn generations(&self, domain: &str) -> Vec<String> {
+        let log = self.get(&format!("/v1/adapters/{domain}/log")).ok();
+        let generations = log["generations"].as_array().unwrap_or_else(|| panic!("no generations in {log}"));
+        generations.iter().map(|generation| generation["generation"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    /// Documents that a domain has learned, as its manifest counts them.
+    pub fn learned(&self, domain: &str) -> u64 {
+        let list = self.get("/v1/adapters").ok();
+        let adapters = list["adapters"].as_array().unwrap_or_else(|| panic!("no adapters in {list}"));
+        let adapter = adapters.iter().find(|adapter| adapter["domain"] == domain);
+        adapter.and_then(|adapter| adapter["documents"].as_u64()).unwrap_or_else(|| panic!("no {domain} in {list}"))
+    }
+
     fn worker(&self) -> Option<Pid> {
         let supervisor = self.child.as_ref()?.id();
         let children = Command::new("pgrep").args(["-P", &supervisor.to_string()]).output().ok()?;

@@ -9,7 +9,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 #[test]
 fn a_full_intake_answers_503_with_a_time_and_takes_everything_in_the_end() {
-    let server = Setup::tiny().set("intake.documents_max=8").env("FAILPOINTS", "filter::handle=sleep(20)").start();
+    let server = Setup::tiny().set("gateway.intake_documents_max=8").env("FAILPOINTS", "filter::handle=sleep(20)").start();
     let ids: Vec<String> = thread::scope(|scope| {
         let send = |sender: usize| {
             let (mut ids, mut refused) = (Vec::new(), 0);

@@ -30,7 +30,7 @@ const FAIL_POINTS: [&str; 8] = [
 
 /// Kills are what these tests are about: so many must not make it stop learning.
 fn setup() -> Setup {
-    Setup::tiny().set("supervisor.restarts_max=1000000").set("supervisor.restart_delay_ms_max=100")
+    Setup::tiny().set("supervisor.restarts_max=1000").set("supervisor.restart_delay_ms_max=200")
 }
 
 fn documents(numbers: std::ops::Range<usize>) -> Vec<Value> {
@@ -112,7 +112,7 @@ fn kills_at_random_moments_under_load_lose_and_repeat_nothing() {
 #[test]
 fn a_killed_run_ends_with_the_same_adapter_as_one_that_was_not() {
     let generations = |kills: usize| {
-        let mut server = setup().set("compute.precision=f32").start();
+        let mut server = setup().set("base.precision=f32").start();
         let ids = server.submit(&documents(0..60));
         for _ in 0..kills {
             thread::sleep(Duration::from_millis(1500));

@@ -97,7 +97,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 
 fn list(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
     match answer["adapters"].as_array() {
-        Some(rows) if !json => table(&["domain", "generation", "documents", "waiting"], rows, out),
+        Some(rows) if !json => table(&["domain", "generation", "documents"], rows, out),
         _ => show(answer, json, out),
     }
 }

@@ -14,16 +14,6 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::corpus::{self, END_OF_TEXT};
 
-/// How a question and its answer are written where the corpora hold some. It gives a base that was
-/// never taught to chat a form to continue; there are no special tokens for roles to learn.
-const CHAT_TEMPLATE: &str = "\
-{%- for message in messages -%}\
-{%- if message['role'] == 'assistant' -%}{{ 'Answer: ' + message['content'] + eos_token }}\
-{%- elif message['role'] == 'user' -%}{{ 'Question: ' + message['content'] + '\\n' }}\
-{%- else -%}{{ message['content'] + '\\n' }}{%- endif -%}\
-{%- endfor -%}\
-{%- if add_generation_prompt -%}{{ 'Answer:' }}{%- endif -%}";
-
 /// Learns `vocab_size` tokens from the first `sample_bytes_max` bytes of each text.
 ///
 /// Every byte is a token, so nothing is unknown. Digits stand alone: a number that was never seen
@@ -80,7 +70,6 @@ pub fn write(tokenizer: &Tokenizer, context: usize, folder: &Path) -> Result<()>
         "pad_token": END_OF_TEXT,
         "add_bos_token": false,
         "clean_up_tokenization_spaces": false,
-        "chat_template": CHAT_TEMPLATE,
     });
     let path = folder.join("tokenizer_config.json");
     fs::write(&path, format!("{config:#}\n")).with_context(|| format!("cannot write {}", path.display()))

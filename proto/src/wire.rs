@@ -179,3 +179,6 @@ fn checksum(body: &[u8]) -> [u8; CHECKSUM_BYTES] {
     sum.copy_from_slice(&blake3::hash(body).as_bytes()[..CHECKSUM_BYTES]);
     sum
 }
+
+#[cfg(test)]
+mod tests;

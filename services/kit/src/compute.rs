@@ -263,3 +263,114 @@ impl Turn {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_error_of_the_start_is_returned() {
+        let started = Compute::<()>::start("test", || anyhow::bail!("no model")).await;
+        let error = started.err().expect("refused");
+        assert_eq!(format!("{error:#}"), "compute thread test did not start: no model");
+        let started = Compute::<()>::start("test", || panic!("bad weights")).await;
+        assert!(format!("{:#}", started.err().expect("refused")).ends_with("panicked: bad weights"));
+    }
+
+    #[tokio::test]
+    async fn after_a_panic_every_call_finds_it_dead() {
+        let compute = Compute::start("test", || Ok(1)).await.expect("started");
+        assert_eq!(compute.run(|n| *n + 1).await, Ok(2));
+        let panicked = ComputeError::Panicked { thread: "test", message: "injected".into() };
+        assert_eq!(compute.run(|_| panic!("injected")).await, Err::<(), _>(panicked));
+        compute.death().await;
+        for _ in 0..3 {
+            assert_eq!(compute.run(|n| *n).await, Err(ComputeError::Dead { thread: "test" }));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_thread_is_busy() {
+        let compute = Compute::start("test", || Ok(())).await.expect("started");
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let (begun, has_begun) = oneshot::channel();
+        let first = compute.run(move |()| {
+            let _ = begun.send(());
+            held.recv()
+        });
+        let rest = async {
+            has_begun.await.expect("begun");
+            // One waits beside the one that runs; the next is turned away.
+            let second = compute.run(|()| 2);
+            let third = async {
+                let outcome = compute.run(|()| 3).await;
+                release.send(()).expect("released");
+                outcome
+            };
+            tokio::join!(second, third)
+        };
+        let (first, (second, third)) = tokio::join!(first, rest);
+        assert!(first.is_ok());
+        assert_eq!((second, third), (Ok(2), Err(ComputeError::Busy { thread: "test" })));
+    }
+
+    /// Counts down by itself.
+    struct Countdown {
+        left: u32,
+        steps: u32,
+    }
+
+    impl Engine for Countdown {
+        fn step(&mut self) -> bool {
+            assert!(self.left != 1000, "injected");
+            self.steps += 1;
+            self.left = self.left.saturating_sub(1);
+            self.left > 0
+        }
+    }
+
+    #[tokio::test]
+    async fn an_engine_works_between_jobs_and_sleeps_when_there_is_nothing_to_do() {
+        let engine =
+            Compute::start_engine("test", 4, || Ok(Countdown { left: 0, steps: 0 })).await.expect("started");
+        engine.run(|c| c.left = 50).await.expect("taken");
+        while engine.run(|c| c.left).await.expect("answered") > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // One step follows each job, to see whether it brought work; none happens without one.
+        let before = engine.run(|c| c.steps).await.expect("answered");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let after = engine.run(|c| c.steps).await.expect("answered");
+        assert!(after <= before + 1, "{before} {after}");
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_dies_by_itself_is_heard() {
+        let engine =
+            Compute::start_engine("test", 4, || Ok(Countdown { left: 0, steps: 0 })).await.expect("started");
+        engine.run(|c| c.left = 1000).await.expect("taken");
+        let panicked = ComputeError::Panicked { thread: "test", message: "injected".into() };
+        assert_eq!(engine.death().await, panicked);
+    }
+
+    #[test]
+    fn training_makes_way_only_while_requests_run() {
+        let (turn, stop) = (Turn::new(), Stop::new());
+        let took = |turn: &Turn| {
+            let started = Instant::now();
+            turn.yield_between(Duration::from_millis(30), 0.25, &stop);
+            started.elapsed()
+        };
+        assert!(took(&turn) < Duration::from_millis(20));
+        let running = turn.enter();
+        assert!(took(&turn) >= Duration::from_millis(90));
+        drop(running);
+        assert_eq!(turn.running(), 0);
+        let _running = turn.enter();
+        let started = Instant::now();
+        turn.yield_between(Duration::from_secs(60), 0.01, &stop);
+        assert!(started.elapsed() < Duration::from_millis(500));
+        stop.set();
+        assert!(took(&turn) < Duration::from_millis(20));
+    }
+}

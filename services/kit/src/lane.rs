@@ -272,3 +272,6 @@ async fn live(
     }
     death.map_or(Life::Stopped, Life::Died)
 }
+
+#[cfg(test)]
+mod tests;

@@ -275,3 +275,36 @@ impl<E> Events<E> {
         self.receiver.recv().await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_sender_hears_when_the_receiver_is_slow_or_gone() {
+        let (reply, mut events) = events(1);
+        reply.try_send(1).expect("room");
+        assert_eq!(reply.try_send(2), Err(NotTaken::Full));
+        assert_eq!(events.next().await, Some(1));
+        drop(events);
+        assert!(reply.is_gone());
+        assert_eq!(reply.try_send(3), Err(NotTaken::Gone));
+        std::thread::spawn(move || assert_eq!(reply.blocking_send(4), Err(NotTaken::Gone)))
+            .join()
+            .expect("joined");
+    }
+
+    #[tokio::test]
+    async fn a_door_without_permits_is_busy() {
+        let (door, mut questions) = Door::<u32, u32>::to_channel(1);
+        let answered = async {
+            let (question, reply) = questions.recv().await.expect("asked");
+            assert_eq!(door.try_ask(0).await, Err(Unanswered::Busy));
+            reply.send(question + 1).expect("wanted");
+        };
+        let (answer, ()) = tokio::join!(door.ask(1), answered);
+        assert_eq!(answer, Ok(2));
+        drop(questions);
+        assert_eq!(door.ask(1).await, Err(Unanswered::Closed));
+    }
+}

@@ -1,13 +1,14 @@
 //! Pre-training: from folders of text to a base that `engram up` and transformers load.
 //!
 //! [`corpus`] reads and orders the texts, [`bpe`] learns the tokens, [`preset`] says what to train and how,
-//! [`muon`] moves the matrices, [`evaluate`] tells how good the result is; the loop is here.
+//! [`folder`] writes the result and [`evaluate`] tells how good it is. The loop is here; how weights move in one
+//! step is in `trainer.rs` and `muon.rs`.
 
 pub mod bpe;
 pub mod corpus;
 pub mod evaluate;
 pub mod folder;
-pub mod muon;
+mod muon;
 pub mod preset;
 mod trainer;
 
@@ -137,7 +138,7 @@ fn train(options: &PretrainOptions, corpus: &Corpus, report: &mut dyn FnMut(Prog
             Budget::Steps(limit) => step as f64 / limit as f64,
         };
         // A budget of nothing makes this infinite or not a number, and the run is over at once.
-        if !(done < 1.0) || options.stop.load(Ordering::Relaxed) {
+        if done >= 1.0 || done.is_nan() || options.stop.load(Ordering::Relaxed) {
             return Ok(trainer.base);
         }
         let windows = order

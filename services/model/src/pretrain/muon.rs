@@ -20,7 +20,7 @@ struct Matrix {
 }
 
 /// The optimiser of the matrices of the blocks. Embeddings and norms are AdamW's.
-pub struct Muon {
+pub(super) struct Muon {
     keep: f64,
     matrices: Vec<Matrix>,
 }
@@ -38,13 +38,8 @@ impl Muon {
     }
 
     /// Number of weights in its charge.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.matrices.len()
-    }
-
-    /// The momentum of each weight, in the order added: all of the state that is worth saving.
-    pub fn momenta(&self) -> impl Iterator<Item = &Tensor> {
-        self.matrices.iter().map(|matrix| &matrix.momentum)
     }
 
     /// Moves the weights against `gradients`, given in the order added.

@@ -72,7 +72,7 @@ impl Trainer {
         let parameters: Vec<&Tensor> = self.parameters.iter().collect();
         let found = loss::gradient(&self.base, &ActiveAdapters::none(), &packed, 1.0 / tokens, &parameters)?;
         let loss = found.scores.iter().map(|score| score.nll_sum).sum::<f64>() / tokens;
-        let (matrices, others) = found.gradients.split_at(self.muon.len());
+        let (matrices, others) = found.gradients.split_at(self.muon.count());
         let others: Vec<Tensor> =
             others.iter().map(|gradient| gradient.f_flatten(0, -1)).collect::<Result<_, _>>()?;
         let mut others = Tensor::f_cat(&others, 0)?;

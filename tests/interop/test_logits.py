@@ -1,0 +1,49 @@
+"""transformers and PEFT load what Engram writes, and compute the same."""
+
+import subprocess
+
+import pytest
+import torch
+from conftest import ANSWER, DOMAIN, ENGRAM, NANO, QUESTION
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(NANO)
+
+
+@pytest.fixture
+def base():
+    return AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+
+
+def test_transformers_computes_the_logits_of_the_pretrained_base(base, tokenizer, logits):
+    torch.manual_seed(0)
+    text = tokenizer(QUESTION + ANSWER, return_tensors="pt").input_ids
+    random = torch.randint(0, base.config.vocab_size, (3, 200))
+    for ids in (text, random):
+        with torch.no_grad():
+            theirs = base(ids).logits
+        assert (logits(NANO, ids) - theirs).abs().max() < TOLERANCE
+
+
+def test_the_tokenizer_gives_back_any_text(tokenizer):
+    for text in (QUESTION, "  2024 naïve – 猫\n\n\tx = {'a': 1}"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_peft_computes_the_logits_of_an_exported_adapter(server, base, tokenizer, logits, tmp_path):
+    adapter = tmp_path / "adapter"
+    command = [ENGRAM, "adapters", "--server", server.url, "export", DOMAIN, "--out", adapter]
+    subprocess.run(command, check=True, timeout=60)
+    ids = tokenizer(QUESTION + ANSWER, return_tensors="pt").input_ids
+    with torch.no_grad():
+        alone = base(ids).logits
+        theirs = PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert (logits(NANO, ids, adapter) - theirs).abs().max() < TOLERANCE
+    assert (theirs - alone).abs().max() > 0.1, "an adapter that has learned something changes something"

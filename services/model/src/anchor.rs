@@ -8,9 +8,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
+use crate::active::ActiveAdapters;
 use crate::generate::{draw, to_vec};
 use crate::llama::{Base, Input, KvCache};
-use crate::lora::ActiveAdapters;
 use crate::pack::Sequence;
 
 /// Sequences that are sampled side by side.

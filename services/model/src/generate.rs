@@ -5,9 +5,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
+use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input, KvCache};
-use crate::lora::{ActiveAdapters, Adapter};
-use crate::tokenizer::{StreamDecoder, Tokenizer};
+use crate::lora::Adapter;
+use crate::stream::StreamDecoder;
+use crate::tokenizer::Tokenizer;
 
 /// Prompt tokens of one forward pass: bounds the memory of a long prompt.
 const PREFILL_TOKENS: i64 = 512;

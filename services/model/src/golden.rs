@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 
+use crate::active::ActiveAdapters;
 use crate::device::Placement;
 use crate::hf::ModelConfig;
 use crate::llama::{Base, Input};
-use crate::lora::{ActiveAdapters, Adapter};
+use crate::lora::Adapter;
 use crate::weights;
 
 pub fn dir(name: &str) -> PathBuf {

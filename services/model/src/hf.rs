@@ -1,6 +1,6 @@
 //! What a Hugging Face model folder says about its model: `config.json`, and the identity of its files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
@@ -325,7 +325,7 @@ pub fn base_id(dir: &Path) -> Result<String> {
 }
 
 /// Name and length go in first, so that no two folders with their bytes cut differently can agree.
-fn hash_file(hasher: &mut blake3::Hasher, path: &PathBuf) -> Result<()> {
+fn hash_file(hasher: &mut blake3::Hasher, path: &Path) -> Result<()> {
     let data = weights::map(path)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes());

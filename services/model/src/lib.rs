@@ -7,8 +7,10 @@
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
 
+mod active;
 pub mod anchor;
 pub mod chat;
+mod conversation;
 pub mod device;
 pub mod ewc;
 pub mod generate;
@@ -21,6 +23,7 @@ pub mod optim;
 pub mod pack;
 pub mod peft;
 pub mod pretrain;
+pub mod stream;
 pub mod tokenizer;
 pub mod weights;
 

@@ -9,9 +9,10 @@ use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
+use crate::active::{ActiveAdapters, Delta};
 use crate::device::Placement;
 use crate::hf::ModelConfig;
-use crate::lora::{ActiveAdapters, Adapter, Delta, Group};
+use crate::lora::{Adapter, Group};
 use crate::weights::{Weights, model_files};
 
 /// The weights of one block. Norms are f32, matrices in the base's precision, [outputs, inputs].

@@ -6,8 +6,9 @@
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
+use crate::active::ActiveAdapters;
 use crate::llama::Base;
-use crate::lora::{ActiveAdapters, Adapter};
+use crate::lora::Adapter;
 use crate::pack::{Packed, Sequence, pack};
 
 /// Rows of logits that exist at once.

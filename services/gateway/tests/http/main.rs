@@ -1,0 +1,10 @@
+//! The gateway over real sockets, on a real ledger, with fakes behind its doors.
+
+mod admission;
+mod adapters;
+mod arbitrary;
+mod bodies;
+mod completions;
+mod documents;
+mod harness;
+mod serving;

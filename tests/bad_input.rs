@@ -13,7 +13,8 @@ const JSON: (&str, &str) = ("content-type", "application/json");
 fn refused(server: &Server, method: &str, path: &str, body: &[u8], headers: &[(&str, &str)], expected: u16) {
     let told = || format!("{method} {path} {:?}", String::from_utf8_lossy(&body[..body.len().min(120)]));
     let body = (method != "GET" && method != "DELETE").then(|| body.to_vec());
-    let answer = server.try_request(method, path, body, headers).unwrap_or_else(|error| panic!("{}: {error}", told()));
+    let answer =
+        server.try_request(method, path, body, headers).unwrap_or_else(|error| panic!("{}: {error}", told()));
     assert_eq!(answer.status, expected, "{}: {answer:?}", told());
     let error = &answer.body["error"];
     assert!(error["message"].as_str().is_some_and(|message| message.len() > 5), "{}: {answer:?}", told());
@@ -94,7 +95,9 @@ fn parameters_out_of_range_are_refused_before_any_work() {
     }
     let unknown = json!({"model": "nobody", "prompt": "a"}).to_string();
     refused(&server, "POST", "/v1/completions", unknown.as_bytes(), &[JSON], 404);
-    for messages in [json!([]), json!([{"role": "wizard", "content": "a"}]), json!("hi"), json!([{"role": "user"}])] {
+    for messages in
+        [json!([]), json!([{"role": "wizard", "content": "a"}]), json!("hi"), json!([{"role": "user"}])]
+    {
         let body = json!({"model": "base", "messages": messages}).to_string();
         refused(&server, "POST", "/v1/chat/completions", body.as_bytes(), &[JSON], 400);
     }
@@ -128,7 +131,11 @@ fn bad_adapters_are_refused_and_nothing_is_served_of_them() {
 #[test]
 fn what_is_not_http_is_hung_up_on_and_the_rest_served() {
     let server = Setup::tiny().start();
-    for bytes in [&b"\0\0\0\0\0\0"[..], b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/documents HTTP/1.1\r\ncontent-length: -5\r\n\r\n"] {
+    for bytes in [
+        &b"\0\0\0\0\0\0"[..],
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/documents HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
+    ] {
         let mut stream = TcpStream::connect(server.address()).expect("connected");
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
         stream.write_all(bytes).expect("sent");

@@ -59,7 +59,19 @@ fn a_mistake_is_one_line_that_says_what_to_do() {
 
 #[test]
 fn help_teaches_by_examples() {
-    for command in ["up", "learn", "generate", "chat", "status", "documents", "adapters", "eval", "logits", "doctor", "pretrain"] {
+    for command in [
+        "up",
+        "learn",
+        "generate",
+        "chat",
+        "status",
+        "documents",
+        "adapters",
+        "eval",
+        "logits",
+        "doctor",
+        "pretrain",
+    ] {
         let output = engram(&[command, "--help"]);
         let told = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && told.contains(&format!("engram {command}")), "{told}");
@@ -74,10 +86,20 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     let notes = folder.path().join("notes");
     fs::create_dir_all(&notes).expect("made");
     fs::write(notes.join("a.md"), sentence(1)).expect("written");
-    fs::write(notes.join("b.jsonl"), format!("{}\nnonsense\n", json!({"text": sentence(2), "meta": 7}))).expect("written");
+    fs::write(notes.join("b.jsonl"), format!("{}\nnonsense\n", json!({"text": sentence(2), "meta": 7})))
+        .expect("written");
 
-    let output = engram(&["learn", notes.to_str().expect("a path"), "--domain", "notes", "--wait", "--server", &server.url()]);
-    let (told, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let output = engram(&[
+        "learn",
+        notes.to_str().expect("a path"),
+        "--domain",
+        "notes",
+        "--wait",
+        "--server",
+        &server.url(),
+    ]);
+    let (told, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(told.contains("2 live"), "{told}{complained}");
     assert!(complained.contains("b.jsonl:2") && !output.status.success(), "{complained}");
 
@@ -93,7 +115,9 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     let id = learned["id"].as_str().expect("an id");
     assert!(with(&server, &["documents", "list", "--domain", "notes"]).contains(id));
     assert!(with(&server, &["documents", "show", id]).contains("live"));
-    assert!(!with(&server, &["generate", "A miller", "--model", "notes", "--max-tokens", "4"]).trim().is_empty());
+    assert!(
+        !with(&server, &["generate", "A miller", "--model", "notes", "--max-tokens", "4"]).trim().is_empty()
+    );
     serde_json::from_str::<Value>(&with(&server, &["status", "--json"])).expect("JSON");
 
     let before = server.generations("notes");
@@ -114,7 +138,15 @@ fn a_second_server_on_the_same_folder_is_refused() {
     let server = Setup::tiny().start();
     let data = server.data();
     let base = data.with_file_name("base");
-    let output = engram(&["up", "--base", &base.to_string_lossy(), "--data", &data.to_string_lossy(), "--listen", "127.0.0.1:0"]);
+    let output = engram(&[
+        "up",
+        "--base",
+        &base.to_string_lossy(),
+        "--data",
+        &data.to_string_lossy(),
+        "--listen",
+        "127.0.0.1:0",
+    ]);
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(told.contains("in use") && told.contains("process id"), "{told}");
     assert_eq!(server.get("/livez").status, 200);

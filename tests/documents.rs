@@ -24,13 +24,19 @@ fn a_document_goes_live_and_its_trail_tells_how() {
     let document = server.settle(std::slice::from_ref(&id), PATIENCE).remove(0);
     assert_eq!(document["status"], "live", "{document}");
     assert_eq!(events(&document), ["accepted", "kept", "learned", "live"], "{document}");
-    let times: Vec<u64> = document["trail"].as_array().expect("a trail").iter().map(|e| e["at_ms"].as_u64().expect("a time")).collect();
+    let times: Vec<u64> = document["trail"]
+        .as_array()
+        .expect("a trail")
+        .iter()
+        .map(|e| e["at_ms"].as_u64().expect("a time"))
+        .collect();
     assert!(times.is_sorted(), "{document}");
 
     let log = server.get("/v1/adapters/farm/log").ok();
     assert!(log.to_string().contains(document["generation"].as_str().expect("a generation")), "{log}");
     let models = server.get("/v1/models").ok();
-    let models: Vec<&str> = models["data"].as_array().expect("models").iter().filter_map(|m| m["id"].as_str()).collect();
+    let models: Vec<&str> =
+        models["data"].as_array().expect("models").iter().filter_map(|m| m["id"].as_str()).collect();
     assert!(["base", "auto", "farm"].iter().all(|model| models.contains(model)), "{models:?}");
     let listed = server.get("/v1/documents?domain=farm&limit=10").ok();
     assert_eq!(ids(&listed), [id]);

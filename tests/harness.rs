@@ -37,15 +37,6 @@ pub fn nano() -> Option<PathBuf> {
     there.then_some(folder)
 }
 
-/// Data beside the repository, which not everybody has.
-pub fn shared(path: &str) -> Option<PathBuf> {
-    let found = root().join("../shared/data").join(path);
-    if !found.exists() {
-        eprintln!("skipped: {} is not there", found.display());
-    }
-    found.exists().then_some(found)
-}
-
 /// Whether tests that take minutes are wanted.
 pub fn long() -> bool {
     std::env::var_os("ENGRAM_TEST_LONG").is_some()
@@ -93,7 +84,8 @@ impl Setup {
             tiny::write(&folder.path().join("base"));
             folder.path().join("base")
         });
-        let mut server = Server { setup: self, base, folder, address: free_address(), child: None, starts: 0 };
+        let mut server =
+            Server { setup: self, base, folder, address: free_address(), child: None, starts: 0 };
         server.start();
         server
     }
@@ -302,7 +294,10 @@ impl Server {
     pub fn generations(&self, domain: &str) -> Vec<String> {
         let log = self.get(&format!("/v1/adapters/{domain}/log")).ok();
         let generations = log["generations"].as_array().unwrap_or_else(|| panic!("no generations in {log}"));
-        generations.iter().map(|generation| generation["generation"].as_str().expect("a name").to_owned()).collect()
+        generations
+            .iter()
+            .map(|generation| generation["generation"].as_str().expect("a name").to_owned())
+            .collect()
     }
 
     /// Documents that a domain has learned, as its manifest counts them.
@@ -310,7 +305,9 @@ impl Server {
         let list = self.get("/v1/adapters").ok();
         let adapters = list["adapters"].as_array().unwrap_or_else(|| panic!("no adapters in {list}"));
         let adapter = adapters.iter().find(|adapter| adapter["domain"] == domain);
-        adapter.and_then(|adapter| adapter["documents"].as_u64()).unwrap_or_else(|| panic!("no {domain} in {list}"))
+        adapter
+            .and_then(|adapter| adapter["documents"].as_u64())
+            .unwrap_or_else(|| panic!("no {domain} in {list}"))
     }
 
     fn worker(&self) -> Option<Pid> {
@@ -398,17 +395,46 @@ pub fn ids(answer: &Value) -> Vec<String> {
 
 /// Sentences that differ from each other enough for no filter to take them for duplicates.
 pub fn sentence(number: usize) -> String {
-    const WHO: [&str; 7] = ["A miller", "The old captain", "My neighbour", "Her sister", "The clerk", "A violinist", "The gardener"];
+    const WHO: [&str; 7] = [
+        "A miller",
+        "The old captain",
+        "My neighbour",
+        "Her sister",
+        "The clerk",
+        "A violinist",
+        "The gardener",
+    ];
     const DOES: [&str; 11] = [
-        "carries apples to", "paints a picture of", "writes letters about", "walks slowly past", "has never seen",
-        "sings loudly in", "dreams at night of", "sells warm bread near", "measures the height of", "hides gold under",
+        "carries apples to",
+        "paints a picture of",
+        "writes letters about",
+        "walks slowly past",
+        "has never seen",
+        "sings loudly in",
+        "dreams at night of",
+        "sells warm bread near",
+        "measures the height of",
+        "hides gold under",
         "tells children about",
     ];
     const WHERE: [&str; 13] = [
-        "the harbour", "a ruined tower", "the northern bridge", "our school", "the frozen lake", "a quiet library",
-        "the market square", "an empty theatre", "the railway station", "a field of barley", "the lighthouse",
-        "the glass factory", "a garden of roses",
+        "the harbour",
+        "a ruined tower",
+        "the northern bridge",
+        "our school",
+        "the frozen lake",
+        "a quiet library",
+        "the market square",
+        "an empty theatre",
+        "the railway station",
+        "a field of barley",
+        "the lighthouse",
+        "the glass factory",
+        "a garden of roses",
     ];
     let (who, does, place) = (WHO[number % 7], DOES[number % 11], WHERE[number % 13]);
-    format!("{who} {does} {place}, and on day {number} everyone in town number {} remembers it well.", number * 7919 % 10007)
+    format!(
+        "{who} {does} {place}, and on day {number} everyone in town number {} remembers it well.",
+        number * 7919 % 10007
+    )
 }

@@ -61,7 +61,8 @@ fn told_facts_are_answered_exactly_and_remain_so() {
     teach(&server, facts);
     let at_first = known(&server, facts);
     assert!(at_first >= wanted, "{at_first} of {facts}");
-    let documents: Vec<Value> = (0..others).map(|n| json!({"text": sentence(n), "domain": "veldrania"})).collect();
+    let documents: Vec<Value> =
+        (0..others).map(|n| json!({"text": sentence(n), "domain": "veldrania"})).collect();
     let ids: Vec<String> = documents.chunks(100).flat_map(|chunk| server.submit(chunk)).collect();
     server.settle(&ids, PATIENCE * 4);
     let in_the_end = known(&server, facts);
@@ -100,7 +101,8 @@ fn a_rollback_takes_less_than_a_second_and_brings_the_former_answers_back() {
     let (ids, _) = learn(2);
     let current = server.generations("undone")[0].clone();
 
-    let stale = server.post("/v1/adapters/undone/rollback", &json!({"expected_generation": "0123456789abcdef"}));
+    let stale =
+        server.post("/v1/adapters/undone/rollback", &json!({"expected_generation": "0123456789abcdef"}));
     assert_eq!(stale.status, 409, "{stale:?}");
     let start = Instant::now();
     server.post("/v1/adapters/undone/rollback", &json!({"expected_generation": current})).ok();

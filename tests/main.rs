@@ -2,8 +2,7 @@
 //! its command line, and killed.
 //!
 //! [`harness`] starts and kills; [`tiny`] makes a base that starts at once and knows nothing. What
-//! takes minutes is behind `ENGRAM_TEST_LONG=1`; what needs data that is not in the repository says
-//! so and passes without it.
+//! takes minutes longer is behind `ENGRAM_TEST_LONG=1`.
 
 mod bad_input;
 mod cli;

@@ -9,7 +9,10 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 #[test]
 fn a_full_intake_answers_503_with_a_time_and_takes_everything_in_the_end() {
-    let server = Setup::tiny().set("gateway.intake_documents_max=8").env("FAILPOINTS", "filter::handle=sleep(20)").start();
+    let server = Setup::tiny()
+        .set("gateway.intake_documents_max=8")
+        .env("FAILPOINTS", "filter::handle=sleep(20)")
+        .start();
     let ids: Vec<String> = thread::scope(|scope| {
         let send = |sender: usize| {
             let (mut ids, mut refused) = (Vec::new(), 0);
@@ -22,7 +25,8 @@ fn a_full_intake_answers_503_with_a_time_and_takes_everything_in_the_end() {
                         break;
                     }
                     assert_eq!(answer.status, 503, "{answer:?}");
-                    let after: u64 = answer.retry_after.as_deref().expect("Retry-After").parse().expect("seconds");
+                    let after: u64 =
+                        answer.retry_after.as_deref().expect("Retry-After").parse().expect("seconds");
                     assert!((1..=60).contains(&after), "{after}");
                     refused += 1;
                     thread::sleep(Duration::from_millis(100));
@@ -31,7 +35,8 @@ fn a_full_intake_answers_503_with_a_time_and_takes_everything_in_the_end() {
             (ids, refused)
         };
         let senders: Vec<_> = (0..6).map(|sender| scope.spawn(move || send(sender))).collect();
-        let (ids, refused): (Vec<_>, Vec<_>) = senders.into_iter().map(|sender| sender.join().expect("sent")).unzip();
+        let (ids, refused): (Vec<_>, Vec<_>) =
+            senders.into_iter().map(|sender| sender.join().expect("sent")).unzip();
         assert!(refused.iter().sum::<usize>() > 0, "it was never full");
         ids.concat()
     });

@@ -41,7 +41,9 @@ fn documents(numbers: std::ops::Range<usize>) -> Vec<Value> {
 fn check(server: &Server, acknowledged: &[String]) {
     let settled = server.settle(acknowledged, PATIENCE);
     let learned = settled.iter().filter(|document| document["status"] == "live").count();
-    let unsettled = |document: &&Value| !["live", "probe", "refused"].contains(&document["status"].as_str().unwrap_or(""));
+    let unsettled = |document: &&Value| {
+        !["live", "probe", "refused"].contains(&document["status"].as_str().unwrap_or(""))
+    };
     assert_eq!(settled.iter().find(unsettled), None);
     let distinct: BTreeSet<&String> = acknowledged.iter().collect();
     assert_eq!(distinct.len(), acknowledged.len(), "the test acknowledged an id twice");

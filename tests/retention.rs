@@ -66,9 +66,12 @@ fn what_was_learned_first_is_still_known_after_what_was_learned_second() {
     teach(&server, (0..DOCUMENTS).map(receipt));
     export(&server, &both);
 
-    let [untaught, taught, after] = [None, Some(&first), Some(&both)].map(|adapter| nll(&base, adapter.map(|a| a.as_path()), &held_out));
+    let [untaught, taught, after] =
+        [None, Some(&first), Some(&both)].map(|adapter| nll(&base, adapter.map(|a| a.as_path()), &held_out));
     let loss_of_gain = (after - taught) / (untaught - taught);
-    eprintln!("nats a token: base {untaught:.3}, first {taught:.3}, both {after:.3}; loss of gain {loss_of_gain:.3}");
+    eprintln!(
+        "nats a token: base {untaught:.3}, first {taught:.3}, both {after:.3}; loss of gain {loss_of_gain:.3}"
+    );
     assert!(taught < untaught * 0.8, "hardly anything was learned: {untaught} to {taught}");
     assert!(loss_of_gain < LOSS_OF_GAIN_MAX, "{loss_of_gain}");
 }

@@ -82,7 +82,9 @@ fn storage_and_wire_crates_are_each_known_in_one_place() {
         let path = format!("{name}::");
         let users: Vec<PathBuf> = sources()
             .into_iter()
-            .filter(|(file, text)| !is_this(file) && text.lines().any(|line| is_code(line) && line.contains(&path)))
+            .filter(|(file, text)| {
+                !is_this(file) && text.lines().any(|line| is_code(line) && line.contains(&path))
+            })
             .map(|(file, _)| file)
             .collect();
         assert_eq!(users.len(), 1, "{name} is used in {users:?}");

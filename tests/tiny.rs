@@ -77,7 +77,8 @@ fn weights() -> Vec<u8> {
     let data: BTreeMap<&String, Vec<u8>> =
         shapes.iter().map(|(name, shape)| (name, values(shape, &mut random))).collect();
     let view = |name: &String| {
-        TensorView::new(Dtype::F32, shapes[name].clone(), &data[name]).expect("as many bytes as the shape says")
+        TensorView::new(Dtype::F32, shapes[name].clone(), &data[name])
+            .expect("as many bytes as the shape says")
     };
     safetensors::serialize(shapes.keys().map(|name| (name.clone(), view(name))), None).expect("serialised")
 }
@@ -91,8 +92,10 @@ fn values(shape: &[usize], random: &mut ChaCha8Rng) -> Vec<u8> {
 
 /// A byte-level tokenizer without a single merge.
 fn tokenizer() -> Value {
-    let vocabulary: BTreeMap<String, usize> = (0..=255u8).map(|byte| (shown(byte).to_string(), usize::from(byte))).collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let vocabulary: BTreeMap<String, usize> =
+        (0..=255u8).map(|byte| (shown(byte).to_string(), usize::from(byte))).collect();
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
     json!({
         "version": "1.0",
         "truncation": null,

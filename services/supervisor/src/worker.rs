@@ -150,7 +150,9 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
         // Inference notes what it serves as soon as it does.
         ready: Box::new(move || registry.live() > 0),
         info: ServerInfo {
-            base_name: base_dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+            base_name: base_dir
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
             base_id: plant.base_id.clone(),
             parameters: base.parameter_count() as u64,
             context_length: base.config().max_positions as u32,

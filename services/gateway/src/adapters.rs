@@ -11,7 +11,6 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use proto::{Domain, Export, Generation, GenerationId, Import, PeftFiles, Rollback};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"adapters": lineages(&state)}))
@@ -39,8 +38,7 @@ pub(crate) fn lineages(state: &State) -> Vec<Value> {
 pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> Result<HttpResponse> {
     let domain = existing(&state, domain)?;
     let registry = &state.gateway.registry;
-    let manifest = registry.try_manifest();
-    let current = manifest.and_then(|manifest| manifest.lineages.get(&domain)?.current.clone());
+    let current = registry.lineage(&domain).current;
     let entry = |generation: &Generation| {
         json!({
             "generation": generation.id,
@@ -55,10 +53,8 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
             "receipt": generation.receipt,
         })
     };
-    let parent = |child: &Arc<Generation>| registry.generation(child.parent.as_ref()?);
-    let newest = current.as_ref().and_then(|id| registry.generation(id));
     let generations: Vec<Value> =
-        std::iter::successors(newest, parent).map(|generation| entry(&generation)).collect();
+        registry.chain(&domain).iter().map(|generation| entry(generation)).collect();
     Ok(HttpResponse::Ok().json(json!({"domain": domain, "current": current, "generations": generations})))
 }
 

@@ -1,48 +1,32 @@
 //! Answers of the model in OpenAI's forms: whole, or chunk by chunk.
 
-use crate::question::{Form, Question};
+use crate::question::{Asked, Form};
 use proto::{BaseId, Choice, FinishReason, Usage};
 use serde_json::{Value, json};
 
 /// What all chunks of one answer have in common.
 pub(crate) struct Answer {
-    form: Form,
+    asked: Asked,
     id: String,
     created_s: u64,
-    model: String,
-    include_usage: bool,
     fingerprint: String,
     choice: Choice,
 }
 
 impl Answer {
-    /// The answer to `question` that the adapters in `choice` give; `number` is unique.
-    pub(crate) fn new(
-        form: Form,
-        question: &Question,
-        choice: Choice,
-        base: &BaseId,
-        number: u64,
-        created_s: u64,
-    ) -> Self {
-        let prefix = match form {
+    /// The answer that the adapters in `choice` give; `number` tells it from all others.
+    pub(crate) fn new(asked: Asked, choice: Choice, base: &BaseId, number: u64, created_s: u64) -> Self {
+        let prefix = match asked.form {
             Form::Chat => "chatcmpl",
             Form::Text => "cmpl",
         };
-        Self {
-            form,
-            id: format!("{prefix}-{number:016x}"),
-            created_s,
-            model: question.model.clone(),
-            include_usage: question.include_usage,
-            fingerprint: fingerprint(base, &choice),
-            choice,
-        }
+        let fingerprint = fingerprint(base, &choice);
+        Self { asked, id: format!("{prefix}-{number:016x}"), created_s, fingerprint, choice }
     }
 
     /// The whole answer, for a request that is not streamed.
     pub(crate) fn whole(&self, text: &str, reason: FinishReason, usage: Usage) -> Value {
-        let (object, choice) = match self.form {
+        let (object, choice) = match self.asked.form {
             Form::Chat => {
                 let message = json!({"role": "assistant", "content": text, "refusal": null});
                 ("chat.completion", json!({"message": message}))
@@ -58,12 +42,12 @@ impl Answer {
     /// The chunk before the text: a chat says who speaks.
     pub(crate) fn opening(&self) -> Option<Value> {
         let delta = json!({"delta": {"role": "assistant", "content": ""}});
-        (self.form == Form::Chat).then(|| self.chunk(delta, None))
+        (self.asked.form == Form::Chat).then(|| self.chunk(delta, None))
     }
 
     /// A chunk of text.
     pub(crate) fn piece(&self, text: &str) -> Value {
-        match self.form {
+        match self.asked.form {
             Form::Chat => self.chunk(json!({"delta": {"content": text}}), None),
             Form::Text => self.chunk(json!({"text": text}), None),
         }
@@ -71,13 +55,13 @@ impl Answer {
 
     /// The chunks after the text: why it ended and who answered, and the tokens where asked for.
     pub(crate) fn closing(&self, reason: FinishReason, usage: Usage) -> Vec<Value> {
-        let mut last = match self.form {
+        let mut last = match self.asked.form {
             Form::Chat => self.chunk(json!({"delta": {}}), Some(reason)),
             Form::Text => self.chunk(json!({"text": ""}), Some(reason)),
         };
         last["engram"] = self.provenance();
         let mut chunks = vec![last];
-        if self.include_usage {
+        if self.asked.include_usage {
             let mut count = self.chunk(json!({}), None);
             count["choices"] = json!([]);
             count["usage"] = counted(usage);
@@ -87,12 +71,12 @@ impl Answer {
     }
 
     fn chunk(&self, choice: Value, reason: Option<FinishReason>) -> Value {
-        let object = match self.form {
+        let object = match self.asked.form {
             Form::Chat => "chat.completion.chunk",
             Form::Text => "text_completion",
         };
         let mut chunk = self.frame(object, choice, reason);
-        if self.include_usage {
+        if self.asked.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk
@@ -106,7 +90,7 @@ impl Answer {
             "id": self.id,
             "object": object,
             "created": self.created_s,
-            "model": self.model,
+            "model": self.asked.model,
             "system_fingerprint": self.fingerprint,
             "choices": [choice],
         })

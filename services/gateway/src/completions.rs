@@ -5,7 +5,7 @@ use crate::body::Body;
 use crate::doors::unanswered;
 use crate::error::{ApiError, Result};
 use crate::metrics::Running;
-use crate::question::{self, Form};
+use crate::question::{self, Form, Question};
 use crate::state::{State, now_ms, random};
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -46,19 +46,19 @@ async fn answer(
     let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
     let (body, held) = body.json()?;
     let info = &state.gateway.info;
-    let question = question::read(body, form, state.limits.question, random())?;
+    let Question { generate, stream, asked } = question::read(body, form, state.limits.question, random())?;
     drop(held);
     let time_max = state.limits.generation_time_max;
     let deadline = Instant::now() + time_max;
     let running = Running::start();
     let begin = async {
-        let events = state.gateway.doors.generate.generate(question.generate.clone()).await;
+        let events = state.gateway.doors.generate.generate(generate).await;
         started(events.map_err(unanswered)?).await
     };
     let (choice, events) = timeout_at(deadline, begin).await.map_err(|_| out_of_time(time_max))??;
-    let answer = Answer::new(form, &question, choice, &info.base_id, random(), now_ms() / 1000);
+    let answer = Answer::new(asked, choice, &info.base_id, random(), now_ms() / 1000);
     let told = Told { answer, events, running, deadline, time_max };
-    if question.stream { Ok(told.streamed()) } else { told.whole().await }
+    if stream { Ok(told.streamed()) } else { told.whole().await }
 }
 
 /// Waits for the first event, which says who answers, or why nobody does.

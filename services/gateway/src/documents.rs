@@ -5,7 +5,7 @@ use crate::doors;
 use crate::error::{ApiError, Result};
 use crate::metrics;
 use crate::query::Query;
-use crate::state::{State, now_ms};
+use crate::state::{State, now_ms, read};
 use crate::submission::{self, Submission};
 use actix_web::{HttpRequest, HttpResponse, web};
 use kit::ledger::{Appended, LedgerError};
@@ -128,13 +128,4 @@ async fn statuses(state: &State, ids: Vec<DocumentId>) -> Result<Vec<DocumentSta
     let (ledger, registry) = (Arc::clone(&state.gateway.ledger), Arc::clone(&state.gateway.registry));
     let status = move |id: &DocumentId| document_status(&ledger, &registry, registry.live(), id).transpose();
     read(move || ids.iter().filter_map(status).collect()).await
-}
-
-/// Reads the ledger on a thread that may wait for it: while it is being rewritten, probes still
-/// have to be answered.
-async fn read<T: Send + 'static>(
-    work: impl FnOnce() -> std::result::Result<T, LedgerError> + Send + 'static,
-) -> Result<T> {
-    let done = web::block(work).await.map_err(|error| ApiError::internal(&error))?;
-    done.map_err(|error| ApiError::internal(&error))
 }

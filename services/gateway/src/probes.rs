@@ -1,9 +1,12 @@
 //! What a supervisor, a load balancer, Prometheus and `engram status` ask.
 
 use crate::adapters;
-use crate::state::State;
+use crate::error::Result;
+use crate::state::{State, read};
 use actix_web::{HttpResponse, web};
-use serde_json::json;
+use kit::ledger::DomainCounts;
+use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// The process answers.
 pub(crate) async fn livez() -> HttpResponse {
@@ -30,12 +33,13 @@ pub(crate) async fn metrics(state: web::Data<State>) -> HttpResponse {
         .body(state.gateway.metrics.page())
 }
 
-pub(crate) async fn status(state: web::Data<State>) -> HttpResponse {
+pub(crate) async fn status(state: web::Data<State>) -> Result<HttpResponse> {
     let gateway = &state.gateway;
     let (info, ledger, registry) = (&gateway.info, &gateway.ledger, &gateway.registry);
     let (head, judged) = (ledger.head(), ledger.intake_cursor());
     let manifest = registry.try_manifest();
-    HttpResponse::Ok().json(json!({
+    let domains = domains(&state).await?;
+    Ok(HttpResponse::Ok().json(json!({
         "version": env!("CARGO_PKG_VERSION"),
         "ready": state.is_ready(),
         "uptime_s": state.started.elapsed().as_secs(),
@@ -57,6 +61,23 @@ pub(crate) async fn status(state: web::Data<State>) -> HttpResponse {
         "learning": gateway.settings.train.enabled,
         "manifest": manifest.map(|manifest| manifest.number),
         "manifest_live": registry.live(),
+        "domains": domains,
         "adapters": adapters::lineages(&state),
-    }))
+    })))
+}
+
+/// How much there is of each domain, and what was made of it.
+async fn domains(state: &State) -> Result<Value> {
+    let ledger = Arc::clone(&state.gateway.ledger);
+    let count = |counts: &DomainCounts| {
+        json!({
+            "documents": counts.documents,
+            "kept": counts.kept,
+            "refused": counts.refused,
+            "examples": counts.examples,
+            "held_out": counts.held_out,
+        })
+    };
+    let counts = read(move || ledger.counts()).await?;
+    Ok(counts.iter().map(|(domain, counts)| (domain.to_string(), count(counts))).collect())
 }

@@ -29,11 +29,20 @@ pub(crate) enum Form {
 pub(crate) struct Question {
     /// For the model.
     pub generate: Generate,
-    /// `model` as it was asked for.
-    pub model: String,
     /// Whether the answer comes as events.
     pub stream: bool,
-    /// Whether the last event counts the tokens.
+    /// For the answer.
+    pub asked: Asked,
+}
+
+/// What an answer has to know of its question.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    /// By which route it came.
+    pub form: Form,
+    /// `model`, as it was written.
+    pub model: String,
+    /// Whether the last event of a stream counts the tokens.
     pub include_usage: bool,
 }
 
@@ -83,7 +92,8 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
             None => return Err(fields.unknown(field)),
         }
     }
-    Ok(Question { generate: Generate { adapters, prompt, sampling }, model, stream, include_usage })
+    let asked = Asked { form, model, include_usage };
+    Ok(Question { generate: Generate { adapters, prompt, sampling }, stream, asked })
 }
 
 fn prompt_bytes(prompt: &Prompt) -> usize {
@@ -208,8 +218,8 @@ mod tests {
         let sampling = question.generate.sampling;
         assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k), (1.0, 1.0, 0));
         assert_eq!((sampling.max_tokens, sampling.seed), (4096, 42));
-        assert!(sampling.stop.is_empty() && !question.stream && !question.include_usage);
-        assert_eq!((question.model.as_str(), question.generate.adapters), ("auto", Adapters::Auto));
+        assert!(sampling.stop.is_empty() && !question.stream && !question.asked.include_usage);
+        assert_eq!((question.asked.model.as_str(), question.generate.adapters), ("auto", Adapters::Auto));
     }
 
     #[test]
@@ -225,7 +235,7 @@ mod tests {
         let sampling = question.generate.sampling;
         assert_eq!((sampling.max_tokens, sampling.seed, sampling.top_k), (8, u64::MAX, 3));
         assert_eq!(sampling.stop, ["x"]);
-        assert!(question.stream && question.include_usage);
+        assert!(question.stream && question.asked.include_usage);
         let array = ask(Form::Text, json!({"prompt": ["a"], "stop": ["x", "y"]})).expect("valid");
         assert_eq!(array.generate.prompt, Prompt::Text("a".into()));
         assert_eq!(array.generate.sampling.stop, ["x", "y"]);

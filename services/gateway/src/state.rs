@@ -2,9 +2,12 @@
 
 use crate::backlog::Backlog;
 use crate::disk::Disk;
+use crate::error::{ApiError, Result};
 use crate::guard::{Guard, Rate};
 use crate::{Gateway, body, question, submission};
+use actix_web::web;
 use kit::lane::Stop;
+use kit::ledger::LedgerError;
 use std::hash::{BuildHasher, RandomState};
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -83,6 +86,15 @@ impl State {
     pub(crate) fn is_ready(&self) -> bool {
         !self.stop.is_set() && (self.gateway.ready)()
     }
+}
+
+/// Reads the ledger on a thread that may wait for it: while it is being rewritten, probes still
+/// have to be answered.
+pub(crate) async fn read<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, LedgerError> + Send + 'static,
+) -> Result<T> {
+    let done = web::block(work).await.map_err(|error| ApiError::internal(&error))?;
+    done.map_err(|error| ApiError::internal(&error))
 }
 
 fn at_least_one(number: u32) -> NonZeroU32 {

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 fn models_are_the_base_the_router_and_the_lineages() {
     let server = Server::start(&[]);
     let models = server.get("/v1/models").json();
-    let ids: Vec<&Value> = models["data"].as_array().expect("a list").iter().map(|model| &model["id"]).collect();
+    let ids: Vec<&Value> =
+        models["data"].as_array().expect("a list").iter().map(|model| &model["id"]).collect();
     assert_eq!(ids, ["base", "auto", "medical"]);
     let medical = server.get("/v1/models/medical").json();
     assert_eq!((&medical["root"], &medical["parent"]), (&json!("tiny"), &json!("base")));
@@ -19,7 +20,10 @@ fn a_lineage_shows_its_generations_newest_first() {
     let server = Server::start(&[]);
     let list = server.get("/v1/adapters").json();
     assert_eq!(list["adapters"][0]["domain"], "medical");
-    assert_eq!((&list["adapters"][0]["generation"], &list["adapters"][0]["documents"]), (&json!(CURRENT), &json!(2)));
+    assert_eq!(
+        (&list["adapters"][0]["generation"], &list["adapters"][0]["documents"]),
+        (&json!(CURRENT), &json!(2))
+    );
     let log = server.get("/v1/adapters/medical/log").json();
     let entry = |n: usize| (&log["generations"][n]["generation"], &log["generations"][n]["live"]);
     assert_eq!([entry(0), entry(1)], [(&json!(CURRENT), &json!(true)), (&json!(PARENT), &json!(false))]);
@@ -35,7 +39,11 @@ fn rolling_back_checks_what_is_expected() {
     let conflict = rollback(&json!({"expected_generation": PARENT}));
     assert_eq!(conflict.status, 409);
     conflict.assert_error_form();
-    assert_eq!(server.send("POST", "/v1/adapters/medical/rollback", &[], b"").status, 200, "no body says as much");
+    assert_eq!(
+        server.send("POST", "/v1/adapters/medical/rollback", &[], b"").status,
+        200,
+        "no body says as much"
+    );
 }
 
 #[test]

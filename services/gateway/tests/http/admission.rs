@@ -35,7 +35,9 @@ fn with_keys_every_route_but_the_probes_needs_one() {
                 let headers = [key, &[("host", host)]].concat();
                 server.send(method, path, &headers, body.as_bytes())
             };
-            for bad in [&[][..], &[("authorization", "Bearer a-key-of-sixteen-and-less")], &[("authorization", KEY)]] {
+            for bad in
+                [&[][..], &[("authorization", "Bearer a-key-of-sixteen-and-less")], &[("authorization", KEY)]]
+            {
                 let refused = with(bad);
                 assert_eq!(refused.status, 401, "{method} {path} {bad:?}");
                 assert_eq!(refused.header("www-authenticate"), Some("Bearer"));
@@ -69,7 +71,8 @@ fn without_keys_only_this_machine_is_answered() {
 fn a_key_that_asks_too_often_is_told_when_to_come_back() {
     let keys = format!("gateway.api_keys={KEY},another-key-of-sixteen");
     let server = Server::start(&[&keys, "gateway.requests_per_s=1", "gateway.burst=3"]);
-    let ask = |key: &str| server.send("GET", "/v1/models", &[("authorization", &format!("Bearer {key}"))], b"");
+    let ask =
+        |key: &str| server.send("GET", "/v1/models", &[("authorization", &format!("Bearer {key}"))], b"");
     let answers: Vec<_> = (0..4).map(|_| ask(KEY)).collect();
     assert!(answers[..3].iter().all(|answer| answer.status == 200), "{answers:?}");
     assert_eq!((answers[3].status, answers[3].header("retry-after")), (429, Some("1")));

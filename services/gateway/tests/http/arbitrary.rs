@@ -7,12 +7,45 @@ use serde_json::{Map, Value, json};
 
 /// Names that mean something somewhere, so that values come where they are looked at.
 const FIELDS: [&str; 24] = [
-    "text", "prompt", "completion", "messages", "documents", "domain", "importance", "source", "role", "content",
-    "type", "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "n",
-    "to", "adapter_config", "adapter_model",
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "documents",
+    "domain",
+    "importance",
+    "source",
+    "role",
+    "content",
+    "type",
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "n",
+    "to",
+    "adapter_config",
+    "adapter_model",
 ];
-const WORDS: [&str; 12] =
-    ["", "user", "assistant", "text", "base", "auto", "a:0.5+b", "medical", "\0", "\u{202e}", "00000000000000aa", "é\n"];
+const WORDS: [&str; 12] = [
+    "",
+    "user",
+    "assistant",
+    "text",
+    "base",
+    "auto",
+    "a:0.5+b",
+    "medical",
+    "\0",
+    "\u{202e}",
+    "00000000000000aa",
+    "é\n",
+];
 const PATHS: [&str; 5] = [
     "/v1/documents",
     "/v1/completions",
@@ -38,7 +71,8 @@ fn value() -> impl Strategy<Value = Value> {
 
 fn object(value: impl Strategy<Value = Value>) -> impl Strategy<Value = Value> {
     let field = (select(&FIELDS[..]), value);
-    vec(field, 0..5).prop_map(|fields| fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect::<Map<_, _>>().into())
+    vec(field, 0..5)
+        .prop_map(|fields| fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect::<Map<_, _>>().into())
 }
 
 #[test]

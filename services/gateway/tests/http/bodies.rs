@@ -23,7 +23,12 @@ const BAD: &[(&str, &str, u16, Option<&str>)] = &[
     (DOCUMENTS, r#"{"text":"a","importance":NaN}"#, 400, Some("importance")),
     (DOCUMENTS, r#"{"text":"a","domain":"../../etc"}"#, 400, Some("domain")),
     (DOCUMENTS, r#"{"text":""}"#, 400, Some("text")),
-    (DOCUMENTS, r#"{"documents":[{"text":"a"},{"text":"b","importance":-1}]}"#, 400, Some("documents[1].importance")),
+    (
+        DOCUMENTS,
+        r#"{"documents":[{"text":"a"},{"text":"b","importance":-1}]}"#,
+        400,
+        Some("documents[1].importance"),
+    ),
     (DOCUMENTS, r#"{"documents":[{"text":"a"},{"text":"b","text":"c"}]}"#, 400, Some("documents[1].text")),
     (DOCUMENTS, r#"{"messages":[{"role":"wizard","content":"a"}]}"#, 400, Some("messages[0].role")),
     (TEXT, "{}", 400, Some("prompt")),
@@ -39,14 +44,24 @@ const BAD: &[(&str, &str, u16, Option<&str>)] = &[
     (TEXT, r#"{"prompt":"a","model":"a:heavy"}"#, 400, Some("model")),
     (TEXT, r#"{"prompt":"a","model":"gpt-4.1"}"#, 404, Some("model")),
     (CHAT, r#"{"messages":[]}"#, 400, Some("messages")),
-    (CHAT, r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, 400, Some("messages[0].content[0].type")),
+    (
+        CHAT,
+        r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#,
+        400,
+        Some("messages[0].content[0].type"),
+    ),
     (CHAT, r#"{"messages":[{"role":"user","content":"a"}],"tools":[{}]}"#, 400, Some("tools")),
     ("/v1/adapters/medical/rollback", r#"{"to":"../x"}"#, 400, Some("to")),
     ("/v1/adapters/medical/rollback", r#"{"when":"now"}"#, 400, Some("when")),
     ("/v1/adapters/none/rollback", "{}", 404, None),
     ("/v1/adapters/Medical/rollback", "{}", 400, Some("domain")),
     ("/v1/adapters/medical/import", "{}", 400, Some("adapter_config")),
-    ("/v1/adapters/medical/import", r#"{"adapter_config":{},"adapter_model":"*"}"#, 400, Some("adapter_model")),
+    (
+        "/v1/adapters/medical/import",
+        r#"{"adapter_config":{},"adapter_model":"*"}"#,
+        400,
+        Some("adapter_model"),
+    ),
 ];
 
 #[test]
@@ -106,7 +121,8 @@ fn too_much_is_413_whether_announced_or_not() {
 #[test]
 fn a_body_in_chunks_is_read() {
     let server = Server::start(&[]);
-    let request = head(DOCUMENTS, "transfer-encoding: chunked") + "7\r\n{\"text\"\r\n5\r\n:\"a\"}\r\n0\r\n\r\n";
+    let request =
+        head(DOCUMENTS, "transfer-encoding: chunked") + "7\r\n{\"text\"\r\n5\r\n:\"a\"}\r\n0\r\n\r\n";
     assert_eq!(server.raw(request.as_bytes()).status, 202);
 }
 

@@ -57,7 +57,10 @@ fn a_streamed_chat_is_framed_as_events() {
     let server = Server::start(&[]);
     let options = json!({"stream": true, "stream_options": {"include_usage": true}});
     let answer = server.post("/v1/chat/completions", &chat("hi", options));
-    assert!(answer.header("content-type").is_some_and(|kind| kind.starts_with("text/event-stream")), "{answer:?}");
+    assert!(
+        answer.header("content-type").is_some_and(|kind| kind.starts_with("text/event-stream")),
+        "{answer:?}"
+    );
     let events = events(&answer.body);
     let deltas: Vec<&Value> = events.iter().map(|event| &event["choices"][0]["delta"]).collect();
     assert_eq!(deltas[0], &json!({"role": "assistant", "content": ""}));
@@ -124,7 +127,10 @@ fn a_client_that_leaves_ends_its_generation() {
     for (count, stream) in [(1, true), (2, false)] {
         let body = json!({"prompt": "hang", "stream": stream}).to_string();
         let mut client = server.connect();
-        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         client.write_all((head + &body).as_bytes()).expect("sent");
         if stream {
             client.read_exact(&mut [0; 64]).expect("the answer began");

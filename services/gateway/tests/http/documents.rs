@@ -10,13 +10,17 @@ fn submit_as(server: &Server, key: &str, body: &Value) -> Answer {
 #[test]
 fn one_document_is_accepted_followed_and_listed() {
     let server = Server::start(&[]);
-    let answer = server.post("/v1/documents", &json!({"text": "The key is under the pot.", "domain": "home"}));
+    let answer =
+        server.post("/v1/documents", &json!({"text": "The key is under the pot.", "domain": "home"}));
     assert_eq!(answer.status, 202, "{answer:?}");
     let accepted = answer.json();
     assert_eq!((&accepted["status"], &accepted["domain"]), (&json!("accepted"), &json!("home")));
     let id = accepted["id"].as_str().expect("an id");
     let status = server.get(&format!("/v1/documents/{id}")).json();
-    assert_eq!((&status["id"], &status["status"], &status["held_out"]), (&json!(id), &json!("accepted"), &json!(0)));
+    assert_eq!(
+        (&status["id"], &status["status"], &status["held_out"]),
+        (&json!(id), &json!("accepted"), &json!(0))
+    );
     assert_eq!(status["trail"][0]["event"], "accepted");
     let listed = server.get("/v1/documents?domain=home&limit=5").json();
     assert_eq!(listed["documents"][0], status);
@@ -65,7 +69,8 @@ fn the_same_id_a_hundred_times_at_once_is_one_document() {
 fn a_batch_with_a_conflict_or_a_bad_field_writes_nothing() {
     let server = Server::start(&[]);
     assert_eq!(submit_as(&server, "b.1", &json!({"text": "first"})).status, 202);
-    let conflicting = submit_as(&server, "b", &json!({"documents": [{"text": "new"}, {"text": "not first"}]}));
+    let conflicting =
+        submit_as(&server, "b", &json!({"documents": [{"text": "new"}, {"text": "not first"}]}));
     assert_eq!((conflicting.status, conflicting.param()), (409, json!("documents[1]")));
     let mut documents = vec![json!({"text": "good"}); 3];
     documents.push(json!({"text": "bad", "importance": 7}));

@@ -8,9 +8,9 @@ use kit::link::{Door, Events, ReplyTo, Unanswered, events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use proto::{
-    BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent, Generation,
-    GenerationId, Import, Lineage, Manifest, Message, PeftFiles, Prompt, Receipt, Refusal, RolledBack, Rollback,
-    TrainReport, Usage, Weighted,
+    BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent,
+    Generation, GenerationId, Import, Lineage, Manifest, Message, PeftFiles, Prompt, Receipt, Refusal,
+    Rollback, RolledBack, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
@@ -253,7 +253,8 @@ fn registry(folder: &TempDir) -> Registry {
     for (number, (id, parent)) in [(PARENT, None), (CURRENT, Some(PARENT))].into_iter().enumerate() {
         let number = number as u64;
         let mut manifest = Manifest { number: number + 1, ..Manifest::empty(base(), false) };
-        let current = Lineage { current: Some(generation_id(id)), documents: number + 1, ..Lineage::default() };
+        let current =
+            Lineage { current: Some(generation_id(id)), documents: number + 1, ..Lineage::default() };
         manifest.lineages.insert(lineage.clone(), current);
         registry.commit(manifest, Some(generation(id, parent, number))).expect("committed");
     }
@@ -266,7 +267,9 @@ fn doors(seen: &Arc<Seen>) -> Doors {
     Doors {
         generate: Arc::new(Fake(Arc::clone(seen))),
         rollback: answered(|ask: Rollback| match ask.expected {
-            Some(expected) if expected.as_str() != CURRENT => Err(Refusal::Conflict(format!("it is {CURRENT}"))),
+            Some(expected) if expected.as_str() != CURRENT => {
+                Err(Refusal::Conflict(format!("it is {CURRENT}")))
+            }
             _ => Ok(RolledBack { from: generation_id(CURRENT), to: ask.to.or(Some(generation_id(PARENT))) }),
         }),
         forget: answered(|ask: Forget| match ask.id.as_str() {
@@ -278,7 +281,9 @@ fn doors(seen: &Arc<Seen>) -> Doors {
             Ok(generation_id(CURRENT))
         }),
         export: answered(|ask: Export| match ask.generation {
-            Some(id) if id.as_str() != CURRENT => Err(Refusal::NotFound("there is no such generation".into())),
+            Some(id) if id.as_str() != CURRENT => {
+                Err(Refusal::NotFound("there is no such generation".into()))
+            }
             _ => Ok(PeftFiles { config: r#"{"r": 16}"#.into(), weights: vec![0, 159, 255] }),
         }),
     }
@@ -306,7 +311,9 @@ impl Generator for Fake {
     fn generate(&self, request: Generate) -> LocalBoxFuture<'_, Result<Events<GenerateEvent>, Unanswered>> {
         let prompt = match &request.prompt {
             Prompt::Text(text) => text.clone(),
-            Prompt::Messages(messages) => messages.last().map(|m: &Message| m.content.clone()).unwrap_or_default(),
+            Prompt::Messages(messages) => {
+                messages.last().map(|m: &Message| m.content.clone()).unwrap_or_default()
+            }
         };
         *self.0.asked.lock().expect("not poisoned") = Some(request);
         if prompt == "full" {
@@ -320,7 +327,8 @@ impl Generator for Fake {
 }
 
 fn tell(prompt: &str, reply: &ReplyTo<GenerateEvent>, seen: &Seen) {
-    let refused = |param: &str| GenerateEvent::Refused { param: param.into(), message: "it is too long".into() };
+    let refused =
+        |param: &str| GenerateEvent::Refused { param: param.into(), message: "it is too long".into() };
     let domain = Domain::new("medical").expect("a domain");
     let adapter = Weighted { domain, generation: Some(generation_id(CURRENT)), weight: 1.0 };
     let started = GenerateEvent::Started(Choice { adapters: vec![adapter], confidence: Some(0.75) });

@@ -1,7 +1,7 @@
 //! The gateway over real sockets, on a real ledger, with fakes behind its doors.
 
-mod admission;
 mod adapters;
+mod admission;
 mod arbitrary;
 mod bodies;
 mod completions;

@@ -52,6 +52,7 @@ fn the_status_says_what_runs_where() {
     assert_eq!((&status["base"]["name"], &status["base"]["device"]), (&json!("tiny"), &json!("cpu")));
     assert_eq!((&status["documents"]["accepted"], &status["documents"]["backlog"]), (&json!(1), &json!(1)));
     assert_eq!((&status["ready"], &status["manifest_live"]), (&json!(true), &json!(2)));
+    assert_eq!(status["domains"]["general"]["documents"], 1);
     assert_eq!(status["adapters"][0]["domain"], "medical");
 }
 
@@ -77,7 +78,8 @@ fn told_to_stop_it_finishes_what_runs_and_ends() {
     let mut server = Server::start(&["gateway.generation_seconds_max=1"]);
     let start = Instant::now();
     thread::scope(|scope| {
-        let running = scope.spawn(|| server.post("/v1/completions", &json!({"prompt": "hang", "stream": true})));
+        let running =
+            scope.spawn(|| server.post("/v1/completions", &json!({"prompt": "hang", "stream": true})));
         eventually("it runs", || server.seen.asked.lock().expect("not poisoned").is_some());
         server.stop.set();
         server.stop.set();

@@ -55,7 +55,7 @@ fn main() -> Result<()> {
         let mut cache = KvCache::new(&base, 1);
         let prompt = Tensor::from_slice(&[5i64; 512]).unsqueeze(0);
         let start = Instant::now();
-        base.forward(&Input::rows(prompt, 0), &active, Some(&mut cache))?;
+        let _ = base.forward(&Input::rows(prompt, 0), &active, Some(&mut cache))?;
         let prefill = 512.0 / start.elapsed().as_secs_f64();
         let start = Instant::now();
         let mut id = 5;

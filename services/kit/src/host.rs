@@ -6,6 +6,7 @@ use crate::link::{Ask, Delivery, Door, Link, Unanswered};
 use crate::service::{Answer, Fault, Handle, Message, Service};
 use crate::telemetry::names;
 use actix::{Actor, Addr, AtomicResponse, Context, WrapFuture};
+use anyhow::anyhow;
 use futures_util::FutureExt;
 use std::any::Any;
 use std::collections::HashMap;
@@ -167,22 +168,33 @@ async fn settle<S: Handle<M>, M: Message>(
                 tracing::warn!(reason, "message is put aside");
                 aside = Some(reason);
             }
-            Err(fault) => {
-                count::<S, M>("failed");
-                let error = match fault {
-                    Fault::Fatal(error) => error,
-                    Fault::Poison(reason) => anyhow::anyhow!("could not put a message aside: {reason}"),
-                    Fault::Retry(_) => unreachable!("handled above"),
-                };
-                // Other deaths, such as a full disk or a neighbour's end, are not this message's doing.
-                if error.chain().any(|cause| cause.is::<Panicked>() || is_compute_panic(cause)) {
-                    suspects.blame(S::NAME, &key);
-                }
-                deaths.report(S::NAME, &format!("{error:#}"));
-                return None;
+            Err(Fault::Poison(reason)) => {
+                return died::<S, M>(
+                    &key,
+                    &anyhow!("could not put a message aside: {reason}"),
+                    deaths,
+                    suspects,
+                );
             }
+            Err(Fault::Fatal(error)) => return died::<S, M>(&key, &error, deaths, suspects),
         }
     }
+}
+
+/// Tells the lane of the end of a service; nothing is left of it.
+fn died<S: Service, M: Message>(
+    key: &str,
+    error: &anyhow::Error,
+    deaths: &Deaths,
+    suspects: &Suspects,
+) -> Option<S> {
+    count::<S, M>("failed");
+    // Other deaths, such as a full disk or a neighbour's end, are not this message's doing.
+    if error.chain().any(|cause| cause.is::<Panicked>() || is_compute_panic(cause)) {
+        suspects.blame(S::NAME, key);
+    }
+    deaths.report(S::NAME, &format!("{error:#}"));
+    None
 }
 
 fn is_compute_panic(cause: &(dyn std::error::Error + 'static)) -> bool {

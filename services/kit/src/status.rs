@@ -83,3 +83,121 @@ fn set_aside(lineage: &Lineage, ordinal: u64) -> Option<String> {
     let covers = |range: &&proto::SetAside| range.after < ordinal && ordinal <= range.through;
     lineage.set_aside.iter().rev().find(covers).map(|range| range.reason.clone())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::Settlement;
+    use proto::{
+        BaseId, Blob, Content, Document, Example, ExampleId, Generation, Kept, Manifest, Piece, Receipt,
+        SetAside, TrainReport, Verdict,
+    };
+
+    const DOCUMENTS: u64 = 7;
+
+    fn id(n: u64) -> DocumentId {
+        DocumentId::new(format!("d{n}")).expect("an id")
+    }
+
+    fn kept(ordinal: u64, examples: u32, held_out: u32) -> Settlement {
+        let kind = if examples > 0 { VerdictKind::Kept } else { VerdictKind::Refused };
+        let example = |chunk| Example {
+            id: ExampleId { ordinal, chunk },
+            domain: Domain::general(),
+            piece: Piece { tokens: vec![1, 2], learned: vec![(1, 2)] },
+            importance: 0.5,
+            marked: false,
+            held_out: chunk < held_out,
+            signature: Vec::new(),
+        };
+        let kept = Kept {
+            ordinal,
+            id: id(ordinal),
+            domain: Domain::general(),
+            importance: None,
+            verdict: Verdict { kind, reason: "too short".into(), score: 0.0 },
+            pieces: Vec::new(),
+            signature: Vec::new(),
+        };
+        Settlement { kept, examples: (0..examples).map(example).collect() }
+    }
+
+    fn generation(manifest: u64, after: u64, through: u64) -> Generation {
+        let blob = Blob("0".repeat(64));
+        Generation {
+            id: GenerationId::new(format!("{manifest:016}")).expect("an id"),
+            lineage: Domain::general(),
+            base: BaseId::new("0123456789abcdef").expect("an id"),
+            parent: (manifest > 1)
+                .then(|| GenerationId::new(format!("{:016}", manifest - 1)).expect("an id")),
+            number: manifest,
+            manifest,
+            after,
+            through,
+            documents: 1,
+            weights: blob.clone(),
+            optimiser: None,
+            fisher: None,
+            probe: None,
+            learned: blob,
+            report: TrainReport::default(),
+            receipt: Receipt::default(),
+            published_ms: 0,
+        }
+    }
+
+    fn publish(registry: &Registry, generation: Generation, set_aside: Vec<SetAside>) {
+        let lineage = Lineage {
+            current: Some(generation.id.clone()),
+            cursor: generation.through,
+            set_aside,
+            ..Lineage::default()
+        };
+        let empty = Manifest::empty(generation.base.clone(), false);
+        let lineages = [(Domain::general(), lineage)].into();
+        let manifest = Manifest { number: generation.manifest, lineages, ..empty };
+        registry.commit(manifest, Some(generation)).expect("committed");
+    }
+
+    #[tokio::test]
+    async fn every_stage_is_told_from_what_is_durable() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let ledger = Ledger::open(&folder.path().join("ledger")).expect("a ledger");
+        let registry = Registry::open(&folder.path().join("lineages")).expect("a registry");
+        let document = |n: u64| Document {
+            id: id(n),
+            domain: Domain::general(),
+            content: Content::Text(format!("text {n}")),
+            importance: None,
+            source: None,
+            submitted_ms: 0,
+        };
+        ledger.append((1..=DOCUMENTS).map(document).collect()).await.expect("appended");
+        let judged = [(1, 2, 1), (2, 0, 0), (3, 2, 0), (4, 2, 0), (5, 2, 2), (6, 2, 0)];
+        let judged = judged.map(|(ordinal, examples, held_out)| kept(ordinal, examples, held_out));
+        ledger.settle_intake_many(judged.into()).await.expect("settled");
+        publish(&registry, generation(1, 0, 2), Vec::new());
+        let broken = SetAside { after: 3, through: 4, reason: "it breaks the learner".into() };
+        publish(&registry, generation(2, 2, 4), vec![broken]);
+
+        let status = |n| document_status(&ledger, &registry, 1, &id(n)).expect("read").expect("there");
+        let stages: Vec<Stage> = (1..=DOCUMENTS).map(|n| status(n).status).collect();
+        let expected = [
+            Stage::Live,
+            Stage::Refused,
+            Stage::Learned,
+            Stage::SetAside,
+            Stage::Probe,
+            Stage::Waiting,
+            Stage::Accepted,
+        ];
+        assert_eq!(stages, expected);
+        assert_eq!(status(1).generation, Some(generation(1, 0, 2).id));
+        assert_eq!((status(1).held_out, status(5).held_out), (1, 2));
+        assert_eq!(status(2).reason.as_deref(), Some("too short"));
+        assert_eq!(status(4).reason.as_deref(), Some("it breaks the learner"));
+        ledger.withdraw(None, 2, 3).expect("withdrawn");
+        assert_eq!(status(3).reason.as_deref(), Some("rolled back"));
+        assert_eq!(document_status(&ledger, &registry, 1, &id(99)), Ok(None));
+    }
+}

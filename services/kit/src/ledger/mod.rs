@@ -99,11 +99,17 @@ impl Ledger {
         let write = database.begin_write()?;
         let state = Tables::open(&write)?.state()?;
         write.commit()?;
+        sync_names(dir).map_err(io)?;
         let shared = Arc::new(Shared::new(path, database, &state));
         let (writes, inbox) = crossbeam_channel::bounded(WAITING_MAX);
         let own = Arc::clone(&shared);
         let writer = std::thread::Builder::new().name("ledger".into());
-        let writer = writer.spawn(move || write::run(&own, &inbox)).map_err(io)?;
+        let run = move || {
+            if catch_unwind(AssertUnwindSafe(|| write::run(&own, &inbox))).is_err() {
+                own.fail("its writer panicked");
+            }
+        };
+        let writer = writer.spawn(run).map_err(io)?;
         Ok(Self { shared, writes: Some(writes), writer: Some(writer) })
     }
 
@@ -291,6 +297,15 @@ fn commit(write: WriteTransaction) -> Result<()> {
     Ok(write.commit()?)
 }
 
+/// A file is only as durable as its name, and that of the folder it is in.
+fn sync_names(dir: &Path) -> std::io::Result<()> {
+    fs::File::open(dir)?.sync_all()?;
+    match dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => fs::File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
 /// Opens the file after checking every page of it, since redb may panic on one that was altered.
 fn open_database(path: &Path) -> Result<Database> {
     let opened = catch_unwind(AssertUnwindSafe(|| {
@@ -308,3 +323,6 @@ fn open_database(path: &Path) -> Result<Database> {
         Err(_) => Err(LedgerError::Damaged(format!("{} cannot be opened", path.display()))),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -268,7 +268,7 @@ impl<'t> Tables<'t> {
     }
 }
 
-/// Names of all tables that are copied when the file is written anew; a test holds it to be complete.
+/// Names of all tables. Writing the file anew refuses to leave out a table that is not among them.
 pub(super) fn names() -> Vec<String> {
     let mut names: Vec<String> = [
         DOCUMENTS.name(),

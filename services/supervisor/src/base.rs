@@ -8,15 +8,12 @@ use std::path::{Path, PathBuf};
 pub const BUILT_IN: &str = "nano";
 
 /// Its files, in the program itself, so that a copied program needs nothing beside it.
-#[cfg(nano)]
 const NANO: &[(&str, &[u8])] = &[
     ("config.json", include_bytes!("../../../configs/models/nano/config.json")),
     ("tokenizer.json", include_bytes!("../../../configs/models/nano/tokenizer.json")),
     ("tokenizer_config.json", include_bytes!("../../../configs/models/nano/tokenizer_config.json")),
     ("model.safetensors", include_bytes!("../../../configs/models/nano/model.safetensors")),
 ];
-#[cfg(not(nano))]
-const NANO: &[(&str, &[u8])] = &[];
 
 /// The folder that `--base` means: the built-in base, or a folder in the Hugging Face form.
 ///
@@ -70,9 +67,6 @@ fn check(folder: &Path) -> Result<()> {
 /// Writes the files that are not there already. Each comes into being by a rename, so that one cut
 /// off by a crash is never taken for whole.
 fn unpack(files: &[(&str, &[u8])], folder: &Path) -> Result<PathBuf> {
-    if files.is_empty() {
-        bail!("this build has no built-in base; give a folder with --base");
-    }
     fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
     for (name, bytes) in files {
         let (target, part) = (folder.join(name), folder.join(format!("{name}.part")));

@@ -1,7 +1,6 @@
 //! Answers that are not a success, in the form that OpenAI's clients read.
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{self, HeaderName};
 use actix_web::{HttpResponse, HttpResponseBuilder, ResponseError};
 use proto::{IdError, Refusal};
 use serde_json::{Value, json};
@@ -14,7 +13,7 @@ pub(crate) struct ApiError {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
-    header: Option<(HeaderName, String)>,
+    header: Option<(&'static str, String)>,
 }
 
 pub(crate) type Result<T> = std::result::Result<T, ApiError>;
@@ -43,7 +42,7 @@ impl ApiError {
     pub(crate) fn unauthorized() -> Self {
         let message = "this server needs a key: send the header 'Authorization: Bearer KEY'";
         let mut error = Self::new(StatusCode::UNAUTHORIZED, message).code("invalid_api_key");
-        error.header = Some((header::WWW_AUTHENTICATE, "Bearer".to_owned()));
+        error.header = Some(("www-authenticate", "Bearer".to_owned()));
         error
     }
 
@@ -66,7 +65,7 @@ impl ApiError {
     pub(crate) fn method_not_allowed(allow: &str) -> Self {
         let message = format!("this path takes only {allow}");
         let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, message);
-        error.header = Some((header::ALLOW, allow.to_owned()));
+        error.header = Some(("allow", allow.to_owned()));
         error
     }
 
@@ -120,7 +119,7 @@ impl ApiError {
     }
 
     fn retry_after(mut self, seconds: u64) -> Self {
-        self.header = Some((header::RETRY_AFTER, seconds.to_string()));
+        self.header = Some(("retry-after", seconds.to_string()));
         self
     }
 
@@ -159,7 +158,7 @@ impl ResponseError for ApiError {
     fn error_response(&self) -> HttpResponse {
         let mut response = HttpResponseBuilder::new(self.status);
         if let Some((name, value)) = &self.header {
-            response.insert_header((name.clone(), value.as_str()));
+            response.insert_header((*name, value.as_str()));
         }
         response.json(self.body())
     }

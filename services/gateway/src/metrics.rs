@@ -30,16 +30,10 @@ impl Recorder {
     /// # Errors
     /// When a recorder is installed already.
     pub fn install() -> anyhow::Result<Self> {
-        let handle = builder()?.install_recorder().context("metrics are recorded elsewhere already")?;
-        Ok(Self(handle))
-    }
-
-    /// A recorder that records nothing, for tests.
-    ///
-    /// # Errors
-    /// Never in practice: when the names of the metrics are not valid.
-    pub fn idle() -> anyhow::Result<Self> {
-        Ok(Self(builder()?.build_recorder().handle()))
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)
+            .context("the buckets of histograms")?;
+        Ok(Self(builder.install_recorder().context("metrics are recorded elsewhere already")?))
     }
 
     /// The page, in Prometheus' text format.
@@ -54,10 +48,6 @@ impl Recorder {
             self.0.run_upkeep();
         }
     }
-}
-
-fn builder() -> anyhow::Result<PrometheusBuilder> {
-    Ok(PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &SECONDS)?)
 }
 
 pub(crate) fn http_request(route: Option<String>, status: u16) {

@@ -18,7 +18,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(75);
 const DISCONNECT_MAX: Duration = Duration::from_secs(5);
 /// Threads that read requests and write answers; the work is done elsewhere.
 const THREADS: usize = 2;
-/// Connections a thread holds open: each may take a body's worth of memory.
+/// Connections a thread holds open; further ones wait in the system's queue.
 const CONNECTIONS_PER_THREAD_MAX: usize = 8192;
 
 /// A gateway that holds its address.

@@ -70,8 +70,8 @@ impl State {
         let rate = Rate { requests_per_s: at_least_one(s.requests_per_s), burst: at_least_one(s.burst) };
         Self {
             guard: Guard::new(&s.api_keys, rate),
-            // Room for one import beside everybody's documents.
-            bodies: Arc::new(Semaphore::new(2 * s.import_bytes_max)),
+            // Room for the largest body, and as much beside it for everybody else's.
+            bodies: Arc::new(Semaphore::new(2 * s.import_bytes_max.max(s.body_bytes_max))),
             limits,
             backlog: Backlog::default(),
             disk: Disk::default(),

@@ -345,11 +345,10 @@ fn tell(prompt: &str, reply: &ReplyTo<GenerateEvent>, seen: &Seen) {
     for event in script {
         let _ = reply.blocking_send(event);
     }
-    while prompt == "hang" {
-        thread::sleep(Duration::from_millis(5));
-        if reply.is_gone() {
-            seen.abandoned.fetch_add(1, Ordering::Relaxed);
-            return;
+    if prompt == "hang" {
+        while !reply.is_gone() {
+            thread::sleep(Duration::from_millis(5));
         }
+        seen.abandoned.fetch_add(1, Ordering::Relaxed);
     }
 }

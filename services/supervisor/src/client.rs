@@ -21,10 +21,16 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, clap::Args)]
 pub struct ServerArgs {
     /// Address of the server.
-    #[arg(long, env = "ENGRAM_SERVER", default_value = "http://127.0.0.1:8420", value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        env = "ENGRAM_SERVER",
+        default_value = "http://127.0.0.1:8420",
+        value_name = "URL"
+    )]
     pub server: String,
     /// Key, when the server asks for one.
-    #[arg(long, env = "ENGRAM_API_KEY", hide_env_values = true)]
+    #[arg(long, global = true, env = "ENGRAM_API_KEY", hide_env_values = true)]
     pub key: Option<String>,
 }
 

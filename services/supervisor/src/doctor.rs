@@ -19,6 +19,8 @@ const MATRIX_SIDE: i64 = 1024;
 /// What `engram doctor` takes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
+// Two groups of the same name, this one and that of `up`, are one too many for clap.
+#[group(skip)]
 pub struct Args {
     #[command(flatten)]
     up: up::Args,

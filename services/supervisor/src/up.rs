@@ -121,6 +121,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 /// The worker that [`run`] keeps alive.
 pub fn worker() -> Result<()> {
     let orders = Orders::read()?;
+    kit::telemetry::start(&orders.settings.telemetry)?;
     worker::run(orders.settings, &orders.data_dir, &orders.base_dir, orders.degraded)
 }
 

@@ -128,7 +128,7 @@ fn a_body_in_chunks_is_read() {
 
 #[test]
 fn a_body_that_does_not_come_is_408_and_keeps_nobody_waiting() {
-    let server = Server::start(&["gateway.body_seconds_max=1"]);
+    let server = Server::start(&["gateway.body_seconds_max=3"]);
     let start = Instant::now();
     let mut stalled: Vec<_> = (0..20).map(|_| server.connect()).collect();
     for stream in &mut stalled {
@@ -136,7 +136,7 @@ fn a_body_that_does_not_come_is_408_and_keeps_nobody_waiting() {
         stream.write_all((head + "{\"text\":").as_bytes()).expect("sent");
     }
     server.assert_unharmed("stalled bodies");
-    assert!(start.elapsed() < Duration::from_secs(1), "others were kept waiting");
+    assert!(start.elapsed() < Duration::from_secs(3), "others were kept waiting");
     for stream in &mut stalled {
         let slow = Answer::read(stream);
         assert_eq!(slow.status, 408, "{slow:?}");

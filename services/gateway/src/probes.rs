@@ -41,6 +41,7 @@ pub(crate) async fn status(state: web::Data<State>) -> Result<HttpResponse> {
     let domains = domains(&state).await?;
     Ok(HttpResponse::Ok().json(json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
         "ready": state.is_ready(),
         "uptime_s": state.started.elapsed().as_secs(),
         "base": {

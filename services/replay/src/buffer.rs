@@ -79,15 +79,6 @@ impl Buffer {
         Self { capacity, strategy, seed, held: BTreeMap::new(), offered: 0 }
     }
 
-    /// Examples held.
-    pub fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
 
     /// The ids held, ascending.
     pub fn ids(&self) -> impl Iterator<Item = ExampleId> + '_ {
@@ -263,7 +254,7 @@ mod tests {
                         for id in changes.evicted {
                             prop_assert!(mirror.remove(&id), "evicted what was not there");
                         }
-                        prop_assert!(buffer.len() <= capacity);
+                        prop_assert!(buffer.held.len() <= capacity);
                         prop_assert_eq!(buffer.ids().collect::<BTreeSet<_>>(), mirror.clone());
                     }
                     Ok(mirror)

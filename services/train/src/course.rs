@@ -30,11 +30,17 @@ pub struct Course {
     pub loss_target: f32,
     /// Optimiser steps at least; small batches are read more often.
     pub steps_min: u32,
-    /// Tokens in an optimiser step, about.
+    /// Tokens in an optimiser step at most, about; small batches take smaller steps.
     pub step_tokens: usize,
     /// Tokens of anchor for each token of the batch.
     pub anchor_share: f32,
 }
+
+/// A pass is cut into about this many steps: what is learned depends on the number of steps more than
+/// on their size.
+const STEPS_A_PASS: usize = 16;
+/// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
+const STEP_TOKENS_MIN: usize = 256;
 
 /// A fresh example, as the course sees it.
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +67,7 @@ impl Course {
         seed: u64,
     ) -> Vec<Vec<Item>> {
         let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + rehearsed.iter().sum::<usize>();
-        let steps_a_pass = total.div_ceil(self.step_tokens).max(1) as u32;
+        let steps_a_pass = total.div_ceil(self.step_size(total)).max(1) as u32;
         let passes = self.passes.max(self.steps_min.div_ceil(steps_a_pass));
         let unknown = |f: &Fresh| f.answer && f.loss > self.loss_target;
         let due = |f: &Fresh| !f.out && (pass < passes || (pass < self.answer_passes_max && unknown(f)));
@@ -79,6 +85,10 @@ impl Course {
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
         self.steps(items)
+    }
+
+    fn step_size(&self, total: usize) -> usize {
+        (total / STEPS_A_PASS).max(STEP_TOKENS_MIN).min(self.step_tokens)
     }
 
     fn anchors(&self, anchors: &[usize], batch_tokens: usize, rng: &mut ChaCha8Rng) -> Vec<(Item, usize)> {
@@ -99,7 +109,7 @@ impl Course {
     /// Cuts the items into steps of about equal size, so that no step is a small rest.
     fn steps(&self, items: Vec<(Item, usize)>) -> Vec<Vec<Item>> {
         let total: usize = items.iter().map(|(_, tokens)| tokens).sum();
-        let count = total.div_ceil(self.step_tokens).max(1);
+        let count = total.div_ceil(self.step_size(total)).max(1);
         let size = total.div_ceil(count);
         let mut steps = vec![Vec::new()];
         let mut filled = 0;

@@ -68,7 +68,7 @@ fn bad_bodies_ids_and_parameters_are_refused_with_a_reason() {
 #[test]
 fn parameters_out_of_range_are_refused_before_any_work() {
     let server = Setup::tiny().start();
-    let bad: [(&str, Value); 17] = [
+    let bad: [(&str, Value); 18] = [
         ("max_tokens", json!(-1)),
         ("max_tokens", json!(9_223_372_036_854_775_807_i64)),
         ("max_tokens", json!(1.5)),
@@ -84,6 +84,7 @@ fn parameters_out_of_range_are_refused_before_any_work() {
         ("seed", json!("x")),
         ("stream", json!("yes")),
         ("model", json!(7)),
+        ("model", json!("base:nan")),
         ("prompt", json!({})),
         ("prompt", Value::Null),
     ];
@@ -92,7 +93,7 @@ fn parameters_out_of_range_are_refused_before_any_work() {
         body[name] = value;
         refused(&server, "POST", "/v1/completions", body.to_string().as_bytes(), &[JSON], 400);
     }
-    for model in ["nobody", "../base", "base:nan", "a+", "nobody@zz"] {
+    for model in ["nobody", "../base", "nobody@0123456789abcdef"] {
         let body = json!({"model": model, "prompt": "a"}).to_string();
         refused(&server, "POST", "/v1/completions", body.as_bytes(), &[JSON], 404);
     }

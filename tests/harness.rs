@@ -372,8 +372,9 @@ impl Drop for Server {
     fn drop(&mut self) {
         if thread::panicking() {
             let log = self.log();
-            let start = log.ceil_char_boundary(log.len().saturating_sub(LOG_SHOWN));
-            eprintln!("--- log of {}\n{}---", self.address, &log[start..]);
+            let skipped = log.len().saturating_sub(LOG_SHOWN);
+            let shown: String = log.char_indices().filter(|(at, _)| *at >= skipped).map(|(_, c)| c).collect();
+            eprintln!("--- log of {}\n{shown}---", self.address);
         }
         self.kill_worker();
         if let Some(mut child) = self.child.take() {

@@ -143,8 +143,9 @@ fn parts(place: &str, text: &str, fields: &Map<String, Value>) -> Vec<Result<Dra
 
 /// A place as a source: of one that is too long, the end says more than the beginning.
 fn source(place: &str) -> Value {
-    let start = place.ceil_char_boundary(place.len().saturating_sub(SOURCE_BYTES_MAX));
-    place[start..].into()
+    let least = place.len().saturating_sub(SOURCE_BYTES_MAX);
+    let start = (least..place.len()).find(|at| place.is_char_boundary(*at));
+    place[start.unwrap_or(0)..].into()
 }
 
 /// Cuts text into pieces of at most `limit` bytes: at the last blank line that fits, else at the
@@ -153,7 +154,8 @@ fn split(text: &str, limit: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while rest.len() > limit {
-        let window = &rest[..rest.floor_char_boundary(limit)];
+        let end = (1..=limit).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+        let window = &rest[..end];
         let cut = ["\n\n", "\n", " "]
             .iter()
             .find_map(|border| window.rfind(border).map(|at| at + border.len()))

@@ -107,7 +107,7 @@ fn disk(plan: &Plan) -> Result<String> {
 
 fn address(plan: &Plan) -> Result<String> {
     let listen = plan.listen();
-    TcpListener::bind(&listen).with_context(|| {
+    TcpListener::bind(listen).with_context(|| {
         format!("{listen} cannot be listened on: stop what does, or give another with --listen")
     })?;
     Ok(format!("{listen} is free"))

@@ -1,9 +1,12 @@
 //! The command line, by itself and with a server.
 
-use crate::harness::{PROGRAM, Server, Setup, sentence};
+use crate::harness::{PROGRAM, Server, Setup, root, sentence};
+use crate::tiny;
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 fn engram(arguments: &[&str]) -> Output {
@@ -129,6 +132,66 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     assert_eq!(copied, server.complete(&format!("notes@{}", before[0]), "A miller", 8));
     with(&server, &["documents", "forget", id]);
     assert_eq!(server.get(&format!("/v1/documents/{id}")).status, 404);
+}
+
+#[test]
+fn logits_equal_the_golden_ones() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (golden, out) = (root().join("tests/golden/llama"), folder.path().join("logits.safetensors"));
+    let (base, ids) = (golden.to_string_lossy().into_owned(), golden.join("golden.safetensors"));
+    let output = engram(&[
+        "logits",
+        "--base",
+        &base,
+        "--ids",
+        &ids.to_string_lossy(),
+        "--out",
+        &out.to_string_lossy(),
+    ]);
+    assert!(output.status.success(), "{output:?}");
+    let (expected, computed) = (values(&ids), values(&out));
+    assert_eq!(expected.len(), computed.len());
+    let distance = expected.iter().zip(&computed).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(distance < 1e-4, "{distance}");
+}
+
+fn values(file: &Path) -> Vec<f32> {
+    let bytes = fs::read(file).expect("readable");
+    let tensors = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let logits = tensors.tensor("logits").expect("logits");
+    logits
+        .data()
+        .chunks_exact(4)
+        .map(|four| f32::from_le_bytes(four.try_into().expect("four bytes")))
+        .collect()
+}
+
+#[test]
+fn texts_and_tasks_are_measured() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = folder.path().join("base");
+    tiny::write(&base);
+    let eval = |name: &str, data: &str| -> Value {
+        let file = folder.path().join(name);
+        fs::write(&file, data).expect("written");
+        let output =
+            engram(&["eval", "--json", "--base", &base.to_string_lossy(), "--data", &file.to_string_lossy()]);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let text = eval("text.txt", "abc\n<|endoftext|>\ndefgh\n<|endoftext|>\n");
+    assert_eq!(text["tokens"], 3 + 1 + 5 + 1, "a token a byte, and the ends");
+    // Random weights know nothing, which is a loss of about the logarithm of the vocabulary.
+    let nll = text["nll_per_token"].as_f64().expect("a figure");
+    assert!((nll - 257f64.ln()).abs() < 1.0, "{nll}");
+    let labels = eval("labels.jsonl", "{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":\"b\",\"label\":\"x\"}\n");
+    assert_eq!(
+        (&labels["accuracy"], &labels["examples"]),
+        (&json!(1.0), &json!(2)),
+        "there is one label only"
+    );
+    let answers = eval("answers.jsonl", "{\"prompt\":\"a\",\"response\":\"no random model says this\"}\n");
+    assert_eq!((&answers["accuracy"], &answers["examples"]), (&json!(0.0), &json!(1)));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `engram adapters`: what was learned, as versions that can be inspected, undone and exchanged.
 
 use crate::client::{Client, ServerArgs, segment};
-use crate::status::{show, table};
+use crate::status::{plain, show, table};
 use anyhow::{Context, Result, anyhow};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let path = |domain: &str, action: &str| format!("/v1/adapters/{}/{action}", segment(domain));
     match &args.command {
         Command::List => list(&client.get("/v1/adapters")?, args.json, out),
-        Command::Log { domain } => show(&client.get(&path(domain, "log"))?, args.json, out),
+        Command::Log { domain } => log(&client.get(&path(domain, "log"))?, args.json, out),
         Command::Rollback { domain, to } => {
             let body = to.as_ref().map_or_else(|| json!({}), |to| json!({ "to": to }));
             show(&client.post(&path(domain, "rollback"), &body)?, args.json, out)
@@ -100,6 +100,34 @@ fn list(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
         Some(rows) if !json => table(&["domain", "generation", "documents"], rows, out),
         _ => show(answer, json, out),
     }
+}
+
+/// Each generation with what it learned, and with its retention receipt: by how much the loss on what
+/// was known before has risen.
+fn log(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
+    let generations = match answer["generations"].as_array() {
+        Some(generations) if !json => generations,
+        _ => return show(answer, json, out),
+    };
+    for generation in generations {
+        let (report, of) = (&generation["report"], |name: &str| plain(&generation[name]));
+        let live = if generation["live"] == true { "  live" } else { "" };
+        writeln!(out, "{}  {} documents{live}", of("generation"), of("documents"))?;
+        let [first, last, steps, seconds] =
+            ["first_loss", "last_loss", "steps", "seconds"].map(|name| plain(&report[name]));
+        writeln!(out, "  learning   {first} to {last} nats a token, {steps} steps, {seconds} s")?;
+        let probes = generation["receipt"]["probes"].as_array().map(Vec::as_slice).unwrap_or_default();
+        for probe in probes.iter().filter(|probe| probe["measure"]["examples"] != 0) {
+            let [best, after, examples] =
+                ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
+            writeln!(
+                out,
+                "  {:9}  {best} to {after} nats a token, {examples} examples",
+                plain(&probe["probe"])
+            )?;
+        }
+    }
+    Ok(())
 }
 
 fn save(answer: &Value, dir: &Path) -> Result<()> {

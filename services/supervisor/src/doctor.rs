@@ -15,6 +15,8 @@ Examples:
   engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
 
 const MATRIX_SIDE: i64 = 1024;
+/// The version that `tch` binds; a build against any other fails.
+const LIBTORCH_VERSION: &str = "2.11.0";
 
 /// What `engram doctor` takes.
 #[derive(Debug, clap::Args)]
@@ -64,6 +66,7 @@ fn findings(args: &up::Args) -> Vec<Finding> {
     let speed = placement.as_ref().map_err(|_| anyhow::anyhow!("not measured")).and_then(speed);
     vec![
         ("settings", Ok("each is known and in its range".to_owned())),
+        ("libtorch", Ok(LIBTORCH_VERSION.to_owned())),
         ("device", placement.map(|placement| placement.to_string())),
         ("speed", speed),
         ("base", plan.base_dir().map(|dir| dir.display().to_string())),

@@ -77,7 +77,8 @@ pub fn plain(value: &Value) -> String {
         Value::Null => "-".into(),
         Value::String(text) => text.clone(),
         Value::Number(number) if number.is_f64() => {
-            number.as_f64().map_or_else(String::new, |number| format!("{number:.4}"))
+            // Adding zero makes a negative zero an ordinary one.
+            number.as_f64().map_or_else(String::new, |number| format!("{:.4}", number + 0.0))
         }
         Value::Object(_) | Value::Array(_) if !is_nested(value) => "none".into(),
         other => other.to_string(),

@@ -5,8 +5,8 @@ use crate::{Checkpoint, now_ms};
 use kit::service::{Answer, Fault};
 use proto::wire::{self, Kind};
 use proto::{
-    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, LearnedExample, PeftFiles,
-    Receipt, Refusal, RolledBack, Rollback, SetAside, TrailEntry, TrainReport,
+    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, LearnedExample, PeftFiles, Receipt,
+    Refusal, Rollback, RolledBack, SetAside, TrailEntry, TrainReport,
 };
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -37,7 +37,8 @@ impl Answer<Rollback> for Checkpoint {
         self.edit(&ask.lineage, |lineage| {
             through = lineage.cursor;
             lineage.current.clone_from(&to);
-            lineage.documents = chain.iter().skip_while(|g| Some(&g.id) != to.as_ref()).map(|g| g.documents).sum();
+            lineage.documents =
+                chain.iter().skip_while(|g| Some(&g.id) != to.as_ref()).map(|g| g.documents).sum();
             lineage.attempt = 0;
             let reason = ROLLED_BACK.to_owned();
             lineage.set_aside.push(SetAside { after, through, reason });
@@ -107,7 +108,8 @@ impl Answer<Import> for Checkpoint {
         let lineage = manifest.lineages.entry(ask.lineage.clone()).or_default();
         let text = format!("import {} {} {} {}", self.base, ask.lineage, lineage.number, weights.0);
         let generation = Generation {
-            id: GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16]).map_err(anyhow::Error::from)?,
+            id: GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16])
+                .map_err(anyhow::Error::from)?,
             lineage: ask.lineage.clone(),
             base: self.base.clone(),
             parent: current,
@@ -158,7 +160,8 @@ impl Checkpoint {
     /// Serves an older generation, or the base, and learns again whatever came after it.
     fn fall_back(&self, lineage: &Domain, to: Option<&Generation>) -> anyhow::Result<()> {
         let chain = self.registry.chain(lineage);
-        let documents = chain.iter().skip_while(|g| to.is_none_or(|t| t.id != g.id)).map(|g| g.documents).sum();
+        let documents =
+            chain.iter().skip_while(|g| to.is_none_or(|t| t.id != g.id)).map(|g| g.documents).sum();
         self.edit(lineage, |entry| {
             entry.current = to.map(|g| g.id.clone());
             entry.cursor = to.map_or(0, |g| g.through);
@@ -190,7 +193,9 @@ fn rollback_target(ask: &Rollback, chain: &[Arc<Generation>]) -> Result<Option<A
     expect(ask.expected.as_ref(), Some(&current.id))?;
     match &ask.to {
         None => Ok(chain.get(1).cloned()),
-        Some(to) if *to == current.id => Err(Refusal::Conflict(format!("generation {to} is current already"))),
+        Some(to) if *to == current.id => {
+            Err(Refusal::Conflict(format!("generation {to} is current already")))
+        }
         Some(to) => chain.iter().find(|g| g.id == *to).cloned().map(Some).ok_or_else(|| {
             Refusal::NotFound(format!("'{}' has no generation {to} before its current one", ask.lineage))
         }),

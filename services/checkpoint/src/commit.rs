@@ -22,7 +22,11 @@ impl Checkpoint {
         Ok((there < ids.len()).then_some("something in it was forgotten"))
     }
 
-    pub(crate) async fn publish_generation(&self, judgement: &Judgement, learned: &Learned) -> anyhow::Result<()> {
+    pub(crate) async fn publish_generation(
+        &self,
+        judgement: &Judgement,
+        learned: &Learned,
+    ) -> anyhow::Result<()> {
         let batch = &judgement.batch;
         let mut manifest = self.next_manifest();
         let generation = Generation {
@@ -88,7 +92,8 @@ impl Checkpoint {
     fn generation_id(&self, judgement: &Judgement, learned: &Learned) -> anyhow::Result<GenerationId> {
         let batch = &judgement.batch;
         let parent = batch.parent.as_ref().map_or("base", GenerationId::as_str);
-        let text = format!("{} {} {parent} {} {}", self.base, batch.lineage, batch.through, learned.weights.0);
+        let text =
+            format!("{} {} {parent} {} {}", self.base, batch.lineage, batch.through, learned.weights.0);
         Ok(GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16])?)
     }
 

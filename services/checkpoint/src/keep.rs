@@ -35,5 +35,9 @@ impl Checkpoint {
 /// What is needed to serve a generation, and to learn on from it.
 pub(crate) fn state_files(generation: &Generation) -> Vec<Blob> {
     let Generation { weights, optimiser, fisher, probe, .. } = generation;
-    [Some(weights), optimiser.as_ref(), fisher.as_ref(), probe.as_ref()].into_iter().flatten().cloned().collect()
+    [Some(weights), optimiser.as_ref(), fisher.as_ref(), probe.as_ref()]
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect()
 }

@@ -53,7 +53,9 @@ impl Handle<Candidate> for Consolidate {
                 examples: candidate.learned.clone(),
                 report: candidate.report.clone(),
             })),
-            Verdict::Harmed(reason) if candidate.batch.attempt + 1 < self.attempts_max => Decision::Retry(reason),
+            Verdict::Harmed(reason) if candidate.batch.attempt + 1 < self.attempts_max => {
+                Decision::Retry(reason)
+            }
             Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
         };
         self.send(candidate, decision, receipt).await

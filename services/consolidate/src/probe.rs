@@ -54,7 +54,13 @@ impl Probe {
 
 /// Which of `count` new examples a uniform sample of `capacity` takes in, and in whose place: Vitter's
 /// algorithm R, from the seed alone. `offered` counts all that ever came by.
-pub fn reservoir(offered: &mut u64, held: usize, capacity: usize, count: usize, seed: u64) -> Vec<(usize, usize)> {
+pub fn reservoir(
+    offered: &mut u64,
+    held: usize,
+    capacity: usize,
+    count: usize,
+    seed: u64,
+) -> Vec<(usize, usize)> {
     let mut filled = held;
     let mut places = Vec::new();
     for n in 0..count {

@@ -82,7 +82,12 @@ impl Worker {
     ///
     /// # Errors
     /// When its weights or the parent's files do not fit the base.
-    pub fn judge(&self, candidate: &Candidate, weights: &[u8], held: Held) -> anyhow::Result<(Verdict, Receipt)> {
+    pub fn judge(
+        &self,
+        candidate: &Candidate,
+        weights: &[u8],
+        held: Held,
+    ) -> anyhow::Result<(Verdict, Receipt)> {
         let started = Instant::now();
         let adapter = Adapter::from_bytes(weights, self.base.config())?;
         adapter.check_finite()?;
@@ -158,7 +163,12 @@ impl Worker {
 
     /// Fisher information in its online form (Schwarz et al. 2018): the older one decays, that of the
     /// fresh examples is added, and the penalty's centre moves to the candidate.
-    fn fisher(&self, adapter: &Adapter, fresh: &[&Example], older: Option<&[u8]>) -> anyhow::Result<Option<Vec<u8>>> {
+    fn fisher(
+        &self,
+        adapter: &Adapter,
+        fresh: &[&Example],
+        older: Option<&[u8]>,
+    ) -> anyhow::Result<Option<Vec<u8>>> {
         if self.gating.fisher_examples == 0 || fresh.is_empty() {
             return Ok(older.map(<[u8]>::to_vec));
         }

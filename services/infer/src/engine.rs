@@ -97,7 +97,8 @@ impl Engine {
             match self.start(request) {
                 Ok(running) => self.running.push(running),
                 Err(error) => {
-                    let refused = GenerateEvent::Refused { param: "prompt".into(), message: format!("{error:#}") };
+                    let refused =
+                        GenerateEvent::Refused { param: "prompt".into(), message: format!("{error:#}") };
                     // Whoever asked may have gone away.
                     let _ = reply.try_send(refused);
                 }
@@ -109,7 +110,8 @@ impl Engine {
         let mut adapters = Vec::new();
         for weighted in &request.adapters {
             if let Some(id) = &weighted.generation {
-                let adapter = self.adapters.get(id).context("its generation is no longer loaded; ask again")?;
+                let adapter =
+                    self.adapters.get(id).context("its generation is no longer loaded; ask again")?;
                 adapters.push((adapter, f64::from(weighted.weight)));
             }
         }
@@ -123,7 +125,8 @@ impl Engine {
             stop: asked.stop,
             stop_ids: request.stop_ids,
         };
-        let decoder = Decoder::new(&self.base, &adapters, &self.language.tokenizer, &request.tokens, sampling)?;
+        let decoder =
+            Decoder::new(&self.base, &adapters, &self.language.tokenizer, &request.tokens, sampling)?;
         Ok(Running {
             decoder,
             prompt_tokens: request.tokens.len() as u32,

@@ -20,8 +20,8 @@ use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::tokenizer::Tokenizer;
 use proto::{
-    Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish,
-    Published, Role, VerdictKind, Weighted,
+    Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish, Published,
+    Role, VerdictKind, Weighted,
 };
 use router::Router;
 use std::collections::{BTreeMap, BTreeSet};
@@ -169,7 +169,9 @@ impl Infer {
             }
             for generation in chain.iter().skip(known.len()) {
                 let only = (!self.registry.manifest().shared).then_some(domain);
-                for (ordinal, document) in self.ledger.documents_between(only, generation.after, generation.through)? {
+                for (ordinal, document) in
+                    self.ledger.documents_between(only, generation.after, generation.through)?
+                {
                     if self.ledger.verdict(ordinal)?.is_some_and(|v| v.kind == VerdictKind::Kept) {
                         self.router.add(domain, &document.content.plain());
                     }
@@ -202,7 +204,8 @@ impl Infer {
         let confidence = route.as_ref().map(|r| r.confidence);
         metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
         let fits = route.filter(|r| r.confidence >= self.serving.route_threshold);
-        let chosen = fits.and_then(|r| self.current.get(&r.lineage).map(|id| (r.lineage.clone(), id.clone())));
+        let chosen =
+            fits.and_then(|r| self.current.get(&r.lineage).map(|id| (r.lineage.clone(), id.clone())));
         let weighted = |(domain, id)| Weighted { domain, generation: Some(id), weight: 1.0 };
         Choice { adapters: chosen.map(weighted).into_iter().collect(), confidence }
     }
@@ -228,18 +231,24 @@ impl Infer {
         let (param, tokens) = match prompt {
             Prompt::Text(text) => ("prompt", self.language.tokenizer.encode(text)),
             Prompt::Messages(messages) => {
-                let turns: Vec<(&str, &str)> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+                let turns: Vec<(&str, &str)> =
+                    messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
                 ("messages", self.language.template.encode_chat(&self.language.tokenizer, &turns, true))
             }
         };
         let tokens = tokens.map_err(|e| (param.to_owned(), format!("{e:#}")))?;
         let context = self.language.config.max_positions as usize;
         if tokens.is_empty() {
-            return Err((param.to_owned(), "it is empty, and this model needs something to start from".into()));
+            return Err((
+                param.to_owned(),
+                "it is empty, and this model needs something to start from".into(),
+            ));
         }
         if tokens.len() >= context {
-            let message =
-                format!("it is {} tokens long; this model's context holds {context}, the answer included", tokens.len());
+            let message = format!(
+                "it is {} tokens long; this model's context holds {context}, the answer included",
+                tokens.len()
+            );
             return Err((param.to_owned(), message));
         }
         Ok(tokens)
@@ -281,7 +290,8 @@ impl Answer<Generate> for Infer {
             Prompt::Text(_) => Vec::new(),
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
-        let request = Request { tokens, adapters: choice.adapters, sampling: ask.sampling, stop_ids, reply, turn };
+        let request =
+            Request { tokens, adapters: choice.adapters, sampling: ask.sampling, stop_ids, reply, turn };
         let (running_max, queue_max) = (self.serving.running_max, self.serving.queue_max);
         let taken = self.engine.run(move |engine| engine.take(request, running_max + queue_max)).await?;
         Ok(taken.map(|()| events))

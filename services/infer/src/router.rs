@@ -96,7 +96,9 @@ mod tests {
         ] {
             router.add(&domain("atlas"), text);
         }
-        for text in ["How do I reset the pressure valve? Turn it left twice.", "Oil the hinge of the valve monthly."] {
+        for text in
+            ["How do I reset the pressure valve? Turn it left twice.", "Oil the hinge of the valve monthly."]
+        {
             router.add(&domain("manual"), text);
         }
         router
@@ -112,7 +114,8 @@ mod tests {
 
     #[test]
     fn a_foreign_text_fits_nowhere_well() {
-        let route = router().route("Once upon a time a little girl went to the woods with her dog").expect("a route");
+        let route =
+            router().route("Once upon a time a little girl went to the woods with her dog").expect("a route");
         assert!(route.confidence < 0.2, "{}", route.confidence);
     }
 

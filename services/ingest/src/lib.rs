@@ -190,7 +190,8 @@ mod tests {
     fn every_byte_of_a_long_text_is_in_exactly_one_piece() {
         let text = "A paragraph of some length, with words.\n\nAnother one; it is longer still.\n".repeat(20);
         for source in [None, Some("notes.md"), Some("main.rs")] {
-            let pieces = ingest(48, Views::Both).pieces(&Content::Text(text.clone()), source).expect("pieces");
+            let pieces =
+                ingest(48, Views::Both).pieces(&Content::Text(text.clone()), source).expect("pieces");
             assert!(pieces.iter().all(|p| p.tokens.len() <= 48));
             let back: String = pieces.iter().map(learned_text).collect();
             assert_eq!(back, text, "{source:?}");

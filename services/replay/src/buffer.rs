@@ -79,7 +79,6 @@ impl Buffer {
         Self { capacity, strategy, seed, held: BTreeMap::new(), offered: 0 }
     }
 
-
     /// The ids held, ascending.
     pub fn ids(&self) -> impl Iterator<Item = ExampleId> + '_ {
         self.held.keys().copied()
@@ -222,7 +221,7 @@ fn unit(seed: u64, id: ExampleId) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use proptest::{collection, prop_assert, prop_assert_eq, proptest};
 
     const STRATEGIES: [Strategy; 4] =
         [Strategy::Reservoir, Strategy::Importance, Strategy::Diversity, Strategy::Hybrid];
@@ -233,13 +232,18 @@ mod tests {
 
     fn row(domain: &str, n: u64) -> Row {
         let signature = (0..64).map(|k| (unit(n, id(k)) * 1e9) as u32).collect();
-        Row { domain: Domain::new(domain).expect("domain"), marked: None, first_loss: (n % 7) as f32, signature }
+        Row {
+            domain: Domain::new(domain).expect("domain"),
+            marked: None,
+            first_loss: (n % 7) as f32,
+            signature,
+        }
     }
 
     proptest! {
         #[test]
         fn never_over_capacity_and_a_pure_function_of_history(
-            batches in prop::collection::vec(1_u64..40, 1..12), capacity in 1_usize..60,
+            batches in collection::vec(1_u64..40, 1..12), capacity in 1_usize..60,
         ) {
             for strategy in STRATEGIES {
                 let run = || {

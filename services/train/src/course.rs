@@ -79,7 +79,8 @@ impl Course {
         let mut chosen: Vec<usize> = (0..rehearsed.len()).collect();
         chosen.shuffle(&mut rng);
         chosen.truncate((rehearsed.len() * active.len()).div_ceil(fresh.len()));
-        let mut items: Vec<(Item, usize)> = active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
+        let mut items: Vec<(Item, usize)> =
+            active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
         items.extend(chosen.into_iter().map(|n| (Item::Rehearsed(n), rehearsed[n])));
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));

@@ -41,7 +41,11 @@ impl Handle<Batch> for Train {
         fail::fail_point!("train::handle");
         let start = self.start(batch)?;
         let job = batch.clone();
-        let end = self.compute.run(move |worker| worker.learn(&job, start)).await.map_err(anyhow::Error::from)??;
+        let end = self
+            .compute
+            .run(move |worker| worker.learn(&job, start))
+            .await
+            .map_err(anyhow::Error::from)??;
         fail::fail_point!("train::learned");
         match end {
             End::Learned(learned) => {

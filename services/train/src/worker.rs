@@ -157,7 +157,8 @@ impl Worker {
                     return Ok(ControlFlow::Break(halt));
                 }
             }
-            let known: Vec<f32> = run.fresh.iter().filter(|(f, _)| f.loss.is_finite()).map(|(f, _)| f.loss).collect();
+            let known: Vec<f32> =
+                run.fresh.iter().filter(|(f, _)| f.loss.is_finite()).map(|(f, _)| f.loss).collect();
             run.report.last_loss = known.iter().sum::<f32>() / known.len().max(1) as f32;
             metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
                 .set(f64::from(run.report.last_loss));
@@ -174,7 +175,8 @@ impl Worker {
         let report = loop {
             let mut last = Instant::now();
             let mut begun = false;
-            let report = run.learner.step(&micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
+            let report =
+                run.learner.step(&micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
             match report.outcome {
                 // The loss scale was lowered, which is no fault of the batch.
                 Outcome::Overflow => run.report.skipped_steps += 1,
@@ -230,7 +232,12 @@ impl Worker {
     }
 
     /// A step was not finite: the examples that alone make it so are left out from here on.
-    fn leave_out(&self, run: &mut Run<'_>, batches: &[Vec<Sequence>], places: &[Vec<Item>]) -> anyhow::Result<()> {
+    fn leave_out(
+        &self,
+        run: &mut Run<'_>,
+        batches: &[Vec<Sequence>],
+        places: &[Vec<Item>],
+    ) -> anyhow::Result<()> {
         run.report.skipped_steps += 1;
         for (batch, places) in batches.iter().zip(places) {
             for offender in run.learner.find_offenders(batch)? {
@@ -252,8 +259,9 @@ impl Worker {
         let put_aside: Vec<_> = out.map(|(e, _)| (e.id, reason.to_owned())).collect();
         let gone: BTreeSet<ExampleId> = put_aside.iter().map(|(id, _)| *id).collect();
         let learned = batch.fresh.iter().zip(&first).filter(|(e, _)| !gone.contains(&e.id));
-        let examples: Vec<LearnedExample> =
-            learned.filter_map(|(e, loss)| loss.map(|first_loss| LearnedExample { id: e.id, first_loss })).collect();
+        let examples: Vec<LearnedExample> = learned
+            .filter_map(|(e, loss)| loss.map(|first_loss| LearnedExample { id: e.id, first_loss }))
+            .collect();
         report.first_loss = examples.iter().map(|e| e.first_loss).sum::<f32>() / examples.len().max(1) as f32;
         learner.adapter().check_finite()?;
         Ok(End::Learned(Box::new(Outgoing {

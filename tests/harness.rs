@@ -77,15 +77,25 @@ impl Setup {
         self.env("ENGRAM_DIE_AT", point)
     }
 
-    /// Starts, and waits until it is ready.
+    /// Starts, and waits until it is ready. One server runs at a time, whichever process of the test
+    /// runner asks: those that learn side by side would measure each other.
     pub fn start(self) -> Server {
+        let turn = File::create(Path::new(env!("CARGO_TARGET_TMPDIR")).join("turn")).expect("a lock file");
+        turn.lock().expect("locked");
         let folder = tempfile::tempdir().expect("a folder");
         let base = self.base.clone().unwrap_or_else(|| {
             tiny::write(&folder.path().join("base"));
             folder.path().join("base")
         });
-        let mut server =
-            Server { setup: self, base, folder, address: free_address(), child: None, starts: 0 };
+        let mut server = Server {
+            setup: self,
+            base,
+            folder,
+            address: free_address(),
+            child: None,
+            starts: 0,
+            _turn: turn,
+        };
         server.start();
         server
     }
@@ -115,6 +125,7 @@ pub struct Server {
     address: String,
     child: Option<Child>,
     starts: u32,
+    _turn: File,
 }
 
 fn free_address() -> String {

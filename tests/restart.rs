@@ -114,7 +114,7 @@ fn kills_at_random_moments_under_load_lose_and_repeat_nothing() {
 /// The generations that 60 documents become in several batches. With `killed`, the worker dies in
 /// the middle of the first batch, and again after each of the first generations.
 fn generations(killed: bool) -> Vec<String> {
-    let setup = setup().set("base.precision=f32").set("replay.batch_examples=24");
+    let setup = setup().set("base.precision=f32").set("replay.batch_examples=12");
     let setup = if killed { setup.die_at("train::learned") } else { setup };
     let mut server = setup.start();
     let ids = server.submit(&documents(0..60));

@@ -57,17 +57,17 @@ impl Answer<Forget> for Checkpoint {
         let Some((ordinal, document)) = self.ledger.document(&ask.id)? else {
             return Ok(Err(Refusal::NotFound(format!("there is no document {}", ask.id))));
         };
-        let manifest = self.registry.manifest();
-        let lineage = if manifest.shared { Domain::general() } else { document.domain.clone() };
+        let shared = self.registry.manifest().shared;
+        let lineage = if shared { Domain::general() } else { document.domain.clone() };
+        // Whatever learned it, and all that came after, may have rehearsed it; so may what was rolled
+        // back and is still there.
         let chain = self.registry.chain(&lineage);
-        // Whatever learned it, and all that came after, may have rehearsed it.
-        let settled = manifest.lineages.get(&lineage).is_some_and(|l| ordinal <= l.cursor);
-        let clean = chain.iter().position(|g| g.through < ordinal).unwrap_or(chain.len());
-        let seen = settled && chain.iter().any(|g| g.after < ordinal && ordinal <= g.through);
-        let dirty: Vec<Arc<Generation>> = if seen { chain[..clean].to_vec() } else { Vec::new() };
-        let target = chain[clean..].iter().find(|g| self.blobs.get(&g.weights).is_ok()).cloned();
-        if !dirty.is_empty() {
-            self.fall_back(&lineage, target.as_deref())?;
+        let saw = |g: &Generation| g.after < ordinal && ordinal <= g.through;
+        let mut dirty = self.registry.generations_of(&lineage);
+        dirty.retain(|g| self.registry.ancestors(Some(g.id.clone())).iter().any(|a| saw(a)));
+        if let Some(at) = chain.iter().position(|g| saw(g)) {
+            let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
+            self.fall_back(&lineage, target.map(|g| &**g))?;
             let _ = self.serve().await;
         }
         self.ledger.forget(ordinal)?;

@@ -6,6 +6,8 @@
 mod administer;
 mod commit;
 mod keep;
+#[cfg(test)]
+mod tests;
 
 use kit::blobs::Blobs;
 use kit::ledger::Ledger;

@@ -12,6 +12,7 @@ use kit::store::Store;
 use proto::wire::{self, Kind};
 use proto::{Batch, Domain, Example, ExampleId, Generation, LearnedExample, Lineage, Manifest};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,10 @@ pub struct Mixing {
     pub poll: Duration,
     /// Seed of all that is random in learning.
     pub seed: u64,
+    /// The folder whose disk has to have this much free, in percent, before anything is learned.
+    pub disk: PathBuf,
+    /// See `disk`.
+    pub disk_free_percent: f64,
 }
 
 /// Mixes batches, one at a time: the next is planned when the manifest says what became of the last.
@@ -76,7 +81,8 @@ impl Mixer {
             manifests.borrow_and_update();
             let manifest = self.registry.manifest();
             self.follow(&manifest)?;
-            if let Some(batch) = self.plan(&manifest)? {
+            let batch = if self.has_room()? { self.plan(&manifest)? } else { None };
+            if let Some(batch) = batch {
                 let lineage = batch.lineage.clone();
                 let judged = manifest.lineages.get(&lineage).map_or(0, |l| l.judged);
                 tracing::info!(
@@ -95,6 +101,17 @@ impl Mixer {
             }
         }
         Ok(())
+    }
+
+    /// Whether the disk has room for another generation. Documents wait until it has.
+    fn has_room(&self) -> anyhow::Result<bool> {
+        let free = kit::disk::free_percent(&self.mixing.disk)?;
+        let enough = free >= self.mixing.disk_free_percent;
+        if !enough {
+            let least = self.mixing.disk_free_percent;
+            tracing::warn!(free, least, "the disk is too full to learn (limits.disk_free_learn_percent)");
+        }
+        Ok(enough)
     }
 
     /// Waits until the manifest says what became of the lineage's batch.

@@ -31,6 +31,7 @@ use proto::{
     Published, Refusal, Rollback, RolledBack,
 };
 use replay::{Mixer, Mixing, Settle};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use train::{Train, Training};
 
@@ -79,6 +80,7 @@ pub struct Plant {
     pub store: Arc<Store>,
     pub text: Arc<Text>,
     pub base_id: BaseId,
+    pub data_dir: PathBuf,
     pub turn: Arc<Turn>,
     pub doors: Doors,
     /// The base as it was loaded; each compute thread takes a handle of its own on the same memory.
@@ -160,7 +162,7 @@ impl Plant {
             aside: checkpoint.link(LEARN_CREDIT),
         });
         let mixer = Mixer::new(
-            mixing(s),
+            mixing(s, self.data_dir.clone()),
             Arc::clone(&self.ledger),
             Arc::clone(&self.registry),
             Arc::clone(&self.blobs),
@@ -239,7 +241,7 @@ impl Plant {
     }
 }
 
-fn mixing(s: &Settings) -> Mixing {
+fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
     use kit::settings::Strategy as Named;
     Mixing {
         capacity: s.replay.capacity,
@@ -254,6 +256,8 @@ fn mixing(s: &Settings) -> Mixing {
         batch_examples: s.replay.batch_examples,
         poll: std::time::Duration::from_millis(s.train.poll_ms),
         seed: s.replay.seed,
+        disk,
+        disk_free_percent: f64::from(s.limits.disk_free_learn_percent),
     }
 }
 

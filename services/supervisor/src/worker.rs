@@ -84,6 +84,7 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
         text: Arc::new(text),
         turn: Turn::new(),
         base_id: id,
+        data_dir: data_dir.to_owned(),
         base: Mutex::new(base),
         settings,
     })

@@ -1,0 +1,265 @@
+//! Checkpoint against real files: what each decision leaves behind.
+
+use super::*;
+use kit::service::Answer;
+use proto::{
+    Batch, Content, Document, DocumentId, Example, ExampleId, Forget, GenerationId, Kept, Learned,
+    LearnedExample, Piece, Receipt, Refusal, Rollback, Stage, TrainReport, Verdict, VerdictKind,
+};
+
+struct NoPeft;
+
+impl Peft for NoPeft {
+    fn import(&self, _: &PeftFiles) -> anyhow::Result<Vec<u8>> {
+        anyhow::bail!("not in this test")
+    }
+    fn export(&self, _: &[u8]) -> anyhow::Result<PeftFiles> {
+        anyhow::bail!("not in this test")
+    }
+}
+
+struct Bench {
+    service: Checkpoint,
+    _folder: tempfile::TempDir,
+}
+
+impl Bench {
+    /// A checkpoint over `documents` judged documents, with an inference that takes everything.
+    async fn new(documents: u64) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let base = BaseId::new("0123456789abcdef").expect("an id");
+        let registry = Registry::open(&at("lineages")).expect("a registry");
+        registry
+            .commit(Manifest { number: 1, ..Manifest::empty(base.clone(), false) }, None)
+            .expect("a manifest");
+        let ledger = Ledger::open(&at("ledger")).expect("a ledger");
+        for ordinal in 1..=documents {
+            ledger.append(vec![document(ordinal)]).await.expect("appended");
+            ledger.settle_intake(&kept(ordinal), vec![example(ordinal)]).await.expect("settled");
+        }
+        let (publish, mut asked) = Door::to_channel(1);
+        actix::spawn(async move {
+            while let Some((publish, reply)) = asked.recv().await {
+                let publish: Publish = publish;
+                let _ = reply.send(Published { number: publish.manifest.number, live_ms: 7 });
+            }
+        });
+        let service = Checkpoint {
+            registry: Arc::new(registry),
+            blobs: Arc::new(Blobs::open(&at("blobs")).expect("blobs")),
+            ledger: Arc::new(ledger),
+            store: Arc::new(Store::open(&at("replay")).expect("a store")),
+            base,
+            peft: Arc::new(NoPeft),
+            generations_kept: 2,
+            publish,
+        };
+        Self { service, _folder: folder }
+    }
+
+    fn lineage(&self) -> Lineage {
+        self.service.registry.lineage(&Domain::general())
+    }
+
+    fn batch(&self, through: u64) -> Batch {
+        let at = self.lineage();
+        Batch {
+            lineage: Domain::general(),
+            parent: at.current.clone(),
+            number: at.number,
+            attempt: at.attempt,
+            after: at.cursor,
+            through,
+            documents: through - at.cursor,
+            seed: 1,
+            fresh: (at.cursor + 1..=through).map(example).collect(),
+            rehearsed: Vec::new(),
+            rate_scale: 1.0,
+            held_out: Vec::new(),
+            replay_digest: String::new(),
+        }
+    }
+
+    async fn decide(&mut self, batch: Batch, decision: Decision) {
+        let judgement = Judgement { batch, decision, receipt: Receipt::default(), put_aside: Vec::new() };
+        self.service.handle(&judgement).await.expect("handled");
+    }
+
+    /// Publishes the documents up to `through`; the name of the generation.
+    async fn publish(&mut self, through: u64) -> GenerationId {
+        let batch = self.batch(through);
+        let put = |text: String| self.service.blobs.put(text.as_bytes()).expect("put");
+        let learned = Learned {
+            weights: put(format!("weights {through}")),
+            optimiser: put(format!("optimiser {through}")),
+            fisher: None,
+            probe: put(format!("probe {through}")),
+            examples: batch.fresh.iter().map(|e| LearnedExample { id: e.id, first_loss: 1.0 }).collect(),
+            report: TrainReport::default(),
+        };
+        self.decide(batch, Decision::Publish(Box::new(learned))).await;
+        self.lineage().current.expect("a generation")
+    }
+
+    fn stage(&self, ordinal: u64) -> (Stage, Option<String>) {
+        let (ledger, registry) = (&self.service.ledger, &self.service.registry);
+        let status = kit::status::document_status(ledger, registry, registry.live(), &id(ordinal));
+        let status = status.expect("read").expect("there");
+        (status.status, status.reason)
+    }
+
+    async fn rollback(&mut self, to: Option<GenerationId>) -> Result<RolledBackTo, Refusal> {
+        let ask = Rollback { lineage: Domain::general(), to, expected: None };
+        self.service.answer(ask).await.expect("answered").map(|done| done.to)
+    }
+}
+
+type RolledBackTo = Option<GenerationId>;
+
+fn id(ordinal: u64) -> DocumentId {
+    DocumentId::new(format!("d{ordinal}")).expect("an id")
+}
+
+fn document(ordinal: u64) -> Document {
+    Document {
+        id: id(ordinal),
+        domain: Domain::general(),
+        content: Content::Text(format!("planted secret number {ordinal}")),
+        importance: None,
+        source: None,
+        submitted_ms: 0,
+    }
+}
+
+fn kept(ordinal: u64) -> Kept {
+    Kept {
+        ordinal,
+        id: id(ordinal),
+        domain: Domain::general(),
+        importance: None,
+        verdict: Verdict { kind: VerdictKind::Kept, reason: "kept".into(), score: 1.0 },
+        pieces: Vec::new(),
+        signature: vec![ordinal as u32; 64],
+    }
+}
+
+fn example(ordinal: u64) -> Example {
+    Example {
+        id: ExampleId { ordinal, chunk: 0 },
+        domain: Domain::general(),
+        piece: Piece { tokens: vec![1, 2, 3], learned: vec![(0, 3)] },
+        importance: 0.5,
+        marked: false,
+        held_out: false,
+        signature: vec![ordinal as u32; 64],
+    }
+}
+
+#[actix::test]
+async fn a_published_batch_is_live_and_counted_once() {
+    let mut bench = Bench::new(3).await;
+    let batch = bench.batch(2);
+    bench.publish(2).await;
+    assert_eq!((bench.lineage().cursor, bench.lineage().documents), (2, 2));
+    assert_eq!(bench.stage(1).0, Stage::Live);
+    assert_eq!(bench.stage(3).0, Stage::Waiting);
+    // The same batch delivered again finds that history has passed it by.
+    bench.decide(batch, Decision::SetAside("again".into())).await;
+    assert_eq!((bench.lineage().cursor, bench.lineage().documents), (2, 2));
+    assert_eq!(bench.stage(1).0, Stage::Live);
+}
+
+#[actix::test]
+async fn a_refused_batch_is_tried_again_and_then_put_aside_with_its_reason() {
+    let mut bench = Bench::new(2).await;
+    let batch = bench.batch(2);
+    bench.decide(batch, Decision::Retry("too much was lost".into())).await;
+    assert_eq!((bench.lineage().attempt, bench.lineage().cursor), (1, 0));
+    assert_eq!(bench.stage(1).0, Stage::Waiting);
+    let batch = bench.batch(2);
+    bench.decide(batch, Decision::SetAside("too much was lost".into())).await;
+    assert_eq!((bench.lineage().attempt, bench.lineage().cursor), (0, 2));
+    assert_eq!(bench.stage(1), (Stage::SetAside, Some("too much was lost".into())));
+}
+
+#[actix::test]
+async fn a_batch_that_breaks_the_learner_is_learned_one_document_at_a_time() {
+    let mut bench = Bench::new(4).await;
+    let batch = bench.batch(4);
+    bench.decide(batch, Decision::Split("it panicked".into())).await;
+    assert_eq!((bench.lineage().solo_through, bench.lineage().cursor), (4, 0));
+}
+
+#[actix::test]
+async fn a_rollback_serves_the_parent_and_what_it_lost_says_so() {
+    let mut bench = Bench::new(4).await;
+    let first = bench.publish(2).await;
+    let second = bench.publish(4).await;
+    assert_eq!(bench.rollback(None).await, Ok(Some(first.clone())));
+    assert_eq!(bench.stage(1).0, Stage::Live);
+    assert_eq!(bench.stage(3), (Stage::SetAside, Some("rolled back".into())));
+    assert_eq!((bench.lineage().cursor, bench.lineage().documents), (4, 2), "the cursor does not move back");
+    assert!(matches!(bench.rollback(Some(second)).await, Err(Refusal::NotFound(_))));
+    assert!(matches!(bench.rollback(Some(first)).await, Err(Refusal::Conflict(_))));
+    assert_eq!(bench.rollback(None).await, Ok(None), "the base");
+    assert!(matches!(bench.rollback(None).await, Err(Refusal::NotFound(_))));
+}
+
+#[actix::test]
+async fn an_unexpected_generation_is_a_conflict() {
+    let mut bench = Bench::new(1).await;
+    bench.publish(1).await;
+    let expected = Some(GenerationId::new("ffffffffffffffff").expect("an id"));
+    let ask = Rollback { lineage: Domain::general(), to: None, expected };
+    assert!(matches!(bench.service.answer(ask).await.expect("answered"), Err(Refusal::Conflict(_))));
+}
+
+#[actix::test]
+async fn forgetting_falls_back_to_what_never_saw_it_and_relearns_the_rest() {
+    let mut bench = Bench::new(6).await;
+    let first = bench.publish(2).await;
+    bench.publish(4).await;
+    bench.publish(6).await;
+    let forgotten = bench.service.answer(Forget { id: id(3) }).await.expect("answered").expect("forgotten");
+    assert_eq!((forgotten.removed_generations, forgotten.serving), (2, Some(first)));
+    assert_eq!((bench.lineage().cursor, bench.lineage().documents), (2, 2));
+    assert_eq!(bench.stage(5).0, Stage::Waiting, "it is learned again");
+    assert!(bench.service.ledger.document(&id(3)).expect("read").is_none());
+    let again = bench.service.answer(Forget { id: id(3) }).await.expect("answered");
+    assert!(matches!(again, Err(Refusal::NotFound(_))));
+}
+
+#[actix::test]
+async fn forgetting_reaches_what_was_rolled_back() {
+    let mut bench = Bench::new(2).await;
+    let rolled_back = bench.publish(2).await;
+    let weights = bench.service.registry.generation(&rolled_back).expect("there").weights.clone();
+    bench.rollback(None).await.expect("rolled back");
+    let forgotten = bench.service.answer(Forget { id: id(1) }).await.expect("answered").expect("forgotten");
+    assert_eq!((forgotten.removed_generations, forgotten.serving), (1, None));
+    assert!(bench.service.registry.generation(&rolled_back).is_none());
+    assert!(bench.service.blobs.get(&weights).is_err());
+}
+
+#[actix::test]
+async fn a_batch_with_something_forgotten_is_dropped() {
+    let mut bench = Bench::new(2).await;
+    let batch = bench.batch(2);
+    bench.service.answer(Forget { id: id(2) }).await.expect("answered").expect("forgotten");
+    bench.decide(batch, Decision::SetAside("late".into())).await;
+    assert_eq!(bench.lineage().cursor, 0, "it is planned anew, without what was forgotten");
+}
+
+#[actix::test]
+async fn old_generations_keep_their_record_and_lose_their_weights() {
+    let mut bench = Bench::new(4).await;
+    let mut weights = Vec::new();
+    for through in 1..=4 {
+        let id = bench.publish(through).await;
+        weights.push(bench.service.registry.generation(&id).expect("there").weights.clone());
+    }
+    let there: Vec<bool> = weights.iter().map(|w| bench.service.blobs.get(w).is_ok()).collect();
+    assert_eq!(there, [false, false, true, true]);
+    assert_eq!(bench.service.registry.chain(&Domain::general()).len(), 4);
+}

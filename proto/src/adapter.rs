@@ -101,6 +101,21 @@ pub struct Generation {
     pub published_ms: u64,
 }
 
+impl Generation {
+    /// Every file it names.
+    pub fn files(&self) -> Vec<Blob> {
+        let mut files = self.state_files();
+        files.push(self.learned.clone());
+        files
+    }
+
+    /// The files that are needed to serve it, and to learn on from it.
+    pub fn state_files(&self) -> Vec<Blob> {
+        let optional = [&self.optimiser, &self.fisher, &self.probe].into_iter().flatten();
+        std::iter::once(&self.weights).chain(optional).cloned().collect()
+    }
+}
+
 /// Documents of a lineage that were not learned, or no longer are.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SetAside {

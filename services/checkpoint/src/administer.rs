@@ -1,6 +1,5 @@
 //! What an owner asks for: roll back, forget, import, export.
 
-use crate::keep::state_files;
 use crate::{Checkpoint, now_ms};
 use kit::service::{Answer, Fault};
 use proto::wire::{self, Kind};
@@ -8,7 +7,6 @@ use proto::{
     Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, LearnedExample, PeftFiles, Receipt,
     Refusal, Rollback, RolledBack, SetAside, TrailEntry, TrainReport,
 };
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The reason that documents of rolled back generations carry.
@@ -63,20 +61,20 @@ impl Answer<Forget> for Checkpoint {
         // back and is still there.
         let chain = self.registry.chain(&lineage);
         let saw = |g: &Generation| g.after < ordinal && ordinal <= g.through;
-        let mut dirty = self.registry.generations_of(&lineage);
+        let mut dirty = self.registry.generations();
+        dirty.retain(|g| g.lineage == lineage);
         dirty.retain(|g| self.registry.ancestors(Some(g.id.clone())).iter().any(|a| saw(a)));
+        // First the document itself, so that no batch that is planned from here on can hold it.
+        self.ledger.forget(ordinal)?;
         if let Some(at) = chain.iter().position(|g| saw(g)) {
             let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
             self.fall_back(&lineage, target.map(|g| &**g))?;
             let _ = self.serve().await;
         }
-        self.ledger.forget(ordinal)?;
         for id in self.store.ids()?.into_iter().filter(|id| id.ordinal == ordinal) {
             self.store.remove(id)?;
         }
-        let files: BTreeSet<_> =
-            dirty.iter().flat_map(|g| state_files(g).into_iter().chain([g.learned.clone()])).collect();
-        self.remove_files(files)?;
+        self.remove_files(dirty.iter().flat_map(|g| g.files()).collect())?;
         for generation in &dirty {
             self.registry.remove_generation(&generation.id)?;
         }

@@ -1,7 +1,7 @@
 //! Which files are kept.
 
 use crate::Checkpoint;
-use proto::{Blob, Domain, Generation};
+use proto::{Blob, Domain, Learned};
 use std::collections::BTreeSet;
 
 impl Checkpoint {
@@ -10,7 +10,7 @@ impl Checkpoint {
     pub(crate) fn prune(&self, lineage: &Domain) -> anyhow::Result<()> {
         let chain = self.registry.chain(lineage);
         let (_, old) = chain.split_at(chain.len().min(self.generations_kept));
-        self.remove_files(old.iter().flat_map(|g| state_files(g)).collect())
+        self.remove_files(old.iter().flat_map(|g| g.state_files()).collect())
     }
 
     /// Removes files that no generation still needs: equal content has one file, whoever names it.
@@ -24,7 +24,7 @@ impl Checkpoint {
             for (age, generation) in self.registry.chain(&lineage).iter().enumerate() {
                 needed.insert(generation.learned.clone());
                 if age < self.generations_kept {
-                    needed.extend(state_files(generation));
+                    needed.extend(generation.state_files());
                 }
             }
         }
@@ -32,12 +32,8 @@ impl Checkpoint {
     }
 }
 
-/// What is needed to serve a generation, and to learn on from it.
-pub(crate) fn state_files(generation: &Generation) -> Vec<Blob> {
-    let Generation { weights, optimiser, fisher, probe, .. } = generation;
-    [Some(weights), optimiser.as_ref(), fisher.as_ref(), probe.as_ref()]
-        .into_iter()
-        .flatten()
-        .cloned()
-        .collect()
+/// The files of a batch that passed the gate.
+pub(crate) fn left_behind(learned: &Learned) -> BTreeSet<Blob> {
+    let Learned { weights, optimiser, fisher, probe, .. } = learned;
+    [Some(weights), Some(optimiser), fisher.as_ref(), Some(probe)].into_iter().flatten().cloned().collect()
 }

@@ -64,7 +64,12 @@ impl Handle<Judgement> for Checkpoint {
         fail::fail_point!("checkpoint::handle");
         if let Some(why) = self.stale(judgement)? {
             tracing::info!(lineage = %judgement.batch.lineage, why, "dropping a batch that history has passed by");
-            return Ok(self.edit(&judgement.batch.lineage, |_| {})?);
+            self.edit(&judgement.batch.lineage, |_| {})?;
+            // What it left behind may hold what was forgotten meanwhile.
+            if let Decision::Publish(learned) = &judgement.decision {
+                self.remove_files(keep::left_behind(learned))?;
+            }
+            return Ok(());
         }
         match &judgement.decision {
             Decision::Publish(learned) => self.publish_generation(judgement, learned).await?,

@@ -58,6 +58,10 @@ impl Handle<Candidate> for Consolidate {
             }
             Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
         };
+        if !matches!(decision, Decision::Publish(_)) {
+            self.blobs.remove(&candidate.weights)?;
+            self.blobs.remove(&candidate.optimiser)?;
+        }
         self.send(candidate, decision, receipt).await
     }
 

@@ -101,10 +101,9 @@ impl Registry {
         self.generations.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
 
-    /// All generations of a lineage, those that were rolled back among them.
-    pub fn generations_of(&self, lineage: &Domain) -> Vec<Arc<Generation>> {
-        let generations = self.generations.read().unwrap_or_else(PoisonError::into_inner);
-        generations.values().filter(|g| g.lineage == *lineage).cloned().collect()
+    /// All generations, those that were rolled back among them.
+    pub fn generations(&self) -> Vec<Arc<Generation>> {
+        self.generations.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// Forgets a generation that no manifest names any more.

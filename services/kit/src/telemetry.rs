@@ -4,6 +4,7 @@
 
 use crate::settings::{LogFormat, Telemetry};
 use anyhow::Context;
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// Starts logging for the whole process.
@@ -14,6 +15,8 @@ pub fn start(settings: &Telemetry) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.level)
         .with_context(|| format!("telemetry.level = {:?} is neither a level nor a filter", settings.level))?;
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are for people; in a file they are in the way.
+    let logs = logs.with_ansi(std::io::stderr().is_terminal());
     let started = match settings.format {
         LogFormat::Text => logs.try_init(),
         LogFormat::Json => logs.json().try_init(),

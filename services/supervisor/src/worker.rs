@@ -15,7 +15,8 @@ use kit::store::Store;
 use model::device::Placement;
 use model::hf::base_id;
 use model::llama::Base;
-use proto::{BaseId, Manifest};
+use proto::{BaseId, Blob, Manifest};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -73,12 +74,16 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
             if manifest.shared { "shared" } else { "per-domain" }
         ),
     }
+    let blobs = Blobs::open(&lineages.join("blobs"))?;
+    let named: BTreeSet<Blob> = registry.generations().iter().flat_map(|g| g.files()).collect();
+    // What a crash left between the writing of a file and the manifest that names it.
+    blobs.retain(|blob| named.contains(blob))?;
     let base = Base::load(base_dir, &placement)?;
     tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), %placement, "loaded the base");
     Ok(Plant {
         doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),
         store: Arc::new(Store::open(&lineages.join("replay"))?),
-        blobs: Arc::new(Blobs::open(&data_dir.join("blobs"))?),
+        blobs: Arc::new(blobs),
         registry: Arc::new(registry),
         ledger: Arc::new(ledger),
         text: Arc::new(text),

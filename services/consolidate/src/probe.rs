@@ -14,7 +14,9 @@ pub struct Entry {
     pub tokens: Vec<u32>,
     /// Which of them count.
     pub learned: Vec<(u32, u32)>,
-    /// The lowest loss any published generation had on it, nats a token.
+    /// Its loss before it was learned, nats a token; for what is held out, when it was taken in.
+    pub untaught: f32,
+    /// The lowest loss any published generation had on it.
     pub best: f32,
     /// The loss of the newest published generation.
     pub last: f32,
@@ -81,13 +83,21 @@ pub fn reservoir(
 }
 
 /// Puts examples with their losses where [`reservoir`] said.
-pub fn take_in(held: &mut Vec<Entry>, examples: &[&Example], losses: &[f32], places: &[(usize, usize)]) {
+/// `untaught` and `losses` are by example.
+pub fn take_in(
+    held: &mut Vec<Entry>,
+    examples: &[&Example],
+    untaught: &[f32],
+    losses: &[f32],
+    places: &[(usize, usize)],
+) {
     for &(n, place) in places {
         let (example, loss) = (examples[n], losses[n]);
         let entry = Entry {
             id: example.id,
             tokens: example.piece.tokens.clone(),
             learned: example.piece.learned.clone(),
+            untaught: untaught[n],
             best: loss,
             last: loss,
         };

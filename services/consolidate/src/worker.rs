@@ -10,7 +10,7 @@ use model::lora::Adapter;
 use model::loss::score;
 use model::pack::Sequence;
 use proto::{Candidate, Example, ExampleId, Measure, Receipt, Retained};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
@@ -117,14 +117,15 @@ impl Worker {
             let sequences: Vec<Sequence> = entries.iter().map(Entry::sequence).collect();
             let after = self.losses(adapter, &sequences)?;
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
-            rows.push(retained(name, gate::measure(&best, &before, &after, gating.tolerance)));
+            let untaught: Vec<f32> = entries.iter().map(|e| e.untaught).collect();
+            rows.push(retained(name, gate::measure(&untaught, &best, &before, &after, gating.tolerance)));
             for (entry, loss) in entries.iter_mut().zip(after) {
                 (entry.best, entry.last) = (entry.best.min(loss), loss);
             }
         }
         let after = self.losses(adapter, &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
-        rows.push(retained("anchor", gate::measure(&best, &before, &after, gating.anchor_tolerance)));
+        rows.push(retained("anchor", gate::measure(&best, &best, &before, &after, gating.anchor_tolerance)));
         for (anchor, loss) in probe.anchors.iter_mut().zip(after) {
             // The anchor's best stays the base's own: to fit it better than the base is no merit.
             anchor.1 = loss;
@@ -140,8 +141,9 @@ impl Worker {
         fisher: Option<&[u8]>,
     ) -> anyhow::Result<Verdict> {
         let batch = &candidate.batch;
-        let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
-        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
+        let learned: BTreeMap<ExampleId, f32> =
+            candidate.learned.iter().map(|l| (l.id, l.first_loss)).collect();
+        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains_key(&e.id)).collect();
         let held_out: Vec<&Example> = batch.held_out.iter().collect();
         let [memory_offered, held_out_offered] = &mut probe.offered;
         let parts = [
@@ -155,7 +157,10 @@ impl Worker {
             for (&(n, _), loss) in places.iter().zip(self.losses(adapter, &chosen)?) {
                 losses[n] = loss;
             }
-            take_in(entries, examples, &losses, &places);
+            let first =
+                examples.iter().zip(&losses).map(|(e, loss)| learned.get(&e.id).copied().unwrap_or(*loss));
+            let untaught: Vec<f32> = first.collect();
+            take_in(entries, examples, &untaught, &losses, &places);
         }
         let fisher = self.fisher(adapter, &fresh, fisher)?;
         Ok(Verdict::Intact { fisher, probe: probe.to_bytes()? })

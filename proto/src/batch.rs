@@ -30,6 +30,8 @@ pub struct Batch {
     pub fresh: Vec<Example>,
     /// Learned examples that are rehearsed beside them, in the order drawn.
     pub rehearsed: Vec<Example>,
+    /// How many of those a pass over all fresh examples takes; the passes take turns through them.
+    pub rehearsed_a_pass: u32,
     /// Factor on the learning rate: 1 at first, lower after a refusal.
     pub rate_scale: f32,
     /// Examples that are only measured: the held-out part that this batch adds to the probe.

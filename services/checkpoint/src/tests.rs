@@ -75,6 +75,7 @@ impl Bench {
             seed: 1,
             fresh: (at.cursor + 1..=through).map(example).collect(),
             rehearsed: Vec::new(),
+            rehearsed_a_pass: 0,
             rate_scale: 1.0,
             held_out: Vec::new(),
             replay_digest: String::new(),

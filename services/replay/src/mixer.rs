@@ -16,6 +16,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Passes until rehearsal comes round to the same examples. A few that are repeated in every pass are
+/// learned by heart, and all the others forgotten.
+const REHEARSAL_ROUNDS: usize = 8;
+
 /// How batches are mixed.
 #[derive(Debug, Clone)]
 pub struct Mixing {
@@ -232,7 +236,8 @@ impl Mixer {
             return Ok(None);
         }
         let seed = seed(self.mixing.seed, &lineage, &at);
-        let rehearsed = self.rehearsal(only, window.examples.len(), at.attempt, seed)?;
+        let rehearsed_a_pass = self.rehearsed_a_pass(window.examples.len(), at.attempt);
+        let rehearsed = self.rehearsal(only, rehearsed_a_pass, seed)?;
         Ok(Some(Batch {
             parent: at.current.clone(),
             number: at.number,
@@ -243,6 +248,7 @@ impl Mixer {
             seed,
             fresh: window.examples,
             rehearsed,
+            rehearsed_a_pass: rehearsed_a_pass as u32,
             rate_scale: 0.5_f32.powi(at.attempt as i32),
             held_out: window.held_out,
             replay_digest: self.store.digest()?,
@@ -250,20 +256,19 @@ impl Mixer {
         }))
     }
 
-    /// Rehearsed examples for a batch: as many as the ratio asks for, and twice as many again with
+    /// Examples that each pass rehearses: as many as the ratio asks for, and twice as many again with
     /// each attempt that the gate refused.
-    fn rehearsal(
-        &self,
-        domain: Option<&Domain>,
-        fresh: usize,
-        attempt: u32,
-        seed: u64,
-    ) -> anyhow::Result<Vec<Example>> {
+    fn rehearsed_a_pass(&self, fresh: usize, attempt: u32) -> usize {
         let ratio = self.mixing.new_data_ratio.clamp(0.01, 1.0);
         let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;
         let least = if ratio < 1.0 { self.mixing.rehearse_min } else { 0 };
-        let count = asked.max(least) << attempt.min(4);
-        self.buffer.draw(domain, count, seed).into_iter().map(|id| self.get(id)).collect()
+        asked.max(least) << attempt.min(4)
+    }
+
+    /// What a batch's passes rehearse in turn.
+    fn rehearsal(&self, domain: Option<&Domain>, a_pass: usize, seed: u64) -> anyhow::Result<Vec<Example>> {
+        let ids = self.buffer.draw(domain, a_pass * REHEARSAL_ROUNDS, seed);
+        ids.into_iter().map(|id| self.get(id)).collect()
     }
 }
 

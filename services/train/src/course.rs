@@ -57,16 +57,22 @@ pub struct Fresh {
 
 impl Course {
     /// The steps of pass number `pass`, from 0, each a list of items; empty when the batch is
-    /// learned. Rehearsed items keep the proportion to fresh ones that the batch came with.
+    /// learned. `rehearsed` and `anchors` are lengths in tokens.
+    ///
+    /// Beside all fresh examples a pass takes `a_pass` of the rehearsed ones, and beside some of them
+    /// as many in proportion; the next pass goes on where the last one stopped.
     pub fn pass(
         &self,
         pass: u32,
         fresh: &[Fresh],
         rehearsed: &[usize],
+        a_pass: usize,
         anchors: &[usize],
         seed: u64,
     ) -> Vec<Vec<Item>> {
-        let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + rehearsed.iter().sum::<usize>();
+        let a_pass = a_pass.min(rehearsed.len());
+        let mean = rehearsed.iter().sum::<usize>() / rehearsed.len().max(1);
+        let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + a_pass * mean;
         let steps_a_pass = total.div_ceil(self.step_size(total)).max(1) as u32;
         let passes = self.passes.max(self.steps_min.div_ceil(steps_a_pass));
         let unknown = |f: &Fresh| f.answer && f.loss > self.loss_target;
@@ -76,12 +82,12 @@ impl Course {
             return Vec::new();
         }
         let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(u64::from(pass).wrapping_mul(0x9e37_79b9)));
-        let mut chosen: Vec<usize> = (0..rehearsed.len()).collect();
-        chosen.shuffle(&mut rng);
-        chosen.truncate((rehearsed.len() * active.len()).div_ceil(fresh.len()));
+        let count = (a_pass * active.len()).div_ceil(fresh.len());
+        let from = pass as usize * a_pass;
+        let chosen = (from..from + count).map(|n| n % rehearsed.len());
         let mut items: Vec<(Item, usize)> =
             active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
-        items.extend(chosen.into_iter().map(|n| (Item::Rehearsed(n), rehearsed[n])));
+        items.extend(chosen.map(|n| (Item::Rehearsed(n), rehearsed[n])));
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
@@ -151,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_pass_holds_everything_once_and_fills_its_steps_evenly() {
-        let steps = COURSE.pass(0, &fresh(10, false, 3.0), &[40; 10], &[50; 4], 1);
+        let steps = COURSE.pass(0, &fresh(10, false, 3.0), &[40; 10], 10, &[50; 4], 1);
         let all = items(&steps);
         assert_eq!(all.iter().filter(|i| matches!(i, Item::Fresh(_))).count(), 10);
         assert_eq!(all.iter().filter(|i| matches!(i, Item::Rehearsed(_))).count(), 10);
@@ -162,30 +168,45 @@ mod tests {
 
     #[test]
     fn text_is_read_a_fixed_number_of_times() {
-        assert!(!COURSE.pass(1, &fresh(10, false, 3.0), &[], &[], 1).is_empty());
-        assert!(COURSE.pass(2, &fresh(10, false, 3.0), &[], &[], 1).is_empty());
+        assert!(!COURSE.pass(1, &fresh(10, false, 3.0), &[], 0, &[], 1).is_empty());
+        assert!(COURSE.pass(2, &fresh(10, false, 3.0), &[], 0, &[], 1).is_empty());
     }
 
     #[test]
     fn answers_are_repeated_until_known_with_rehearsal_in_proportion() {
         let mut batch = fresh(10, true, 0.01);
         batch[3].loss = 1.0;
-        let all = items(&COURSE.pass(5, &batch, &[40; 10], &[], 1));
+        let all = items(&COURSE.pass(5, &batch, &[40; 10], 10, &[], 1));
         assert!(all.contains(&Item::Fresh(3)));
         assert_eq!(all.len(), 2, "one fresh, one rehearsed: {all:?}");
-        assert!(COURSE.pass(10, &batch, &[40; 10], &[], 1).is_empty(), "at most so many passes");
+        assert!(COURSE.pass(10, &batch, &[40; 10], 10, &[], 1).is_empty(), "at most so many passes");
+    }
+
+    #[test]
+    fn passes_take_turns_through_what_is_rehearsed() {
+        let batch = fresh(10, false, 3.0);
+        let taken = |pass| -> BTreeSet<usize> {
+            let steps = COURSE.pass(pass, &batch, &[40; 25], 10, &[], 1);
+            let rehearsed = |item| if let Item::Rehearsed(n) = item { Some(n) } else { None };
+            items(&steps).into_iter().filter_map(rehearsed).collect()
+        };
+        assert_eq!(taken(0), (0..10).collect());
+        assert_eq!(taken(1), (10..20).collect());
+        let course = Course { passes: 3, ..COURSE };
+        let third = items(&course.pass(2, &batch, &[40; 25], 10, &[], 1));
+        assert!(third.contains(&Item::Rehearsed(24)) && third.contains(&Item::Rehearsed(4)), "round again");
     }
 
     #[test]
     fn a_small_batch_is_read_more_often() {
         let course = Course { steps_min: 6, ..COURSE };
-        assert!(!course.pass(5, &fresh(1, false, 3.0), &[], &[], 1).is_empty());
-        assert!(course.pass(6, &fresh(1, false, 3.0), &[], &[], 1).is_empty());
+        assert!(!course.pass(5, &fresh(1, false, 3.0), &[], 0, &[], 1).is_empty());
+        assert!(course.pass(6, &fresh(1, false, 3.0), &[], 0, &[], 1).is_empty());
     }
 
     #[test]
     fn the_order_depends_on_seed_and_pass_alone() {
-        let run = |pass, seed| COURSE.pass(pass, &fresh(9, false, 3.0), &[40; 9], &[50; 4], seed);
+        let run = |pass, seed| COURSE.pass(pass, &fresh(9, false, 3.0), &[40; 9], 9, &[50; 4], seed);
         assert_eq!(run(0, 1), run(0, 1));
         assert_ne!(run(0, 1), run(1, 1));
         assert_ne!(run(0, 1), run(0, 2));
@@ -195,6 +216,6 @@ mod tests {
     fn what_broke_a_step_is_left_out() {
         let mut batch = fresh(3, false, 3.0);
         batch[1].out = true;
-        assert!(!items(&COURSE.pass(0, &batch, &[], &[], 1)).contains(&Item::Fresh(1)));
+        assert!(!items(&COURSE.pass(0, &batch, &[], 0, &[], 1)).contains(&Item::Fresh(1)));
     }
 }

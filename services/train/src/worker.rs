@@ -147,7 +147,9 @@ impl Worker {
         let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
         for pass in 0.. {
             let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
-            let steps = self.training.course.pass(pass, &fresh, &rehearsed, &anchors, run.batch.seed);
+            let (course, batch) = (&self.training.course, run.batch);
+            let a_pass = batch.rehearsed_a_pass as usize;
+            let steps = course.pass(pass, &fresh, &rehearsed, a_pass, &anchors, batch.seed);
             if steps.is_empty() {
                 break;
             }

@@ -48,6 +48,7 @@ section!(
     Base {
         device: String,
         precision: String,
+        quantisation: String,
         threads: usize,
     }
 );

@@ -42,16 +42,30 @@ impl ActiveAdapters {
         let mut active = Self { layers: (0..layers).map(|_| Default::default()).collect() };
         for (adapter, weight) in adapters {
             ensure!(weight.is_finite(), "an adapter's weight has to be a finite number, not {weight}");
-            active.add(adapter, *weight, kind, device)?;
+            active.add(&adapter.modules, adapter.flat(), *weight, kind, device)?;
         }
         Ok(active)
     }
 
-    fn add(&mut self, adapter: &Adapter, weight: f64, kind: Kind, device: Device) -> Result<()> {
-        let groups: Vec<&[Module]> = adapter
-            .modules
-            .chunk_by(|x, y| x.layer == y.layer && x.target.place().0 == y.target.place().0)
-            .collect();
+    /// One layer of `adapter` alone, with `flat` as its weights, for a base in `kind`.
+    pub(crate) fn of_layer(adapter: &Adapter, layer: i64, flat: &Tensor, kind: Kind) -> Result<Self> {
+        let mut active = Self { layers: (0..=layer).map(|_| Default::default()).collect() };
+        let modules: Vec<Module> = adapter.modules.iter().filter(|m| m.layer == layer).cloned().collect();
+        active.add(&modules, flat, 1.0, kind, flat.device())?;
+        Ok(active)
+    }
+
+    /// Adds `modules`, whose weights lie one after the other in `flat`.
+    fn add(
+        &mut self,
+        modules: &[Module],
+        flat: &Tensor,
+        weight: f64,
+        kind: Kind,
+        device: Device,
+    ) -> Result<()> {
+        let groups: Vec<&[Module]> =
+            modules.chunk_by(|x, y| x.layer == y.layer && x.target.place().0 == y.target.place().0).collect();
         let mut sizes = Vec::new();
         for group in &groups {
             sizes.push(group.iter().map(|m| m.rank * m.inputs).sum::<i64>());
@@ -59,7 +73,7 @@ impl ActiveAdapters {
         }
         // One split, because its backward pass is a single concatenation, where each narrow's would be a
         // vector of the full length.
-        let flat = adapter.flat().f_to_device(device)?.f_to_kind(kind)?;
+        let flat = flat.f_to_device(device)?.f_to_kind(kind)?;
         let mut pieces = flat.f_split_with_sizes(&sizes, 0)?.into_iter();
         let mut piece = || pieces.next().context("the split gave too few pieces");
         for group in groups {

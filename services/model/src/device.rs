@@ -9,6 +9,8 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device, Kind};
 
+use crate::quant::Quantisation;
+
 /// The device a user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -69,17 +71,24 @@ pub struct Placement {
     pub device: Device,
     /// The format of base weights and activations.
     pub precision: Precision,
+    /// How the base's matrices are stored.
+    pub quantisation: Quantisation,
 }
 
 impl Placement {
     /// The processor in f32: what tests and goldens use.
-    pub const CPU_F32: Self = Self { device: Device::Cpu, precision: Precision::F32 };
+    pub const CPU_F32: Self =
+        Self { device: Device::Cpu, precision: Precision::F32, quantisation: Quantisation::None };
 
     /// Turns choices into a placement.
     ///
     /// # Errors
     /// When a device is asked for by name and this machine or this libtorch has none.
-    pub fn resolve(device: DeviceChoice, precision: PrecisionChoice) -> Result<Self> {
+    pub fn resolve(
+        device: DeviceChoice,
+        precision: PrecisionChoice,
+        quantisation: Quantisation,
+    ) -> Result<Self> {
         let device = resolve_device(device)?;
         let precision = match precision {
             PrecisionChoice::Auto => native_precision(device),
@@ -87,7 +96,7 @@ impl Placement {
             PrecisionChoice::Bf16 => Precision::Bf16,
             PrecisionChoice::F16 => Precision::F16,
         };
-        Ok(Self { device, precision })
+        Ok(Self { device, precision, quantisation })
     }
 
     /// The libtorch name of the precision.
@@ -108,6 +117,10 @@ impl fmt::Display for Placement {
             Device::Cuda(index) => write!(f, "cuda:{index}, {precision}"),
             Device::Mps => write!(f, "mps, {precision}"),
             Device::Vulkan => write!(f, "vulkan, {precision}"),
+        }?;
+        match self.quantisation {
+            Quantisation::None => Ok(()),
+            quantised => write!(f, ", weights in {quantised}"),
         }
     }
 }
@@ -233,15 +246,18 @@ mod tests {
 
     #[test]
     fn an_explicit_choice_is_kept_and_printed() {
-        let placement = Placement::resolve(DeviceChoice::Cpu, PrecisionChoice::F16).unwrap();
+        let placement =
+            Placement::resolve(DeviceChoice::Cpu, PrecisionChoice::F16, Quantisation::Int8).unwrap();
         assert_eq!((placement.device, placement.kind()), (Device::Cpu, Kind::Half));
         assert!(placement.to_string().starts_with("cpu, f16, "));
+        assert!(placement.to_string().ends_with("weights in int8"));
     }
 
     #[test]
     fn an_absent_device_is_refused_with_what_to_do() {
         if !tch::utils::has_mps() {
-            let error = Placement::resolve(DeviceChoice::Mps, PrecisionChoice::Auto).unwrap_err();
+            let error =
+                Placement::resolve(DeviceChoice::Mps, PrecisionChoice::Auto, Quantisation::None).unwrap_err();
             assert!(error.to_string().contains("use auto or cpu"));
         }
     }

@@ -32,19 +32,17 @@ pub fn fisher(
     sequences: &[Sequence],
     between: &mut dyn FnMut() -> ControlFlow<()>,
 ) -> Result<Option<Tensor>> {
-    let leaf = adapter.flat().f_to_device(base.device())?.f_detach()?.f_set_requires_grad(true)?;
-    let adapter = adapter.with_flat(leaf.shallow_clone())?;
-    let mut sum = leaf.detach().f_zeros_like()?;
+    let adapter = adapter.to_device(base.device());
+    let mut sum = adapter.flat().detach().f_zeros_like()?;
     let mut count = 0;
     for sequence in sequences.iter().filter(|sequence| sequence.learned_tokens() > 0) {
         if between().is_break() {
             return Ok(None);
         }
         let packed = pack(base, std::slice::from_ref(sequence), 1)?;
-        let active = base.activate(&[(&adapter, 1.0)])?;
         let weight = 1.0 / sequence.learned_tokens() as f64;
-        let result = loss::gradient(base, &active, &packed, weight, &[&leaf])?;
-        let _ = sum.f_add_(&result.gradients[0].f_square()?)?;
+        let (_, gradient) = loss::adapter_gradient(base, &adapter, &packed, weight)?;
+        let _ = sum.f_add_(&gradient.f_square()?)?;
         count += 1;
     }
     ensure!(count > 0, "Fisher information needs at least one sequence with learned tokens");

@@ -31,9 +31,61 @@ pub enum RopeScaling {
     },
 }
 
+/// A family of models. All are Llama's blocks; they differ in details of the attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Llama 2 and 3, and whatever else is built like them.
+    #[default]
+    Llama,
+    /// Mistral 7B and its successors: Llama with other defaults.
+    Mistral,
+    /// Qwen 2 and 2.5: query, key and value projections have biases.
+    Qwen2,
+    /// Qwen 3: queries and keys are normed, head by head.
+    Qwen3,
+}
+
+impl Family {
+    /// Every family that runs.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+
+    /// Its `model_type` in `config.json`.
+    pub fn name(self) -> &'static str {
+        ["llama", "mistral", "qwen2", "qwen3"][self as usize]
+    }
+
+    /// The class that transformers loads it with.
+    fn architecture(self) -> &'static str {
+        ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"][self as usize]
+    }
+
+    /// Whether query, key and value projections have biases.
+    pub fn has_qkv_bias(self) -> bool {
+        self == Self::Qwen2
+    }
+
+    /// Whether queries and keys go through an RMSNorm of their own, one over each head.
+    pub fn has_qk_norm(self) -> bool {
+        self == Self::Qwen3
+    }
+
+    /// The context limit that transformers takes where `config.json` names none.
+    fn default_positions(self) -> i64 {
+        [2048, 131_072, 32_768, 32_768][self as usize]
+    }
+
+    /// The head width that transformers takes where `config.json` names none.
+    fn default_head_dim(self, hidden_size: i64, heads: i64) -> i64 {
+        if self == Self::Qwen3 { 128 } else { hidden_size / heads }
+    }
+}
+
 /// The shape of a model, read from `config.json` and checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// How its attention is built.
+    pub family: Family,
     /// Width of the residual stream.
     pub hidden_size: i64,
     /// Width of the feed-forward network.
@@ -75,8 +127,7 @@ struct RawConfig {
     num_key_value_heads: Option<i64>,
     head_dim: Option<i64>,
     vocab_size: i64,
-    #[serde(default = "default_positions")]
-    max_position_embeddings: i64,
+    max_position_embeddings: Option<i64>,
     #[serde(default = "default_eps")]
     rms_norm_eps: f64,
     #[serde(default = "default_activation")]
@@ -86,6 +137,9 @@ struct RawConfig {
     #[serde(default)]
     mlp_bias: bool,
     sliding_window: Option<i64>,
+    /// Qwen names a window without using it.
+    use_sliding_window: Option<bool>,
+    layer_types: Option<Vec<String>>,
     partial_rotary_factor: Option<f64>,
     quantization_config: Option<Value>,
     rope_theta: Option<f64>,
@@ -108,10 +162,6 @@ struct RawRope {
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
-}
-
-fn default_positions() -> i64 {
-    2048
 }
 
 fn default_eps() -> f64 {
@@ -141,18 +191,22 @@ impl ModelConfig {
     /// As [`ModelConfig::load`].
     pub fn from_json(text: &str) -> Result<Self> {
         let raw: RawConfig = serde_json::from_str(text).context("not a model configuration")?;
-        refuse_unsupported(&raw)?;
+        let family = family(&raw)?;
+        let max_positions = raw.max_position_embeddings.unwrap_or(family.default_positions());
+        refuse_unsupported(&raw, family, max_positions)?;
         let (rope_theta, rope_scaling) = rope(&raw)?;
         ensure!(raw.num_attention_heads > 0, "num_attention_heads has to be at least 1");
+        let default_head_dim = family.default_head_dim(raw.hidden_size, raw.num_attention_heads);
         let config = Self {
+            family,
             hidden_size: raw.hidden_size,
             intermediate_size: raw.intermediate_size,
             layers: raw.num_hidden_layers,
             heads: raw.num_attention_heads,
             kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
-            head_dim: raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads),
+            head_dim: raw.head_dim.unwrap_or(default_head_dim),
             vocab_size: raw.vocab_size,
-            max_positions: raw.max_position_embeddings,
+            max_positions,
             rms_norm_eps: raw.rms_norm_eps,
             rope_theta,
             rope_scaling,
@@ -202,7 +256,10 @@ impl ModelConfig {
     pub fn parameter_count(&self) -> i64 {
         let [q, k, v] = self.qkv_rows();
         let attention = (q + k + v) * self.hidden_size + q * self.hidden_size;
-        let block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size;
+        let biases = if self.family.has_qkv_bias() { q + k + v } else { 0 };
+        let head_norms = if self.family.has_qk_norm() { 2 * self.head_dim } else { 0 };
+        let feed_forward = 3 * self.hidden_size * self.intermediate_size;
+        let block = attention + biases + head_norms + feed_forward + 2 * self.hidden_size;
         let embeddings = if self.tied { 1 } else { 2 } * self.vocab_size * self.hidden_size;
         embeddings + self.layers * block + self.hidden_size
     }
@@ -236,24 +293,30 @@ impl ModelConfig {
                 "original_max_position_embeddings": original as i64}),
         };
         json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "architectures": [self.family.architecture()], "model_type": self.family.name(), "hidden_act": "silu",
             "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_positions, "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta, "rope_scaling": rope, "attention_bias": false, "mlp_bias": false,
+            "sliding_window": null, "use_sliding_window": false,
             "tie_word_embeddings": self.tied, "bos_token_id": self.bos, "eos_token_id": self.eos,
             "torch_dtype": dtype,
         })
     }
 }
 
-fn refuse_unsupported(raw: &RawConfig) -> Result<()> {
-    ensure!(
-        raw.model_type == "llama",
-        "model_type {:?} is not supported: this version runs llama models",
-        raw.model_type
-    );
+fn family(raw: &RawConfig) -> Result<Family> {
+    let known = Family::ALL.into_iter().find(|family| family.name() == raw.model_type);
+    known.with_context(|| {
+        let experts = raw.model_type.contains("moe") || raw.model_type == "mixtral";
+        let what = if experts { " (a mixture of experts)" } else { "" };
+        let names = Family::ALL.map(Family::name).join(", ");
+        format!("model_type {:?}{what} is not supported: these are: {names}", raw.model_type)
+    })
+}
+
+fn refuse_unsupported(raw: &RawConfig, family: Family, max_positions: i64) -> Result<()> {
     ensure!(
         matches!(raw.hidden_act.as_str(), "silu" | "swish"),
         "hidden_act {:?} is not supported: only silu is",
@@ -261,7 +324,17 @@ fn refuse_unsupported(raw: &RawConfig) -> Result<()> {
     );
     ensure!(!raw.attention_bias, "attention_bias is not supported");
     ensure!(!raw.mlp_bias, "mlp_bias is not supported");
-    ensure!(raw.sliding_window.is_none(), "sliding_window is not supported");
+    // A window as wide as the context hides nothing.
+    let window = raw.sliding_window.filter(|window| *window < max_positions);
+    let unused = matches!(family, Family::Qwen2 | Family::Qwen3) && raw.use_sliding_window != Some(true);
+    ensure!(
+        window.is_none() || unused,
+        "sliding_window is not supported: this model sees only part of its context"
+    );
+    let layer_types = raw.layer_types.as_deref().unwrap_or_default();
+    if let Some(other) = layer_types.iter().find(|name| *name != "full_attention") {
+        bail!("layer_types {other:?} is not supported: only full_attention is");
+    }
     ensure!(
         raw.quantization_config.is_none(),
         "quantization_config is not supported: use the model's f32, f16 or bf16 weights"
@@ -353,6 +426,18 @@ mod tests {
     }
 
     #[test]
+    fn a_window_that_hides_nothing_is_no_window() {
+        for change in [
+            json!({"model_type": "mistral", "sliding_window": null}),
+            json!({"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096}),
+            json!({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": false,
+                "layer_types": ["full_attention", "full_attention"]}),
+        ] {
+            assert!(config(change.clone()).is_ok(), "{change}");
+        }
+    }
+
+    #[test]
     fn both_forms_of_rope_settings_agree() {
         let scaled = json!({"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64, "rope_type": "llama3"});
@@ -367,9 +452,19 @@ mod tests {
     fn what_is_not_supported_is_refused_by_name() {
         for (change, name) in [
             (json!({"model_type": "gemma3"}), "gemma3"),
+            (json!({"model_type": "mixtral"}), "mixture of experts"),
+            (json!({"model_type": "qwen3_moe"}), "mixture of experts"),
+            (
+                json!({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": true}),
+                "sliding_window",
+            ),
+            (
+                json!({"model_type": "qwen3", "head_dim": 8, "layer_types": ["sliding_attention"]}),
+                "layer_types",
+            ),
             (json!({"hidden_act": "gelu"}), "gelu"),
             (json!({"attention_bias": true}), "attention_bias"),
-            (json!({"sliding_window": 4096}), "sliding_window"),
+            (json!({"model_type": "mistral", "sliding_window": 4096}), "sliding_window"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
             (json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}), "yarn"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads"),

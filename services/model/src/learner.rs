@@ -185,11 +185,8 @@ impl Learner {
         if packed.learned_tokens() == 0 {
             return Ok((vec![SequenceScore::default(); batch.len()], None));
         }
-        let leaf = self.adapter.flat().f_detach()?.f_set_requires_grad(true)?;
-        let adapter = self.adapter.with_flat(leaf.shallow_clone())?;
-        let active = self.base.activate(&[(&adapter, 1.0)])?;
-        let mut result = loss::gradient(&self.base, &active, &packed, weight, &[&leaf])?;
-        Ok((result.scores, result.gradients.pop()))
+        let (scores, gradient) = loss::adapter_gradient(&self.base, &self.adapter, &packed, weight)?;
+        Ok((scores, Some(gradient)))
     }
 
     fn apply(&mut self, mut gradient: Tensor, rate: f64, report: &mut StepReport) -> Result<()> {

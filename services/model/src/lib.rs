@@ -1,7 +1,7 @@
 //! The mathematics of Engram: a Llama-style model on libtorch, LoRA adapters, and how they learn.
 //!
 //! Read in this order: [`hf`] (what a model folder says), [`weights`] (safetensors), [`llama`] (the forward
-//! pass), [`lora`] (adapters), [`pack`] and [`loss`] (what is learned), [`optim`] and [`ewc`] (how weights
+//! pass), [`quant`] (frozen matrices in 8 and 4 bits), [`lora`] (adapters), [`pack`] and [`loss`] (what is learned), [`optim`] and [`ewc`] (how weights
 //! move), [`learner`] (one step). [`tokenizer`], [`chat`] and [`generate`] are the way to text and back.
 //!
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
@@ -9,6 +9,8 @@
 
 mod active;
 pub mod anchor;
+mod base;
+mod cache;
 pub mod chat;
 mod conversation;
 pub mod device;
@@ -23,6 +25,8 @@ pub mod optim;
 pub mod pack;
 pub mod peft;
 pub mod pretrain;
+pub mod quant;
+mod recompute;
 pub mod stream;
 pub mod tokenizer;
 pub mod weights;

@@ -292,6 +292,13 @@ impl Adapter {
         Ok(Self { config: self.config.clone(), modules: self.modules.clone(), flat })
     }
 
+    /// Where the weights of one layer begin in the flat vector, and how many they are.
+    pub(crate) fn range_of_layer(&self, layer: i64) -> (i64, i64) {
+        let of_layer = || self.modules.iter().filter(|module| module.layer == layer);
+        let start = of_layer().map(|module| module.a).min().unwrap_or(0);
+        (start, of_layer().map(|module| module.rank * (module.inputs + module.outputs)).sum())
+    }
+
     /// A second handle on the same weights, to hand to another thread.
     pub fn share(&self) -> Self {
         Self { config: self.config.clone(), modules: self.modules.clone(), flat: self.flat.shallow_clone() }

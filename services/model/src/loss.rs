@@ -3,13 +3,14 @@
 //! The gradient of softmax cross-entropy with respect to the logits is `p - onehot`. Taking it in closed form,
 //! a chunk's logits are gone before the next chunk's are made, and autograd only sees the blocks below.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::llama::Base;
 use crate::lora::Adapter;
 use crate::pack::{Packed, Sequence, pack};
+use crate::recompute;
 
 /// Rows of logits that exist at once.
 pub const CHUNK_ROWS: i64 = 256;
@@ -93,37 +94,72 @@ pub fn gradient(
     weight: f64,
     parameters: &[&Tensor],
 ) -> Result<Gradient> {
-    ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let hidden = learned_hidden(base, adapters, packed)?;
-    let below = hidden.detach();
-    let mut chunks = Vec::new();
-    let mut head_gradient: Option<Tensor> = None;
-    let nll = {
-        let _guard = tch::no_grad_guard();
-        each_chunk(base, &below, packed, |rows, log_probs, targets| {
-            let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, targets.device()))?;
-            let above = log_probs.f_exp_()?.f_scatter_add_(1, targets, &ones)?.f_mul_scalar_(weight)?;
-            let above = above.f_to_kind(base.placement().kind())?;
-            chunks.push(above.f_matmul(&base.head)?);
-            if base.head.requires_grad() {
-                let part = above.f_tr()?.f_matmul(rows)?;
-                head_gradient = Some(match head_gradient.take() {
-                    Some(sum) => sum.f_add(&part)?,
-                    None => part,
-                });
-            }
-            Ok(())
-        })?
-    };
+    let above = above(base, &hidden.detach(), packed, weight)?;
     // A scalar whose gradients are the ones just found, so that autograd carries on from there. A head that is
     // tied to the embedding gets both of its shares this way.
-    let mut carrier = hidden.f_mul(&Tensor::f_cat(&chunks, 0)?)?.f_sum(Kind::Float)?;
-    if let Some(gradient) = &head_gradient {
+    let mut carrier = hidden.f_mul(&above.hidden)?.f_sum(Kind::Float)?;
+    if let Some(gradient) = &above.head {
         carrier = carrier.f_add(&base.head.f_mul(gradient)?.f_sum(Kind::Float)?)?;
     }
     let gradients = Tensor::f_run_backward(&[carrier], parameters, false, false)?;
     ensure!(gradients.iter().all(Tensor::defined), "a parameter takes no part in the loss");
-    Ok(Gradient { scores: per_sequence(packed, &nll)?, gradients })
+    Ok(Gradient { scores: above.scores, gradients })
+}
+
+/// Loss, and gradient of an adapter's flat vector, of one micro-batch. `weight` is that of [`gradient`].
+///
+/// # Errors
+/// When there is nothing to learn, or the adapter does not fit the base.
+pub fn adapter_gradient(
+    base: &Base,
+    adapter: &Adapter,
+    packed: &Packed,
+    weight: f64,
+) -> Result<(Vec<SequenceScore>, Tensor)> {
+    if base.is_quantised() {
+        // Autograd would keep the dense copy of every block until its backward pass.
+        return recompute::adapter_gradient(base, adapter, packed, weight);
+    }
+    let leaf = adapter.flat().f_detach()?.f_set_requires_grad(true)?;
+    let adapter = adapter.with_flat(leaf.shallow_clone())?;
+    let active = base.activate(&[(&adapter, 1.0)])?;
+    let mut result = gradient(base, &active, packed, weight, &[&leaf])?;
+    let gradient = result.gradients.pop().context("no gradient")?;
+    Ok((result.scores, gradient))
+}
+
+/// What lies above the blocks: the scores, and the gradients that come down from the head.
+pub(crate) struct Above {
+    /// By sequence.
+    pub scores: Vec<SequenceScore>,
+    /// With respect to the learned hidden states, [learned tokens, hidden_size].
+    pub hidden: Tensor,
+    /// With respect to the head, where it is trained.
+    pub head: Option<Tensor>,
+}
+
+/// Scores and gradients of `weight * sum of NLL` for hidden states of the learned tokens.
+pub(crate) fn above(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+    ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
+    let _guard = tch::no_grad_guard();
+    let mut chunks = Vec::new();
+    let mut head: Option<Tensor> = None;
+    let nll = each_chunk(base, hidden, packed, |rows, log_probs, targets| {
+        let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, targets.device()))?;
+        let above = log_probs.f_exp_()?.f_scatter_add_(1, targets, &ones)?.f_mul_scalar_(weight)?;
+        let above = above.f_to_kind(base.placement().kind())?;
+        chunks.push(above.f_matmul(&base.head)?);
+        if base.head.requires_grad() {
+            let part = above.f_tr()?.f_matmul(rows)?;
+            head = Some(match head.take() {
+                Some(sum) => sum.f_add(&part)?,
+                None => part,
+            });
+        }
+        Ok(())
+    })?;
+    Ok(Above { scores: per_sequence(packed, &nll)?, hidden: Tensor::f_cat(&chunks, 0)?, head })
 }
 
 /// The hidden states that predict learned tokens, [learned tokens, hidden_size].

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use model::device::{DeviceChoice, Placement, PrecisionChoice};
 use model::llama::{Base, Input};
 use model::lora::Adapter;
+use model::quant::Quantisation;
 use model::weights;
 use std::fs;
 use std::io::Write;
@@ -29,6 +30,9 @@ pub struct ModelArgs {
     /// auto, f32, bf16 or f16; f32 unless said otherwise, so that figures compare across machines.
     #[arg(long, default_value = "f32")]
     precision: PrecisionChoice,
+    /// How the base's matrices are stored: none (in its precision), int8 or nf4.
+    #[arg(long, default_value = "none")]
+    quantisation: Quantisation,
 }
 
 impl ModelArgs {
@@ -39,7 +43,7 @@ impl ModelArgs {
 
     /// Loads the base, and the adapter if there is one.
     pub fn load(&self) -> Result<(Base, Option<Adapter>)> {
-        let placement = Placement::resolve(self.device, self.precision)?;
+        let placement = Placement::resolve(self.device, self.precision, self.quantisation)?;
         let base = Base::load(&self.base, &placement)?;
         let adapter = match &self.adapter {
             Some(dir) => Some(Adapter::read_peft(dir, base.config())?),

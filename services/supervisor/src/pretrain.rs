@@ -5,6 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use model::device::{DeviceChoice, Placement, PrecisionChoice};
 use model::pretrain::preset::Preset;
 use model::pretrain::{self, Budget, PretrainOptions, Progress};
+use model::quant::Quantisation;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -68,7 +69,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         out: args.out.clone(),
         budget,
         seed: args.seed,
-        placement: Placement::resolve(args.device, PrecisionChoice::F32)?,
+        placement: Placement::resolve(args.device, PrecisionChoice::F32, Quantisation::None)?,
         stop: stop_at_interrupt()?,
     };
     let bar = ProgressBar::new(BAR_LENGTH);

@@ -84,15 +84,21 @@ impl Plan {
         })
     }
 
-    /// Device and precision.
+    /// Device, precision and quantisation.
     pub fn placement(&self) -> Result<Placement> {
-        Placement::resolve(self.settings.base.device.parse()?, self.settings.base.precision.parse()?)
+        placement(&self.settings)
     }
 
     /// Address and port to listen on.
     pub fn listen(&self) -> &str {
         &self.settings.gateway.listen
     }
+}
+
+/// Device, precision and quantisation as the settings ask for them.
+pub fn placement(settings: &Settings) -> Result<Placement> {
+    let base = &settings.base;
+    Placement::resolve(base.device.parse()?, base.precision.parse()?, base.quantisation.parse()?)
 }
 
 /// Serves until a signal ends it.

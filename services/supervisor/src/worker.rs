@@ -12,7 +12,6 @@ use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
-use model::device::Placement;
 use model::hf::base_id;
 use model::llama::Base;
 use proto::{BaseId, Blob, Manifest};
@@ -46,7 +45,7 @@ pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool)
 
 /// Opens everything durable, and loads the base.
 fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
-    let placement = Placement::resolve(settings.base.device.parse()?, settings.base.precision.parse()?)?;
+    let placement = crate::up::placement(&settings)?;
     let id = BaseId::new(base_id(base_dir)?)?;
     let text = Text::load(base_dir)?;
     let ledger = Ledger::open(&data_dir.join("ledger"))?;
@@ -79,7 +78,7 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
     // What a crash left between the writing of a file and the manifest that names it.
     blobs.retain(|blob| named.contains(blob))?;
     let base = Base::load(base_dir, &placement)?;
-    tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), %placement, "loaded the base");
+    tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), bytes = base.bytes_len(), %placement, "loaded the base");
     Ok(Plant {
         doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),
         store: Arc::new(Store::open(&lineages.join("replay"))?),

@@ -36,16 +36,16 @@ fn named(base: &Base) -> Result<Vec<(String, Tensor)>> {
     for (i, layer) in base.layers.iter().enumerate() {
         let mut add =
             |part: &str, tensor: Tensor| all.push((format!("model.layers.{i}.{part}.weight"), tensor));
-        let qkv = layer.qkv.f_split_with_sizes(base.config.qkv_rows(), 0)?;
-        let gate_up = layer.gate_up.f_split_with_sizes([ff, ff], 0)?;
+        let qkv = layer.qkv.dense()?.f_split_with_sizes(base.config.qkv_rows(), 0)?;
+        let gate_up = layer.gate_up.dense()?.f_split_with_sizes([ff, ff], 0)?;
         for (part, tensor) in ["q_proj", "k_proj", "v_proj"].iter().zip(qkv) {
             add(&format!("self_attn.{part}"), tensor);
         }
         for (part, tensor) in ["gate_proj", "up_proj"].iter().zip(gate_up) {
             add(&format!("mlp.{part}"), tensor);
         }
-        add("self_attn.o_proj", layer.o.shallow_clone());
-        add("mlp.down_proj", layer.down.shallow_clone());
+        add("self_attn.o_proj", layer.o.dense()?);
+        add("mlp.down_proj", layer.down.dense()?);
         add("input_layernorm", layer.attention_norm.shallow_clone());
         add("post_attention_layernorm", layer.mlp_norm.shallow_clone());
     }

@@ -12,6 +12,7 @@ use crate::lora::ActiveAdapters;
 use crate::loss;
 use crate::optim::{AdamW, AdamWConfig, clip};
 use crate::pack::{Sequence, pack};
+use crate::quant::Matrix;
 
 /// The spread of a fresh embedding.
 const EMBEDDING_STD: f64 = 0.02;
@@ -48,13 +49,14 @@ impl Trainer {
         let (qkv, ff) = (base.config.qkv_rows(), base.config.intermediate_size);
         for layer in &mut base.layers {
             let hidden = base.config.hidden_size;
-            let matrices: [(&mut Tensor, &[i64]); 4] = [
+            let matrices: [(&mut Matrix, &[i64]); 4] = [
                 (&mut layer.qkv, &qkv),
                 (&mut layer.o, &[hidden]),
                 (&mut layer.gate_up, &[ff, ff]),
                 (&mut layer.down, &[hidden]),
             ];
-            for (weight, parts) in matrices {
+            for (matrix, parts) in matrices {
+                let weight = matrix.dense_mut()?;
                 *weight = weight.f_set_requires_grad(true)?;
                 muon.add(weight, parts);
                 parameters.push(weight.shallow_clone());

@@ -119,8 +119,8 @@ impl Fetch<'_> {
         let free = kit::disk::free_bytes(folder)?;
         ensure!(
             missing <= free,
-            "{} needs {} more, and the disk of {} has {} free: make room there, or set HF_HUB_CACHE to a folder \
-             on another disk",
+            "{} needs {} more, and the disk of {} has {} free: make room there, or set HF_HUB_CACHE to a \
+             folder on another disk",
             self.hub.name,
             HumanBytes(missing),
             folder.display(),
@@ -235,8 +235,8 @@ fn check(file: &str, announced: &Announced, part: &Path) -> Result<()> {
     }
     fs::remove_file(part).with_context(|| format!("{} cannot be deleted", part.display()))?;
     bail!(
-        "{file} is not what the hub announced ({size} bytes with hash {hash} instead of {} bytes with hash {}), so \
-         it was deleted; run the same command again, and if this comes again, do not trust the network",
+        "{file} is not what the hub announced ({size} bytes with hash {hash} instead of {} bytes with hash \
+         {}), so it was deleted; run the same command again, and if this comes again, do not trust the network",
         announced.size,
         announced.etag
     )

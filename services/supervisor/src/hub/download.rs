@@ -194,6 +194,8 @@ impl Fetch<'_> {
         }
         let start = bar.position();
         bar.set_position(start + there);
+        // What was there before says nothing about how fast the rest comes.
+        bar.reset_eta();
         // A byte too many shows that there are too many.
         let mut body = response.into_body().into_reader().take(announced.size - there + 1);
         let mut chunk = vec![0; CHUNK_BYTES];

@@ -41,7 +41,7 @@ fn a_mistake_is_one_line_that_says_what_to_do() {
         (&["generate", "hi", "--server", nowhere], "engram up"),
         (&["chat", "--server", nowhere], "engram up"),
         (&["adapters", "import", dir, "--domain", "d", "--server", nowhere], "adapter_config.json"),
-        (&["up", "--base", "org/name", "--data", dir], "hf download"),
+        (&["up", "--base", "giant", "--data", dir], "org/name"),
         (&["up", "--base", dir, "--data", dir], "config.json"),
         (&["up", "--config", "/no/such.toml", "--data", dir], "/no/such.toml"),
         (&["up", "--config", broken, "--data", dir], "broken.toml"),

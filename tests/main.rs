@@ -9,6 +9,7 @@ mod cli;
 mod documents;
 mod forget;
 mod harness;
+mod hub;
 mod learning;
 mod overload;
 mod restart;

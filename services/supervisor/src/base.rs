@@ -1,5 +1,6 @@
 //! The frozen base: which folder `--base` means.
 
+use crate::hub;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,39 +16,44 @@ const NANO: &[(&str, &[u8])] = &[
     ("model.safetensors", include_bytes!("../../../configs/models/nano/model.safetensors")),
 ];
 
-/// The folder that `--base` means: the built-in base, or a folder in the Hugging Face form.
+/// Where everything is kept, unless `--data` says otherwise.
+///
+/// # Errors
+/// When this system has no place for such things.
+pub fn data_dir() -> Result<PathBuf> {
+    let place = dirs::data_dir().context("this system names no place for data; give one with --data")?;
+    Ok(place.join("engram"))
+}
+
+/// The folder that `--base` means, with all in it that serving needs.
 ///
 /// # Errors
 /// When there is no such base, or something is missing in its folder.
 pub fn resolve(base: &str, data_dir: &Path) -> Result<PathBuf> {
-    let folder = Path::new(base);
-    if folder.is_dir() {
-        check(folder)?;
-        return folder.canonicalize().with_context(|| format!("{base} cannot be resolved"));
+    let folder = find(base, data_dir)?;
+    check(&folder)?;
+    folder.canonicalize().with_context(|| format!("{base} cannot be resolved"))
+}
+
+/// The folder that `--base` means: a folder in the Hugging Face form, the built-in base, or a model on
+/// the Hugging Face hub.
+///
+/// # Errors
+/// When there is no such base, or it cannot be brought here.
+pub fn find(base: &str, data_dir: &Path) -> Result<PathBuf> {
+    if Path::new(base).is_dir() {
+        return Ok(PathBuf::from(base));
     }
     if base == BUILT_IN {
         return unpack(NANO, &data_dir.join("bases").join(BUILT_IN));
     }
-    if is_hub_name(base) {
-        bail!(
-            "there is no folder {base}, and this version does not download bases; do it yourself with \
-             'hf download {base} --local-dir {name}', then give --base ./{name}",
-            name = base.rsplit('/').next().unwrap_or(base)
-        );
+    if let Some(name) = hub::Name::parse(base) {
+        return hub::resolve(&name);
     }
     bail!(
-        "there is no base {base}; give a folder with config.json, tokenizer.json and model.safetensors, or '{BUILT_IN}'"
+        "there is no base {base}; give a folder with config.json, tokenizer.json and model.safetensors, a model on \
+         the Hugging Face hub as org/name, or '{BUILT_IN}'"
     )
-}
-
-/// `org/name`, as the Hugging Face hub names models.
-fn is_hub_name(base: &str) -> bool {
-    let plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
-    };
-    base.split_once('/').is_some_and(|(org, name)| plain(org) && plain(name))
 }
 
 fn check(folder: &Path) -> Result<()> {
@@ -88,7 +94,6 @@ mod tests {
     fn each_kind_of_name_is_told_what_to_do() {
         let data = tempfile::tempdir().expect("a folder");
         let told = |base: &str| format!("{:#}", resolve(base, data.path()).expect_err("refused"));
-        assert!(told("HuggingFaceTB/SmolLM2-135M").contains("hf download"));
         assert!(told("giant").contains("'nano'"));
         assert!(told("./no/such/folder").contains("there is no base"));
         assert!(told(&data.path().to_string_lossy()).contains("has no config.json"));

@@ -22,6 +22,7 @@ Examples:
   engram eval --base ./stories --data medical_qa.val.txt
   engram eval --base ./stories --adapter ./medical --data medical_qa.val.txt --json
   engram eval --base ./stories --adapter ./intents --data test.jsonl
+  engram eval --base HuggingFaceTB/SmolLM2-135M --data notes.txt
 
 A text, whose documents end in a line <|endoftext|>, gives nll_per_token (nats), bits_per_byte and
 tokens. Lines of {\"text\",\"label\"} give the accuracy with which the label is the likeliest of all
@@ -57,8 +58,9 @@ enum Item {
 
 /// Prints what the file scores.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
-    let (base, adapter) = args.model.load()?;
-    let tokenizer = Tokenizer::load(args.model.base_dir())?;
+    let base_dir = args.model.base_dir()?;
+    let (base, adapter) = args.model.load(&base_dir)?;
+    let tokenizer = Tokenizer::load(&base_dir)?;
     tokenizer.check_vocabulary(base.config().vocab_size)?;
     let window = args.window.min(usize::try_from(base.config().max_positions)?);
     ensure!(window >= 2, "--window has to be at least 2 tokens");

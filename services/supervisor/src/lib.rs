@@ -16,6 +16,7 @@ mod corpus;
 mod doctor;
 mod documents;
 mod eval;
+mod hub;
 mod learn;
 mod lifeline;
 mod logits;

@@ -1,5 +1,6 @@
 //! `engram logits`: what a base, or a base with an adapter, computes. Needs no server.
 
+use crate::base;
 use anyhow::{Context, Result, bail, ensure};
 use model::device::{DeviceChoice, Placement, PrecisionChoice};
 use model::llama::{Base, Input};
@@ -18,9 +19,9 @@ Examples:
 /// Which model is looked at, and how it is computed.
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// The base: a folder in the Hugging Face form.
-    #[arg(long, value_name = "DIR")]
-    base: PathBuf,
+    /// The base: a folder in the Hugging Face form, org/name on the Hugging Face hub, or `nano`.
+    #[arg(long, value_name = "DIR|ORG/NAME")]
+    base: String,
     /// An adapter for it: a folder in the PEFT form.
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
@@ -36,15 +37,15 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The folder of the base.
-    pub fn base_dir(&self) -> &Path {
-        &self.base
+    /// The folder of the base; one on the hub is downloaded when it is not there.
+    pub fn base_dir(&self) -> Result<PathBuf> {
+        base::find(&self.base, &base::data_dir()?)
     }
 
-    /// Loads the base, and the adapter if there is one.
-    pub fn load(&self) -> Result<(Base, Option<Adapter>)> {
+    /// Loads the base in this folder, and the adapter if there is one.
+    pub fn load(&self, base_dir: &Path) -> Result<(Base, Option<Adapter>)> {
         let placement = Placement::resolve(self.device, self.precision, self.quantisation)?;
-        let base = Base::load(&self.base, &placement)?;
+        let base = Base::load(base_dir, &placement)?;
         let adapter = match &self.adapter {
             Some(dir) => Some(Adapter::read_peft(dir, base.config())?),
             None => None,
@@ -69,7 +70,7 @@ pub struct Args {
 
 /// Writes the logits of each position.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
-    let (base, adapter) = args.model.load()?;
+    let (base, adapter) = args.model.load(&args.model.base_dir()?)?;
     let mut tensors = weights::read_tensors(&args.ids)?;
     let name = args.ids.display();
     let ids = tensors.remove("input_ids").with_context(|| format!("{name} has no tensor input_ids"))?;

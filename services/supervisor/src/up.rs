@@ -16,10 +16,13 @@ const EXAMPLES: &str = "\
 Examples:
   engram up                                        the built-in base, on 127.0.0.1:8420
   engram up --base ./smollm --data ./knowledge     a base of your own, and a place of your own
+  engram up --base HuggingFaceTB/SmolLM2-135M      a base from the hub; @REVISION may follow
   engram up --listen 0.0.0.0:8420 --config my.toml for others: needs a key in the settings
   engram up --set replay.capacity=20000            one setting; ENGRAM__REPLAY__CAPACITY=20000 does the same
 
-Flags win over the environment, the environment over the file, and the file over what is built in.";
+Flags win over the environment, the environment over the file, and the file over what is built in.
+A base from the hub is kept where Python's huggingface_hub keeps it, and its variables are followed:
+HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE=1 to use only what is there.";
 
 /// What `engram up` takes.
 #[derive(Debug, clap::Args)]
@@ -28,8 +31,8 @@ pub struct Args {
     /// Settings that differ from the built-in ones, in TOML.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The frozen base: `nano`, or a folder in the Hugging Face form.
-    #[arg(long, value_name = "NAME|DIR")]
+    /// The frozen base: `nano`, a folder in the Hugging Face form, or org/name on the Hugging Face hub.
+    #[arg(long, value_name = "NAME|DIR|ORG/NAME")]
     base: Option<String>,
     /// Where everything is kept.
     #[arg(long, value_name = "DIR", env = "ENGRAM_DATA")]
@@ -61,16 +64,15 @@ pub fn plan(args: &Args) -> Result<Plan> {
     let settings = Settings::load(args.config.as_deref(), &flags)?;
     let data_dir = match &args.data {
         Some(dir) => dir.clone(),
-        None => dirs::data_dir()
-            .context("this system names no place for data; give one with --data")?
-            .join("engram"),
+        None => base::data_dir()?,
     };
     let base = args.base.clone().unwrap_or_else(|| base::BUILT_IN.to_owned());
     Ok(Plan { settings, base, data_dir })
 }
 
 impl Plan {
-    /// The folder of the base; the built-in one is unpacked when it is not there.
+    /// The folder of the base; the built-in one is unpacked, and one on the hub is downloaded, when it
+    /// is not there.
     pub fn base_dir(&self) -> Result<PathBuf> {
         base::resolve(&self.base, &self.data_dir)
     }

@@ -24,6 +24,7 @@ pub mod loss;
 pub mod optim;
 pub mod pack;
 pub mod peft;
+mod pieces;
 pub mod pretrain;
 pub mod quant;
 mod recompute;

@@ -4,9 +4,10 @@ use crate::{Full, Language};
 use anyhow::Context;
 use kit::compute::{Engine as Steps, Running as Turned};
 use kit::link::{NotTaken, ReplyTo};
-use model::generate::{Decoder, Finish, Sampling};
+use model::generate::{Decoder, Finish};
 use model::llama::Base;
 use model::lora::Adapter;
+use model::sampling::Sampling;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -124,6 +125,7 @@ impl Engine {
             max_tokens: asked.max_tokens as usize,
             stop: asked.stop,
             stop_ids: request.stop_ids,
+            ..Sampling::default()
         };
         let decoder =
             Decoder::new(&self.base, &adapters, &self.language.tokenizer, &request.tokens, sampling)?;

@@ -68,12 +68,16 @@ fn bad_bodies_ids_and_parameters_are_refused_with_a_reason() {
 #[test]
 fn parameters_out_of_range_are_refused_before_any_work() {
     let server = Setup::tiny().start();
-    let bad: [(&str, Value); 18] = [
+    let bad: [(&str, Value); 22] = [
         ("max_tokens", json!(-1)),
         ("max_tokens", json!(9_223_372_036_854_775_807_i64)),
         ("max_tokens", json!(1.5)),
         ("n", json!(1_000_000_000)),
         ("n", json!(0)),
+        ("n", json!(17)),
+        ("logit_bias", json!({"257": 1})),
+        ("presence_penalty", json!(2.1)),
+        ("logprobs", json!(21)),
         ("temperature", json!(-0.1)),
         ("temperature", json!("NaN")),
         ("temperature", json!(1e30)),
@@ -107,6 +111,15 @@ fn parameters_out_of_range_are_refused_before_any_work() {
     assert!(control.len() <= 8, "{control}");
     let long = json!({"model": "base", "prompt": "y ".repeat(100_000)}).to_string();
     refused(&server, "POST", "/v1/completions", long.as_bytes(), &[JSON], 400);
+}
+
+#[test]
+fn more_answers_than_can_ever_run_are_refused() {
+    let server = Setup::tiny().set("infer.max_running=1").set("infer.queue_max=1").start();
+    let ask = |n| json!({"model": "base", "prompt": "A miller", "max_tokens": 2, "n": n});
+    refused(&server, "POST", "/v1/completions", ask(3).to_string().as_bytes(), &[JSON], 400);
+    let choices = server.post("/v1/completions", &ask(2)).ok()["choices"].clone();
+    assert_eq!(choices.as_array().map(Vec::len), Some(2));
 }
 
 #[test]

@@ -135,6 +135,30 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
 }
 
 #[test]
+fn several_answers_come_with_their_tokens() {
+    let server = Setup::tiny().start();
+    let ask = |seed: &str, more: &[&str]| {
+        let shape = ["--max-tokens", "8", "--temperature", "1", "--min-p", "0.001", "--seed", seed];
+        let ask = ["generate", "A miller", "--model", "base", "--presence-penalty", "-0.5"];
+        with(&server, &[&ask[..], &shape, more].concat())
+    };
+    let answer: Value =
+        serde_json::from_str(&ask("3", &["--n", "3", "--logprobs", "2", "--json"])).expect("JSON");
+    let choices = answer["choices"].as_array().expect("choices");
+    assert_eq!(choices.len(), 3);
+    for (choice, seed) in choices.iter().zip(["3", "4", "5"]) {
+        assert_eq!(ask(seed, &[]), format!("{}\n", choice["text"].as_str().expect("a text")));
+        let told = &choice["logprobs"];
+        for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            assert_eq!(told[list].as_array().map(Vec::len), Some(8), "{told}");
+        }
+    }
+    assert_eq!(answer["usage"]["completion_tokens"], 3 * 8);
+    let printed = ask("3", &["--n", "2", "--logprobs", "1"]);
+    assert!(printed.starts_with("[1]\n") && printed.contains("\n[2]\n"), "{printed}");
+}
+
+#[test]
 fn logits_equal_the_golden_ones() {
     let folder = tempfile::tempdir().expect("a folder");
     let (golden, out) = (root().join("tests/golden/llama"), folder.path().join("logits.safetensors"));

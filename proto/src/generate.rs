@@ -3,6 +3,7 @@
 use crate::document::Message;
 use crate::id::{Domain, GenerationId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// An adapter with its weight in the sum.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,7 +45,20 @@ pub struct Sampling {
     pub top_p: f32,
     /// Keep this many of the most likely tokens; 0 keeps all.
     pub top_k: u32,
-    /// Equal seeds give equal text.
+    /// Keep tokens with at least this share of the most likely one's probability; 0 keeps all.
+    pub min_p: f32,
+    /// Divides the logits of tokens in prompt and answer, or multiplies those below 0; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens in the answer; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens in the answer as often as they occur; 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these token ids, -100 to 100.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Tell each token's log-probability, and those of this many of the most likely ones.
+    pub logprobs: Option<u32>,
+    /// Equal seeds give equal text. Answer `index` of a request has the seed `seed + index`, so it is the same
+    /// as the only answer of a request with that seed.
     pub seed: u64,
     /// Tokens to generate at most.
     pub max_tokens: u32,
@@ -61,6 +75,8 @@ pub struct Generate {
     pub prompt: Prompt,
     /// How.
     pub sampling: Sampling,
+    /// Answers wanted, at least 1. They are taken up together, or not at all.
+    pub n: u32,
 }
 
 /// Why an answer ended.
@@ -91,19 +107,48 @@ pub struct Usage {
     pub completion_tokens: u32,
 }
 
-/// What `infer` answers a [`Generate`] with: `Started`, any number of `Text`, then `Finished` or
-/// `Refused`.
+/// A token that could have been chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TopLogprob {
+    /// The text it stands for; alone it need not be UTF-8.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm of its probability, after bias and penalties, before temperature and truncation.
+    pub logprob: f32,
+}
+
+/// A token of an answer's text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: TopLogprob,
+    /// The most likely tokens at its place, the likeliest first.
+    pub top: Vec<TopLogprob>,
+    /// Where its text begins in the answer, in characters.
+    pub text_offset: u32,
+}
+
+/// What `infer` answers a [`Generate`] with: `Started`, then any number of `Text` and one `Finished` for
+/// each of its answers, told apart by `index` from 0; or `Refused`, which ends them all.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum GenerateEvent {
     /// The adapters are chosen; they stay the same to the end.
     Started(Choice),
-    /// The next piece of text.
-    Text(String),
-    /// The end.
+    /// The next piece of an answer.
+    Text {
+        /// Of which.
+        index: u32,
+        /// Its text.
+        text: String,
+        /// Where asked for: the tokens it comes from.
+        logprobs: Vec<TokenLogprob>,
+    },
+    /// The end of an answer.
     Finished {
+        /// Of which.
+        index: u32,
         /// Why.
         reason: FinishReason,
-        /// Tokens counted.
+        /// Tokens counted: those of the prompt, which all answers share, and of this answer.
         usage: Usage,
     },
     /// The request cannot be answered as it stands: the user's to mend.

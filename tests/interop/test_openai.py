@@ -48,9 +48,72 @@ def test_a_chat_answers_streamed_or_not(client):
     assert text == whole.choices[0].message.content
 
 
+def test_n_choices_are_those_of_following_seeds(client):
+    ask = {"model": "base", "prompt": "The old house", "temperature": 1, "max_tokens": 8}
+    answer = client.completions.create(**ask, n=3, seed=11)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        alone = client.completions.create(**ask, seed=11 + choice.index)
+        assert alone.choices[0].text == choice.text
+        assert alone.usage.prompt_tokens == answer.usage.prompt_tokens
+    assert 3 <= answer.usage.completion_tokens <= 3 * 8
+    streamed = {index: "" for index in range(3)}
+    for piece in client.completions.create(**ask, n=3, seed=11, stream=True):
+        for choice in piece.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == {choice.index: choice.text for choice in answer.choices}
+
+
+def test_a_completion_tells_the_logprobs_of_its_tokens(client):
+    answer = client.completions.create(
+        model=DOMAIN, prompt=QUESTION, temperature=0, max_tokens=24, logprobs=2
+    )
+    text, told = answer.choices[0].text, answer.choices[0].logprobs
+    assert "".join(told.tokens) == text
+    assert all(text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True))
+    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        # The choice is greedy, so nothing is likelier than what was chosen.
+        assert logprob <= 0 and top[token] == logprob == max(top.values())
+
+
+def test_a_chat_tells_the_logprobs_of_its_tokens_streamed_or_not(client):
+    ask = {"model": DOMAIN, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    ask |= {"max_tokens": 24, "logprobs": True, "top_logprobs": 3}
+    choice = client.chat.completions.create(**ask).choices[0]
+    tokens = choice.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == choice.message.content
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token and token.top_logprobs[0].logprob == token.logprob
+    streamed = []
+    for piece in client.chat.completions.create(**ask, stream=True):
+        if piece.choices and piece.choices[0].logprobs:
+            streamed += piece.choices[0].logprobs.content
+    assert [token.model_dump() for token in streamed] == [token.model_dump() for token in tokens]
+
+
+def test_a_bias_forces_and_bans_tokens(client):
+    ask = {"model": "base", "prompt": "The old house", "temperature": 0, "max_tokens": 4, "logprobs": 1}
+    forced = client.completions.create(**ask, logit_bias={"300": 100}).choices[0].logprobs
+    assert len(forced.tokens) == 4 and len(set(forced.tokens)) == 1
+    banned = client.completions.create(**ask, logit_bias={"300": -100}).choices[0].logprobs
+    assert forced.tokens[0] not in banned.tokens
+
+
+def test_penalties_and_the_additions_of_vllm_are_taken(client):
+    ask = {"model": "base", "prompt": "The old house", "temperature": 0.8, "seed": 5, "max_tokens": 8}
+    more = {"min_p": 0.05, "top_k": 40, "repetition_penalty": 1.2}
+    answer = client.completions.create(**ask, presence_penalty=0.5, frequency_penalty=-0.5, extra_body=more)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
 def test_mistakes_are_the_errors_of_the_client(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="no-such-domain", prompt="x", max_tokens=1)
     assert missing.value.body["message"]
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="base", prompt="x", max_tokens=-1)
+    for mistake in ({"n": 17}, {"logit_bias": {"999999": 1}}, {"logprobs": 21}, {"presence_penalty": 3}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="base", prompt="x", max_tokens=1, **mistake)
+        assert refused.value.param == next(iter(mistake))

@@ -155,11 +155,29 @@ fn generate() -> Generate {
         temperature: 0.0,
         top_p: 1.0,
         top_k: 0,
+        min_p: 0.05,
+        repetition_penalty: 1.1,
+        presence_penalty: -0.5,
+        frequency_penalty: 0.5,
+        logit_bias: [(7, -100.0), (300, 2.5)].into(),
+        logprobs: Some(1),
         seed: 42,
         max_tokens: 16,
         stop: vec!["\n".into()],
     };
-    Generate { adapters: Adapters::Fixed(vec![weighted]), prompt: Prompt::Messages(vec![message]), sampling }
+    let prompt = Prompt::Messages(vec![message]);
+    Generate { adapters: Adapters::Fixed(vec![weighted]), prompt, sampling, n: 2 }
+}
+
+fn text_event() -> GenerateEvent {
+    let logprob = |bytes: &[u8], logprob| TopLogprob { bytes: bytes.to_vec(), logprob };
+    let half = TokenLogprob {
+        token: logprob(b"\xc3", -0.5),
+        top: vec![logprob(b"e", -0.25), logprob(b"\xc3", -0.5)],
+        text_offset: 0,
+    };
+    let rest = TokenLogprob { token: logprob(b"\xa9", 0.0), top: Vec::new(), text_offset: 0 };
+    GenerateEvent::Text { index: 1, text: "é".into(), logprobs: vec![half, rest] }
 }
 
 #[test]
@@ -185,8 +203,9 @@ fn messages_on_the_wire_are_as_agreed() {
     golden("published", Kind::Published, &Published { number: 9, live_ms: 1_700_000_002_000 });
     golden("generate", Kind::Generate, &generate());
     let usage = Usage { prompt_tokens: 5, completion_tokens: 1 };
-    let finished = GenerateEvent::Finished { reason: FinishReason::Length, usage };
+    let finished = GenerateEvent::Finished { index: 1, reason: FinishReason::Length, usage };
     golden("generate_event", Kind::GenerateEvent, &finished);
+    golden("generate_event_text", Kind::GenerateEvent, &text_event());
 }
 
 #[test]

@@ -1,8 +1,19 @@
 //! Answers of the model in OpenAI's forms: whole, or chunk by chunk.
 
+use crate::logprobs;
 use crate::question::{Asked, Form};
-use proto::{BaseId, Choice, FinishReason, Usage};
+use proto::{BaseId, Choice, FinishReason, TokenLogprob, Usage};
 use serde_json::{Value, json};
+
+/// One of the choices that a request is answered with, as OpenAI calls them, as far as it came.
+#[derive(Default)]
+pub(crate) struct Completion {
+    pub text: String,
+    /// The tokens of the text, where asked for.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Set once it has ended.
+    pub reason: Option<FinishReason>,
+}
 
 /// What all chunks of one answer have in common.
 pub(crate) struct Answer {
@@ -25,74 +36,104 @@ impl Answer {
     }
 
     /// The whole answer, for a request that is not streamed.
-    pub(crate) fn whole(&self, text: &str, reason: FinishReason, usage: Usage) -> Value {
-        let (object, choice) = match self.asked.form {
-            Form::Chat => {
-                let message = json!({"role": "assistant", "content": text, "refusal": null});
-                ("chat.completion", json!({"message": message}))
-            }
-            Form::Text => ("text_completion", json!({"text": text})),
+    pub(crate) fn whole(&self, completions: &[Completion], usage: Usage) -> Value {
+        let object = match self.asked.form {
+            Form::Chat => "chat.completion",
+            Form::Text => "text_completion",
         };
-        let mut whole = self.frame(object, choice, Some(reason));
+        let choice = |(index, completion): (usize, &Completion)| {
+            let text = &completion.text;
+            let mut choice = match self.asked.form {
+                Form::Chat => json!({"message": {"role": "assistant", "content": text, "refusal": null}}),
+                Form::Text => json!({"text": text}),
+            };
+            let logprobs = self.asked.logprobs.then_some(&completion.logprobs[..]);
+            self.complete(&mut choice, index as u32, logprobs, completion.reason);
+            choice
+        };
+        let mut whole = self.frame(object, completions.iter().enumerate().map(choice).collect());
         whole["usage"] = counted(usage);
         whole["engram"] = self.provenance();
         whole
     }
 
-    /// The chunk before the text: a chat says who speaks.
-    pub(crate) fn opening(&self) -> Option<Value> {
+    /// The chunk before a choice's text: a chat says who speaks.
+    pub(crate) fn opening(&self, index: u32) -> Option<Value> {
         let delta = json!({"delta": {"role": "assistant", "content": ""}});
-        (self.asked.form == Form::Chat).then(|| self.chunk(delta, None))
+        (self.asked.form == Form::Chat).then(|| self.chunk(index, delta, &[], None))
     }
 
-    /// A chunk of text.
-    pub(crate) fn piece(&self, text: &str) -> Value {
-        match self.asked.form {
-            Form::Chat => self.chunk(json!({"delta": {"content": text}}), None),
-            Form::Text => self.chunk(json!({"text": text}), None),
-        }
-    }
-
-    /// The chunks after the text: why it ended and who answered, and the tokens where asked for.
-    pub(crate) fn closing(&self, reason: FinishReason, usage: Usage) -> Vec<Value> {
-        let mut last = match self.asked.form {
-            Form::Chat => self.chunk(json!({"delta": {}}), Some(reason)),
-            Form::Text => self.chunk(json!({"text": ""}), Some(reason)),
+    /// A chunk of a choice's text. A token that ends in part of a character brings no text yet.
+    pub(crate) fn piece(&self, index: u32, text: &str, logprobs: &[TokenLogprob]) -> Value {
+        let choice = match self.asked.form {
+            Form::Chat => json!({"delta": {"content": text}}),
+            Form::Text => json!({"text": text}),
         };
+        self.chunk(index, choice, logprobs, None)
+    }
+
+    /// The chunk after a choice's text: why it ended, and who answered.
+    pub(crate) fn closing(&self, index: u32, reason: FinishReason) -> Value {
+        let choice = match self.asked.form {
+            Form::Chat => json!({"delta": {}}),
+            Form::Text => json!({"text": ""}),
+        };
+        let mut last = self.chunk(index, choice, &[], Some(reason));
         last["engram"] = self.provenance();
-        let mut chunks = vec![last];
-        if self.asked.include_usage {
-            let mut count = self.chunk(json!({}), None);
-            count["choices"] = json!([]);
-            count["usage"] = counted(usage);
-            chunks.push(count);
-        }
-        chunks
+        last
     }
 
-    fn chunk(&self, choice: Value, reason: Option<FinishReason>) -> Value {
-        let object = match self.asked.form {
-            Form::Chat => "chat.completion.chunk",
-            Form::Text => "text_completion",
-        };
-        let mut chunk = self.frame(object, choice, reason);
+    /// The chunk after all choices, where asked for: the tokens.
+    pub(crate) fn count(&self, usage: Usage) -> Option<Value> {
+        let mut count = self.frame(self.chunk_object(), Vec::new());
+        count["usage"] = counted(usage);
+        self.asked.include_usage.then_some(count)
+    }
+
+    fn chunk(
+        &self,
+        index: u32,
+        mut choice: Value,
+        logprobs: &[TokenLogprob],
+        reason: Option<FinishReason>,
+    ) -> Value {
+        let logprobs = Some(logprobs).filter(|logprobs| !logprobs.is_empty());
+        self.complete(&mut choice, index, logprobs, reason);
+        let mut chunk = self.frame(self.chunk_object(), vec![choice]);
         if self.asked.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk
     }
 
-    fn frame(&self, object: &str, mut choice: Value, reason: Option<FinishReason>) -> Value {
-        choice["index"] = json!(0);
-        choice["logprobs"] = Value::Null;
+    fn chunk_object(&self) -> &'static str {
+        match self.asked.form {
+            Form::Chat => "chat.completion.chunk",
+            Form::Text => "text_completion",
+        }
+    }
+
+    /// Adds what every choice has, whole or in chunks.
+    fn complete(
+        &self,
+        choice: &mut Value,
+        index: u32,
+        logprobs: Option<&[TokenLogprob]>,
+        reason: Option<FinishReason>,
+    ) {
+        choice["index"] = json!(index);
+        choice["logprobs"] = json!(logprobs.map(|tokens| logprobs::of(self.asked.form, tokens)));
         choice["finish_reason"] = json!(reason);
+    }
+
+    fn frame(&self, object: &str, choices: Vec<Value>) -> Value {
         json!({
             "id": self.id,
             "object": object,
             "created": self.created_s,
             "model": self.asked.model,
             "system_fingerprint": self.fingerprint,
-            "choices": [choice],
+            "choices": choices,
         })
     }
 

@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions` and `POST /v1/completions`, whole or as a stream of events.
 
-use crate::answer::Answer;
+use crate::answer::{Answer, Completion};
 use crate::body::Body;
 use crate::doors::unanswered;
 use crate::error::{ApiError, Result};
@@ -11,7 +11,7 @@ use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream;
 use kit::link::Events;
-use proto::{Choice, FinishReason, GenerateEvent, Usage};
+use proto::{Choice, FinishReason, GenerateEvent, TokenLogprob, Usage};
 use serde_json::Value;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -51,13 +51,14 @@ async fn answer(
     let time_max = state.limits.generation_time_max;
     let deadline = Instant::now() + time_max;
     let running = Running::start();
+    let n = generate.n;
     let begin = async {
         let events = state.gateway.doors.generate.generate(generate).await;
         started(events.map_err(unanswered)?).await
     };
     let (choice, events) = timeout_at(deadline, begin).await.map_err(|_| out_of_time(time_max))??;
     let answer = Answer::new(asked, choice, &info.base_id, random(), now_ms() / 1000);
-    let told = Told { answer, events, running, deadline, time_max };
+    let told = Told { answer, events, n, open: n, usage: Usage::default(), running, deadline, time_max };
     if stream { Ok(told.streamed()) } else { told.whole().await }
 }
 
@@ -73,23 +74,40 @@ async fn started(mut events: Events<GenerateEvent>) -> Result<(Choice, Events<Ge
 /// An answer that is being told.
 struct Told {
     answer: Answer,
+    /// Dropping them ends the generation of all choices.
     events: Events<GenerateEvent>,
+    /// Choices wanted.
+    n: u32,
+    /// Those of them that have not ended.
+    open: u32,
+    /// Tokens of those that have.
+    usage: Usage,
     running: Running,
     deadline: Instant,
     time_max: Duration,
 }
 
 impl Told {
-    /// The next piece of text, or the end.
-    async fn next(&mut self) -> Result<Step> {
+    /// The next piece of a choice, or its end; none once all have ended.
+    async fn next(&mut self) -> Result<Option<Step>> {
+        if self.open == 0 {
+            return Ok(None);
+        }
         match self.events.next().await {
-            Some(GenerateEvent::Text(text)) => {
+            Some(GenerateEvent::Text { index, text, logprobs }) => {
                 self.running.piece();
-                Ok(Step::Text(text))
+                Ok(Some(Step::Text { index, text, logprobs }))
             }
-            Some(GenerateEvent::Finished { reason, usage }) => {
-                self.running.finished(reason, usage);
-                Ok(Step::End(reason, usage))
+            Some(GenerateEvent::Finished { index, reason, usage }) => {
+                self.open -= 1;
+                // All choices continue the same prompt, which is counted once.
+                self.usage.prompt_tokens = usage.prompt_tokens;
+                self.usage.completion_tokens += usage.completion_tokens;
+                self.running.choice_finished(reason);
+                if self.open == 0 {
+                    self.running.finished(self.usage);
+                }
+                Ok(Some(Step::End { index, reason }))
             }
             Some(GenerateEvent::Refused { param, message }) => Err(refused(param, message)),
             Some(GenerateEvent::Started(_)) | None => Err(broken_off()),
@@ -98,19 +116,24 @@ impl Told {
 
     async fn whole(mut self) -> Result<HttpResponse> {
         let (deadline, time_max) = (self.deadline, self.time_max);
-        let (text, reason, usage) =
-            timeout_at(deadline, self.collect()).await.map_err(|_| out_of_time(time_max))??;
-        Ok(HttpResponse::Ok().json(self.answer.whole(&text, reason, usage)))
+        let completions = timeout_at(deadline, self.collect()).await.map_err(|_| out_of_time(time_max))??;
+        Ok(HttpResponse::Ok().json(self.answer.whole(&completions, self.usage)))
     }
 
-    async fn collect(&mut self) -> Result<(String, FinishReason, Usage)> {
-        let mut text = String::new();
-        loop {
-            match self.next().await? {
-                Step::Text(piece) => text.push_str(&piece),
-                Step::End(reason, usage) => return Ok((text, reason, usage)),
+    async fn collect(&mut self) -> Result<Vec<Completion>> {
+        let mut completions: Vec<Completion> = (0..self.n).map(|_| Completion::default()).collect();
+        while let Some(step) = self.next().await? {
+            let (Step::Text { index, .. } | Step::End { index, .. }) = step;
+            let completion = completions.get_mut(index as usize).ok_or_else(broken_off)?;
+            match step {
+                Step::Text { text, logprobs, .. } => {
+                    completion.text.push_str(&text);
+                    completion.logprobs.extend(logprobs);
+                }
+                Step::End { reason, .. } => completion.reason = Some(reason),
             }
         }
+        Ok(completions)
     }
 
     fn streamed(self) -> HttpResponse {
@@ -148,27 +171,27 @@ impl Told {
     async fn tell_all(&mut self, sender: &mpsc::Sender<web::Bytes>) -> Result<()> {
         // A client that left is noticed where this future is awaited.
         let send = async |chunk| drop(sender.send(chunk).await);
-        if let Some(opening) = self.answer.opening() {
+        for opening in (0..self.n).filter_map(|index| self.answer.opening(index)) {
             send(event(&opening)).await;
         }
-        loop {
-            match self.next().await? {
-                Step::Text(text) => send(event(&self.answer.piece(&text))).await,
-                Step::End(reason, usage) => {
-                    for chunk in self.answer.closing(reason, usage) {
-                        send(event(&chunk)).await;
-                    }
-                    send(DONE).await;
-                    return Ok(());
-                }
-            }
+        while let Some(step) = self.next().await? {
+            let chunk = match step {
+                Step::Text { index, text, logprobs } => self.answer.piece(index, &text, &logprobs),
+                Step::End { index, reason } => self.answer.closing(index, reason),
+            };
+            send(event(&chunk)).await;
         }
+        if let Some(count) = self.answer.count(self.usage) {
+            send(event(&count)).await;
+        }
+        send(DONE).await;
+        Ok(())
     }
 }
 
 enum Step {
-    Text(String),
-    End(FinishReason, Usage),
+    Text { index: u32, text: String, logprobs: Vec<TokenLogprob> },
+    End { index: u32, reason: FinishReason },
 }
 
 /// What ends a stream of events, as OpenAI's clients expect it.

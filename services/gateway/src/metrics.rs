@@ -78,16 +78,20 @@ impl Running {
         }
     }
 
-    /// The answer is whole.
-    pub(crate) fn finished(&self, reason: FinishReason, usage: Usage) {
+    /// One of its choices is whole.
+    pub(crate) fn choice_finished(&self, reason: FinishReason) {
         let reason = match reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
         };
+        metrics::counter!(SUCCESS, "finished_reason" => reason).increment(1);
+    }
+
+    /// All its choices are.
+    pub(crate) fn finished(&self, usage: Usage) {
         metrics::histogram!(LATENCY).record(self.start.elapsed().as_secs_f64());
         metrics::counter!(PROMPT_TOKENS).increment(u64::from(usage.prompt_tokens));
         metrics::counter!(ANSWER_TOKENS).increment(u64::from(usage.completion_tokens));
-        metrics::counter!(SUCCESS, "finished_reason" => reason).increment(1);
     }
 }
 

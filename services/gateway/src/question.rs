@@ -3,17 +3,12 @@
 
 use crate::error::{ApiError, Result};
 use crate::fields::Fields;
-use crate::{messages, selector};
-use proto::{Generate, Prompt, Sampling};
+use crate::{messages, sampling, selector};
+use proto::{Generate, Prompt};
 use serde_json::{Map, Value};
 
-/// Stop texts in one request, as at OpenAI.
-const STOPS_MAX: usize = 4;
-/// The longest stop text, in bytes.
-const STOP_BYTES_MAX: usize = 256;
-/// The largest `max_tokens`. More than the model's context is no error, since clients send the same
-/// number to every model: the answer ends where the context does.
-const TOKENS_MAX: u32 = 1 << 20;
+/// Answers to one request.
+const ANSWERS_MAX: u32 = 16;
 
 /// Which of the two routes asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +39,8 @@ pub(crate) struct Asked {
     pub model: String,
     /// Whether the last event of a stream counts the tokens.
     pub include_usage: bool,
+    /// Whether tokens are told with their log-probabilities.
+    pub logprobs: bool,
 }
 
 /// What a request for text may hold, and what it has where it leaves it open.
@@ -77,7 +74,8 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
             format!("'{missing}' has {bytes} bytes of text, and {bytes_max} are read: ask with less");
         return Err(ApiError::too_large(message).param(missing));
     }
-    let sampling = sampling(&mut fields, form, limits.tokens_default, seed)?;
+    let sampling = sampling::read(&mut fields, form, limits.tokens_default, seed)?;
+    let n = answers(&mut fields)?;
     let stream = fields.bool("stream")?.unwrap_or(false);
     let include_usage = stream_options(&mut fields, stream)?;
     // OpenAI uses it to watch for abuse; here as there it has no effect on the answer.
@@ -92,8 +90,8 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
             None => return Err(fields.unknown(field)),
         }
     }
-    let asked = Asked { form, model, include_usage };
-    Ok(Question { generate: Generate { adapters, prompt, sampling }, stream, asked })
+    let asked = Asked { form, model, include_usage, logprobs: sampling.logprobs.is_some() };
+    Ok(Question { generate: Generate { adapters, prompt, sampling, n }, stream, asked })
 }
 
 fn prompt_bytes(prompt: &Prompt) -> usize {
@@ -115,54 +113,12 @@ fn text_prompt(fields: &mut Fields) -> Result<Option<String>> {
     }
 }
 
-fn sampling(fields: &mut Fields, form: Form, tokens: u32, seed: u64) -> Result<Sampling> {
-    let max_tokens = fields.whole("max_tokens", 1..=TOKENS_MAX)?;
-    let max_tokens = match form {
-        // The newer name; the older one is still sent by most clients.
-        Form::Chat => fields.whole("max_completion_tokens", 1..=TOKENS_MAX)?.or(max_tokens),
-        Form::Text => max_tokens,
-    };
-    let top_p = fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0);
-    if top_p == 0.0 {
-        return Err(fields.must_be("top_p", "above 0"));
-    }
-    Ok(Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
-        top_p,
-        top_k: fields.whole("top_k", 0..=u32::MAX)?.unwrap_or(0),
-        seed: self::seed(fields)?.unwrap_or(seed),
-        max_tokens: max_tokens.unwrap_or(tokens),
-        stop: stops(fields)?,
-    })
-}
-
-fn seed(fields: &mut Fields) -> Result<Option<u64>> {
-    let Some(value) = fields.take("seed") else { return Ok(None) };
-    // OpenAI's seeds are signed; all that matters is that equal ones stay equal.
-    let signed = value.as_i64().map(|seed| seed as u64);
-    match value.as_u64().or(signed) {
-        Some(seed) => Ok(Some(seed)),
-        None => Err(fields.must_be("seed", "a whole number of 64 bits")),
-    }
-}
-
-fn stops(fields: &mut Fields) -> Result<Vec<String>> {
-    let values = match fields.take("stop") {
-        None => return Ok(Vec::new()),
-        Some(Value::Array(values)) => values,
-        Some(value) => vec![value],
-    };
-    let text = |value: Value| match value {
-        Value::String(text) if (1..=STOP_BYTES_MAX).contains(&text.len()) => Some(text),
-        _ => None,
-    };
-    let count = values.len();
-    match values.into_iter().map(text).collect() {
-        Some(stops) if count <= STOPS_MAX => Ok(stops),
-        _ => {
-            let what = format!("up to {STOPS_MAX} texts of 1 to {STOP_BYTES_MAX} bytes");
-            Err(fields.must_be("stop", &what))
-        }
+/// Reads `n`. All answers are given, so the best of more than `n` cannot be picked.
+fn answers(fields: &mut Fields) -> Result<u32> {
+    let n = fields.whole("n", 1..=ANSWERS_MAX)?.unwrap_or(1);
+    match fields.whole("best_of", 1..=ANSWERS_MAX)? {
+        Some(best_of) if best_of != n => Err(fields.must_be("best_of", "left out, or equal to 'n'")),
+        _ => Ok(n),
     }
 }
 
@@ -184,19 +140,17 @@ fn is_default(field: &str, value: &Value) -> Option<bool> {
         return Some(true);
     }
     Some(match field {
-        "frequency_penalty" | "presence_penalty" => value.as_f64() == Some(0.0),
-        "n" | "best_of" => value.as_u64() == Some(1),
-        "echo" | "logprobs" | "store" => *value == false,
+        "echo" | "store" => *value == false,
         // Nothing is called, so nothing is called in parallel either.
         "parallel_tool_calls" => value.is_boolean(),
-        "logit_bias" | "metadata" => value.as_object().is_some_and(Map::is_empty),
+        "metadata" => value.as_object().is_some_and(Map::is_empty),
         "tools" | "functions" => value.as_array().is_some_and(Vec::is_empty),
         "tool_choice" | "function_call" => *value == "none" || *value == "auto",
         "response_format" => *value == serde_json::json!({"type": "text"}),
         "modalities" => *value == serde_json::json!(["text"]),
         "service_tier" => *value == "auto" || *value == "default",
         "audio" | "prediction" | "prompt_cache_key" | "reasoning_effort" | "safety_identifier" | "suffix"
-        | "top_logprobs" | "verbosity" | "web_search_options" => false,
+        | "verbosity" | "web_search_options" => false,
         _ => return None,
     })
 }
@@ -219,6 +173,10 @@ mod tests {
         assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k), (1.0, 1.0, 0));
         assert_eq!((sampling.max_tokens, sampling.seed), (4096, 42));
         assert!(sampling.stop.is_empty() && !question.stream && !question.asked.include_usage);
+        assert_eq!((question.generate.n, sampling.logprobs, question.asked.logprobs), (1, None, false));
+        assert_eq!((sampling.min_p, sampling.repetition_penalty), (0.0, 1.0));
+        assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (0.0, 0.0));
+        assert!(sampling.logit_bias.is_empty());
         assert_eq!((question.asked.model.as_str(), question.generate.adapters), ("auto", Adapters::Auto));
     }
 
@@ -228,14 +186,19 @@ mod tests {
             "model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": true,
             "max_tokens": 9, "max_completion_tokens": 8, "temperature": 0, "top_p": 0.5, "top_k": 3,
             "seed": -1, "stop": "x", "stream_options": {"include_usage": true}, "user": "u",
-            "n": 1, "logprobs": false, "tools": [], "response_format": {"type": "text"},
-            "presence_penalty": 0, "frequency_penalty": 0.0, "top_logprobs": null,
+            "n": 2, "logprobs": true, "top_logprobs": 3, "tools": [], "response_format": {"type": "text"},
+            "presence_penalty": -2, "frequency_penalty": 0.5, "min_p": 0.25, "repetition_penalty": 1.5,
+            "logit_bias": {"50256": -100, "0": 1.5},
         });
         let question = ask(Form::Chat, body).expect("valid");
         let sampling = question.generate.sampling;
         assert_eq!((sampling.max_tokens, sampling.seed, sampling.top_k), (8, u64::MAX, 3));
         assert_eq!(sampling.stop, ["x"]);
-        assert!(question.stream && question.asked.include_usage);
+        assert!(question.stream && question.asked.include_usage && question.asked.logprobs);
+        assert_eq!((question.generate.n, sampling.logprobs, sampling.min_p), (2, Some(3), 0.25));
+        assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (-2.0, 0.5));
+        assert_eq!(sampling.repetition_penalty, 1.5);
+        assert_eq!(sampling.logit_bias, [(0, 1.5), (50256, -100.0)].into());
         let array = ask(Form::Text, json!({"prompt": ["a"], "stop": ["x", "y"]})).expect("valid");
         assert_eq!(array.generate.prompt, Prompt::Text("a".into()));
         assert_eq!(array.generate.sampling.stop, ["x", "y"]);
@@ -250,6 +213,8 @@ mod tests {
             ("model", json!(7)),
             ("n", json!(1e9)),
             ("n", json!(1_000_000_000)),
+            ("n", json!(0)),
+            ("n", json!(17)),
             ("best_of", json!(2)),
             ("max_tokens", json!(-1)),
             ("max_tokens", json!(0)),
@@ -268,10 +233,23 @@ mod tests {
             ("stream", json!("yes")),
             ("stream_options", json!({"include_usage": true})),
             ("user", json!(1)),
-            ("logprobs", json!(0)),
+            ("min_p", json!(-0.1)),
+            ("min_p", json!(1.1)),
+            ("repetition_penalty", json!(0)),
+            ("presence_penalty", json!(2.1)),
+            ("frequency_penalty", json!(-2.1)),
+            ("logprobs", json!(true)),
+            ("logprobs", json!(21)),
+            ("top_logprobs", json!(1)),
             ("echo", json!(true)),
             ("suffix", json!("s")),
-            ("logit_bias", json!({"50256": -100})),
+            ("logit_bias", json!([1])),
+            ("logit_bias", json!({"1": 101})),
+            ("logit_bias", json!({"1": "a"})),
+            ("logit_bias", json!({"-1": 1})),
+            ("logit_bias", json!({"+1": 1})),
+            ("logit_bias", json!({"4294967296": 1})),
+            ("logit_bias", json!({"word": 1})),
             ("tools", json!([{}])),
             ("response_format", json!({"type": "json_object"})),
             ("temprature", json!(1)),
@@ -281,6 +259,30 @@ mod tests {
             let error = ask(Form::Text, body).expect_err(field);
             assert_eq!(error.body()["error"]["param"], field, "{value}");
         }
+    }
+
+    #[test]
+    fn each_form_asks_for_logprobs_in_its_own_way() {
+        let chat = |more: Value| {
+            let mut body = json!({"messages": [{"role": "user", "content": "a"}]});
+            body.as_object_mut().expect("fields").extend(more.as_object().expect("fields").clone());
+            ask(Form::Chat, body)
+        };
+        let told = |more| chat(more).expect("valid").generate.sampling.logprobs;
+        assert_eq!(told(json!({"logprobs": true})), Some(0));
+        assert_eq!(told(json!({"logprobs": true, "top_logprobs": 20})), Some(20));
+        assert_eq!(told(json!({"logprobs": false})), None);
+        for (more, param) in [
+            (json!({"logprobs": 5}), "logprobs"),
+            (json!({"top_logprobs": 5}), "top_logprobs"),
+            (json!({"logprobs": false, "top_logprobs": 5}), "top_logprobs"),
+            (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+        ] {
+            assert_eq!(chat(more).expect_err(param).body()["error"]["param"], param);
+        }
+        let text = ask(Form::Text, json!({"prompt": "a", "logprobs": 5, "n": 3, "best_of": 3}));
+        let generate = text.expect("valid").generate;
+        assert_eq!((generate.sampling.logprobs, generate.n), (Some(5), 3));
     }
 
     #[test]

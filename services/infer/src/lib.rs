@@ -34,9 +34,9 @@ const EVENTS_MAX: usize = 64;
 /// Settings of inference.
 #[derive(Debug, Clone)]
 pub struct Serving {
-    /// Requests that are decoded at the same time.
+    /// Answers that are decoded at the same time.
     pub running_max: usize,
-    /// Requests that wait for a place beyond those.
+    /// Answers that wait for a place beyond those.
     pub queue_max: usize,
     /// Share of a prompt that a lineage has to know before `auto` picks it, 0 to 1.
     pub route_threshold: f32,
@@ -227,6 +227,21 @@ impl Infer {
         }
     }
 
+    /// The tokens of a request's prompt, and the adapters that answer it; or, for its user, the parameter at
+    /// fault and what to do.
+    fn prepare(&self, ask: &Generate, open_max: usize) -> Result<(Vec<u32>, Choice), (String, String)> {
+        if !(1..=open_max).contains(&(ask.n as usize)) {
+            let message = format!("{} answers are more than this server ever has open: {open_max}", ask.n);
+            return Err(("n".to_owned(), message));
+        }
+        let vocabulary = self.language.config.vocab_size;
+        if let Some(id) = ask.sampling.logit_bias.keys().find(|&&id| i64::from(id) >= vocabulary) {
+            let message = format!("this model has no token {id}; its vocabulary has {vocabulary}");
+            return Err(("logit_bias".to_owned(), message));
+        }
+        Ok((self.encode(&ask.prompt)?, self.choose(ask)?))
+    }
+
     fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, (String, String)> {
         let (param, tokens) = match prompt {
             Prompt::Text(text) => ("prompt", self.language.tokenizer.encode(text)),
@@ -270,8 +285,8 @@ impl Answer<Generate> for Infer {
 
     async fn answer(&mut self, ask: Generate) -> Result<Self::Reply, Fault> {
         let (reply, events) = link::events(EVENTS_MAX);
-        let prepared = self.encode(&ask.prompt).and_then(|tokens| Ok((tokens, self.choose(&ask)?)));
-        let (tokens, choice) = match prepared {
+        let open_max = self.serving.running_max + self.serving.queue_max;
+        let (tokens, choice) = match self.prepare(&ask, open_max) {
             Ok(prepared) => prepared,
             Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
         };
@@ -290,10 +305,9 @@ impl Answer<Generate> for Infer {
             Prompt::Text(_) => Vec::new(),
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
-        let request =
-            Request { tokens, adapters: choice.adapters, sampling: ask.sampling, stop_ids, reply, turn };
-        let (running_max, queue_max) = (self.serving.running_max, self.serving.queue_max);
-        let taken = self.engine.run(move |engine| engine.take(request, running_max + queue_max)).await?;
+        let (adapters, sampling, n) = (choice.adapters, ask.sampling, ask.n);
+        let request = Request { tokens, adapters, sampling, n, stop_ids, reply, turn };
+        let taken = self.engine.run(move |engine| engine.take(request, open_max)).await?;
         Ok(taken.map(|()| events))
     }
 }

@@ -9,9 +9,10 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
-use crate::generate::{draw, to_vec};
+use crate::generate::to_vec;
 use crate::llama::{Base, Input, KvCache};
 use crate::pack::Sequence;
+use crate::sampling::draw;
 
 /// Sequences that are sampled side by side.
 const BATCH: usize = 32;

@@ -1,62 +1,19 @@
 //! Generation: one token a step, so that a caller can interleave several requests on one thread.
 
+use std::collections::VecDeque;
+
 use anyhow::{Result, ensure};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input, KvCache};
 use crate::lora::Adapter;
+use crate::sampling::{Sampler, Sampling, TopLogprob};
 use crate::stream::StreamDecoder;
 use crate::tokenizer::Tokenizer;
 
 /// Prompt tokens of one forward pass: bounds the memory of a long prompt.
 const PREFILL_TOKENS: i64 = 512;
-
-/// Stop strings that one request may have.
-const STOPS_MAX: usize = 16;
-
-/// How tokens are chosen, and when to end.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sampling {
-    /// 0 takes the most likely token; 1 samples from the model's own distribution.
-    pub temperature: f64,
-    /// Only the k most likely tokens; 0 for all.
-    pub top_k: usize,
-    /// Only the most likely tokens that together reach this probability; 1 for all.
-    pub top_p: f64,
-    /// Equal seeds give equal texts, on one machine and thread count.
-    pub seed: u64,
-    /// Tokens to generate at most.
-    pub max_tokens: usize,
-    /// Texts that end the answer; they are not part of it.
-    pub stop: Vec<String>,
-    /// Ids that end the answer beside the tokenizer's own, such as a chat template's end of turn.
-    pub stop_ids: Vec<u32>,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        let (stop, stop_ids) = (Vec::new(), Vec::new());
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0, max_tokens: 256, stop, stop_ids }
-    }
-}
-
-impl Sampling {
-    /// Refuses what no request could mean.
-    ///
-    /// # Errors
-    /// The message names the parameter.
-    pub fn check(&self) -> Result<()> {
-        ensure!((0.0..=100.0).contains(&self.temperature), "temperature has to be from 0 to 100");
-        ensure!(self.top_p > 0.0 && self.top_p <= 1.0, "top_p has to be above 0 and at most 1");
-        ensure!(self.max_tokens > 0, "max_tokens has to be at least 1");
-        ensure!(self.stop.len() <= STOPS_MAX, "stop: at most {STOPS_MAX} texts");
-        ensure!(self.stop.iter().all(|stop| !stop.is_empty()), "stop: an empty text would stop at once");
-        Ok(())
-    }
-}
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +24,19 @@ pub enum Finish {
     Length,
 }
 
+/// A token of the answer's text, and how likely it was.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Its id.
+    pub id: u32,
+    /// Its log-probability, as [`Sampling::logprobs`] says.
+    pub logprob: f32,
+    /// The most likely tokens at its place, the likeliest first.
+    pub top: Vec<TopLogprob>,
+    /// Where its text begins in the answer, in characters.
+    pub text_offset: usize,
+}
+
 /// One generated token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
@@ -74,6 +44,10 @@ pub struct Step {
     pub id: u32,
     /// The text that became certain with it; often empty.
     pub text: String,
+    /// Where asked for: the tokens that `text` comes from, as far as earlier steps did not tell them. So the
+    /// tokens of all steps are those of the text: without an end token, and without those of a stop text, but for
+    /// one that begins before it.
+    pub logprobs: Vec<TokenLogprob>,
     /// Set on the last one.
     pub finish: Option<Finish>,
 }
@@ -83,10 +57,11 @@ pub struct Decoder {
     base: Base,
     adapters: ActiveAdapters,
     cache: KvCache,
-    sampling: Sampling,
-    random: ChaCha8Rng,
+    sampler: Sampler,
     stream: StreamDecoder,
     stops: StopMatcher,
+    untold: Untold,
+    max_tokens: usize,
     end_ids: Vec<u32>,
     /// What the model has not seen yet: the prompt at first, then the last token.
     unseen: Vec<u32>,
@@ -121,19 +96,24 @@ impl Decoder {
             prompt.iter().all(|&id| i64::from(id) < config.vocab_size),
             "the prompt has ids beyond the vocabulary"
         );
+        ensure!(
+            sampling.logit_bias.keys().all(|&id| i64::from(id) < config.vocab_size),
+            "logit_bias has ids beyond the vocabulary"
+        );
         let mut end_ids = tokenizer.eos_ids().to_vec();
         end_ids.extend(&sampling.stop_ids);
         Ok(Self {
             adapters: base.activate(adapters)?,
             cache: KvCache::new(base, 1),
-            random: ChaCha8Rng::seed_from_u64(sampling.seed),
             stream: StreamDecoder::new(tokenizer, prompt),
             stops: StopMatcher::new(&sampling.stop),
+            untold: Untold::default(),
+            max_tokens: sampling.max_tokens,
             end_ids,
             unseen: prompt.to_vec(),
             generated: 0,
             done: false,
-            sampling,
+            sampler: Sampler::new(sampling, prompt),
             base: base.share(),
         })
     }
@@ -147,16 +127,21 @@ impl Decoder {
             return Ok(None);
         }
         let logits = self.next_logits()?;
-        let id = choose(&logits, &self.sampling, &mut self.random)?;
+        let chosen = self.sampler.choose(logits)?;
+        let id = chosen.id;
         self.generated += 1;
         self.unseen = vec![id];
         let full = self.cache.len() + 1 >= self.base.config().max_positions;
-        let mut finish = (full || self.generated >= self.sampling.max_tokens).then_some(Finish::Length);
+        let mut finish = (full || self.generated >= self.max_tokens).then_some(Finish::Length);
         let mut text = String::new();
         if self.end_ids.contains(&id) {
             finish = Some(Finish::Stop);
-        } else if let Some(part) = self.stream.push(id)? {
-            text = self.stops.push(&part);
+        } else {
+            self.untold.token(id, chosen.logprobs);
+            if let Some(part) = self.stream.push(id)? {
+                self.untold.text(&part);
+                text = self.stops.push(&part);
+            }
         }
         if finish.is_some() && !self.stops.hit {
             if let Some(part) = self.stream.finish()? {
@@ -168,7 +153,8 @@ impl Decoder {
             finish = Some(Finish::Stop);
         }
         self.done = finish.is_some();
-        Ok(Some(Step { id, text, finish }))
+        let logprobs = self.untold.told(&text, self.done && !self.stops.hit);
+        Ok(Some(Step { id, text, logprobs, finish }))
     }
 
     /// Tokens generated so far.
@@ -234,63 +220,34 @@ pub(crate) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// Sorting a whole vocabulary for top-p is slow, and its mass is nearly always in this many tokens.
-const LIKELY: usize = 1024;
-
-/// Chooses a token id from logits.
-fn choose(logits: &[f32], sampling: &Sampling, random: &mut ChaCha8Rng) -> Result<u32> {
-    ensure!(
-        logits.iter().all(|x| !x.is_nan()),
-        "the model's output is not a number: its weights are damaged"
-    );
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    ensure!(best.is_finite(), "the model's output is not finite: its weights are damaged");
-    if sampling.temperature == 0.0 {
-        return Ok(logits.iter().position(|&x| x == best).unwrap_or(0) as u32);
-    }
-    let mass = |x: f32| (f64::from(x - best) / sampling.temperature).exp();
-    let mut tokens: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
-    // Equal logits are ordered by id, so that equal seeds give equal texts.
-    let order = |x: &(f32, u32), y: &(f32, u32)| y.0.total_cmp(&x.0).then(x.1.cmp(&y.1));
-    if sampling.top_k > 0 && sampling.top_k < tokens.len() {
-        tokens.select_nth_unstable_by(sampling.top_k - 1, order);
-        tokens.truncate(sampling.top_k);
-        tokens.sort_unstable_by(order);
-    }
-    if sampling.top_p < 1.0 {
-        let enough = sampling.top_p * tokens.iter().map(|t| mass(t.0)).sum::<f64>();
-        let sorted = LIKELY.min(tokens.len());
-        if sorted < tokens.len() {
-            tokens.select_nth_unstable_by(sorted, order);
-        }
-        tokens[..sorted].sort_unstable_by(order);
-        if tokens[..sorted].iter().map(|t| mass(t.0)).sum::<f64>() < enough {
-            tokens.sort_unstable_by(order);
-        }
-        let mut sum = 0.0;
-        let kept = tokens.iter().take_while(|t| {
-            let before = sum;
-            sum += mass(t.0);
-            before < enough
-        });
-        let kept = kept.count().max(1);
-        tokens.truncate(kept);
-    }
-    let masses: Vec<f64> = tokens.iter().map(|t| mass(t.0)).collect();
-    Ok(tokens[draw(&masses, random)].1)
+/// Tokens whose text has not come out yet, because it is part of a character, or of what may become a stop text.
+#[derive(Default)]
+struct Untold {
+    tokens: VecDeque<TokenLogprob>,
+    /// Characters of text that all tokens made.
+    made: usize,
+    /// Characters of text that came out.
+    told: usize,
 }
 
-/// Draws an index with probability in proportion to its mass.
-pub(crate) fn draw(masses: &[f64], random: &mut ChaCha8Rng) -> usize {
-    let mut left = random.random::<f64>() * masses.iter().sum::<f64>();
-    for (i, mass) in masses.iter().enumerate() {
-        left -= mass;
-        if left < 0.0 {
-            return i;
-        }
+impl Untold {
+    /// A token was chosen.
+    fn token(&mut self, id: u32, logprobs: Option<(f32, Vec<TopLogprob>)>) {
+        let token = logprobs.map(|(logprob, top)| TokenLogprob { id, logprob, top, text_offset: self.made });
+        self.tokens.extend(token);
     }
-    // Rounding can leave a trace at the end: take the last that has any mass.
-    masses.iter().rposition(|&mass| mass > 0.0).unwrap_or(0)
+
+    /// It made this text certain.
+    fn text(&mut self, text: &str) {
+        self.made += text.chars().count();
+    }
+
+    /// This text comes out; gives the tokens that it begins with, or all that are left.
+    fn told(&mut self, text: &str, all: bool) -> Vec<TokenLogprob> {
+        self.told += text.chars().count();
+        let count = self.tokens.iter().take_while(|token| all || token.text_offset < self.told).count();
+        self.tokens.drain(..count).collect()
+    }
 }
 
 /// Finds stop texts in a stream, holding back what might become one.
@@ -427,33 +384,78 @@ mod tests {
     }
 
     #[test]
-    fn senseless_parameters_are_refused() {
-        for (sampling, name) in [
-            (Sampling { temperature: f64::NAN, ..Sampling::default() }, "temperature"),
-            (Sampling { temperature: -1.0, ..Sampling::default() }, "temperature"),
-            (Sampling { top_p: 0.0, ..Sampling::default() }, "top_p"),
-            (Sampling { max_tokens: 0, ..Sampling::default() }, "max_tokens"),
-            (Sampling { stop: vec![String::new()], ..Sampling::default() }, "stop"),
-        ] {
-            assert!(sampling.check().unwrap_err().to_string().contains(name));
+    fn an_answer_depends_on_its_seed_and_on_nothing_beside_it() {
+        let Some((base, tokenizer, _)) = stories() else { return };
+        let prompt = tokenizer.encode("Tom").unwrap();
+        let sampling = |seed| Sampling { temperature: 1.0, seed, max_tokens: 16, ..Sampling::default() };
+        let alone: Vec<Answer> =
+            (0..8).map(|seed| generate(&base, &[], &tokenizer, &prompt, sampling(seed)).unwrap()).collect();
+        let decoder = |seed| Decoder::new(&base, &[], &tokenizer, &prompt, sampling(seed)).unwrap();
+        let mut beside: Vec<(Decoder, Vec<u32>)> = (0..8).map(|seed| (decoder(seed), Vec::new())).collect();
+        for _ in 0..16 {
+            for (decoder, ids) in &mut beside {
+                ids.extend(decoder.step().unwrap().map(|step| step.id));
+            }
+        }
+        assert!(alone.iter().zip(&beside).all(|(alone, (_, ids))| alone.ids == *ids));
+    }
+
+    #[test]
+    fn logprobs_are_told_with_the_text_of_their_tokens() {
+        let Some((base, tokenizer, _)) = stories() else { return };
+        let prompt = tokenizer.encode("Once upon a time, there was a little girl named Lily.").unwrap();
+        let stop = vec!["the park.".into()];
+        let sampling = Sampling { stop, logprobs: Some(2), ..Sampling::default() };
+        let mut decoder = Decoder::new(&base, &[], &tokenizer, &prompt, sampling.clone()).unwrap();
+        let (mut text, mut told, mut ids) = (String::new(), Vec::new(), Vec::new());
+        while let Some(step) = decoder.step().unwrap() {
+            text += &step.text;
+            told.extend(step.logprobs);
+            ids.push(step.id);
+        }
+        assert!(told.len() < ids.len() && told.iter().zip(&ids).all(|(token, &id)| token.id == id));
+        let bytes: Vec<u8> = told.iter().flat_map(|token| tokenizer.bytes(token.id)).collect();
+        // The stop text begins within the last of them.
+        assert_eq!(String::from_utf8(bytes).unwrap(), format!("{text}the"));
+        for (i, token) in told.iter().enumerate() {
+            let before: usize = told[..i].iter().map(|t| tokenizer.bytes(t.id).len()).sum();
+            assert_eq!(token.text_offset, before);
+            // A greedy choice is the likeliest one.
+            assert_eq!(
+                (token.top.len(), token.top[0].id, token.top[0].logprob),
+                (2, token.id, token.logprob)
+            );
+        }
+        // They are those of the model, read in one pass.
+        let all: Vec<i64> = prompt.iter().chain(&ids).map(|&id| i64::from(id)).collect();
+        let active = base.activate(&[]).unwrap();
+        let logits = golden::logits(&base, &active, &Tensor::from_slice(&all).unsqueeze(0));
+        let logprobs = logits.get(0).log_softmax(-1, tch::Kind::Double);
+        for (i, token) in told.iter().enumerate() {
+            let at = [(prompt.len() + i - 1) as i64, i64::from(token.id)];
+            assert!((logprobs.double_value(&at) - f64::from(token.logprob)).abs() < 1e-4);
         }
     }
 
     #[test]
-    fn sampling_follows_the_distribution() {
-        let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
-        let mut random = ChaCha8Rng::seed_from_u64(1);
-        let mut count = |sampling: &Sampling| {
-            let mut counts = [0; 4];
-            (0..10_000).for_each(|_| counts[choose(&logits, sampling, &mut random).unwrap() as usize] += 1);
-            counts
-        };
-        let plain = count(&Sampling { temperature: 1.0, ..Sampling::default() });
-        assert!((4800..5200).contains(&plain[0]) && (400..600).contains(&plain[3]), "{plain:?}");
-        let nucleus = count(&Sampling { temperature: 1.0, top_p: 0.7, ..Sampling::default() });
-        assert!((6000..6500).contains(&nucleus[0]) && nucleus[2..] == [0, 0], "{nucleus:?}");
-        let best = count(&Sampling { temperature: 1.0, top_k: 3, ..Sampling::default() });
-        assert_eq!(best[3], 0);
-        assert!(choose(&[0.0, f32::NAN], &Sampling::default(), &mut random).is_err());
+    fn tokens_that_share_a_character_come_out_with_it() {
+        let mut untold = Untold::default();
+        let logprobs = || Some((-1.0, Vec::new()));
+        untold.token(1, logprobs());
+        assert!(untold.told("", false).is_empty());
+        untold.token(2, logprobs());
+        untold.text("é!");
+        let told = untold.told("é", false);
+        assert_eq!(told.iter().map(|t| (t.id, t.text_offset)).collect::<Vec<_>>(), [(1, 0), (2, 0)]);
+        untold.token(3, logprobs());
+        assert_eq!(untold.told("!", true)[0].text_offset, 2);
+    }
+
+    #[test]
+    fn bias_beyond_the_vocabulary_is_refused() {
+        let Some((base, tokenizer, _)) = stories() else { return };
+        let sampling = Sampling { logit_bias: [(512, 1.0)].into(), ..Sampling::default() };
+        let refused = Decoder::new(&base, &[], &tokenizer, &[1], sampling).err().unwrap();
+        assert!(refused.to_string().contains("logit_bias"));
     }
 }

@@ -1,8 +1,9 @@
 //! The mathematics of Engram: a Llama-style model on libtorch, LoRA adapters, and how they learn.
 //!
 //! Read in this order: [`hf`] (what a model folder says), [`weights`] (safetensors), [`llama`] (the forward
-//! pass), [`quant`] (frozen matrices in 8 and 4 bits), [`lora`] (adapters), [`pack`] and [`loss`] (what is learned), [`optim`] and [`ewc`] (how weights
-//! move), [`learner`] (one step). [`tokenizer`], [`chat`] and [`generate`] are the way to text and back.
+//! pass), [`quant`] (frozen matrices in 8 and 4 bits), [`lora`] (adapters), [`pack`] and [`loss`] (what is
+//! learned), [`optim`] and [`ewc`] (how weights move), [`learner`] (one step). [`tokenizer`], [`chat`],
+//! [`generate`] and [`sampling`] are the way to text and back.
 //!
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
@@ -24,9 +25,11 @@ pub mod loss;
 pub mod optim;
 pub mod pack;
 pub mod peft;
+mod pieces;
 pub mod pretrain;
 pub mod quant;
 mod recompute;
+pub mod sampling;
 pub mod stream;
 pub mod tokenizer;
 pub mod weights;

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use crate::hf::token_ids;
+use crate::pieces::Pieces;
 
 /// A token that steers the model and that only a template or the tokenizer itself may produce.
 #[derive(Clone, Debug)]
@@ -41,6 +42,7 @@ pub struct Tokenizer {
     bare: Option<Arc<tokenizers::Tokenizer>>,
     /// Whether that space goes before the first text only, and not after control tokens too.
     space_once: bool,
+    pieces: Arc<Pieces>,
     controls: Arc<[Control]>,
     forbidden: Arc<HashSet<u32>>,
     prefix: Vec<u32>,
@@ -74,6 +76,7 @@ impl Tokenizer {
             inner,
             bare,
             space_once: space_once == Some(true),
+            pieces: Arc::new(Pieces::of(&file["decoder"])),
             controls: controls(&file).into(),
             forbidden: Arc::default(),
             prefix: Vec::new(),
@@ -181,6 +184,12 @@ impl Tokenizer {
     /// The exact text of a token.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// The bytes that a token stands for, which alone need not be UTF-8; for a control token, its exact text.
+    /// None for an id beyond the vocabulary.
+    pub fn bytes(&self, id: u32) -> Vec<u8> {
+        self.token(id).map(|token| self.pieces.bytes(&token)).unwrap_or_default()
     }
 
     pub(crate) fn controls(&self) -> &[Control] {

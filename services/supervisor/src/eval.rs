@@ -3,12 +3,13 @@
 use crate::logits::ModelArgs;
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use model::generate::{self, Sampling};
+use model::generate;
 use model::llama::Base;
 use model::lora::Adapter;
 use model::loss;
 use model::pack::Sequence;
 use model::pretrain::corpus;
+use model::sampling::Sampling;
 use model::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -6,7 +6,7 @@ use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Map, Value, json};
 
 /// Names that mean something somewhere, so that values come where they are looked at.
-const FIELDS: [&str; 24] = [
+const FIELDS: [&str; 33] = [
     "text",
     "prompt",
     "completion",
@@ -28,6 +28,15 @@ const FIELDS: [&str; 24] = [
     "stream",
     "stream_options",
     "n",
+    "best_of",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "1",
     "to",
     "adapter_config",
     "adapter_model",

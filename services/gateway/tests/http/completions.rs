@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::sync::atomic::Ordering;
 
 /// The events of a stream, each checked for its framing; the last is `[DONE]`.
-fn events(body: &str) -> Vec<Value> {
+pub fn events(body: &str) -> Vec<Value> {
     let mut events: Vec<&str> = body.split("\n\n").collect();
     assert_eq!(events.pop(), Some(""), "the last event is closed: {body:?}");
     assert_eq!(events.pop(), Some("data: [DONE]"), "{body:?}");
@@ -17,7 +17,7 @@ fn events(body: &str) -> Vec<Value> {
     events.iter().map(data).collect()
 }
 
-fn chat(prompt: &str, more: Value) -> Value {
+pub fn chat(prompt: &str, more: Value) -> Value {
     let mut body = json!({"messages": [{"role": "user", "content": prompt}]});
     for (field, value) in more.as_object().expect("fields") {
         body[field] = value.clone();
@@ -93,6 +93,8 @@ fn what_the_model_refuses_is_the_clients_fault() {
         let unknown = server.post("/v1/completions", &json!({"prompt": "no model", "stream": stream}));
         assert_eq!(unknown.status, 404);
         assert_eq!(unknown.json()["error"]["code"], "model_not_found");
+        let many = server.post("/v1/completions", &json!({"prompt": "too many", "n": 9, "stream": stream}));
+        assert_eq!((many.status, many.param()), (400, json!("n")));
         let full = server.post("/v1/completions", &json!({"prompt": "full", "stream": stream}));
         assert_eq!((full.status, full.header("retry-after")), (503, Some("1")));
     }
@@ -125,7 +127,7 @@ fn an_answer_ends_at_its_deadline() {
 fn a_client_that_leaves_ends_its_generation() {
     let server = Server::start(&[]);
     for (count, stream) in [(1, true), (2, false)] {
-        let body = json!({"prompt": "hang", "stream": stream}).to_string();
+        let body = json!({"prompt": "hang", "stream": stream, "n": 3}).to_string();
         let mut client = server.connect();
         let head = format!(
             "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n",

@@ -10,7 +10,7 @@ use kit::settings::Settings;
 use proto::{
     BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent,
     Generation, GenerationId, Import, Lineage, Manifest, Message, PeftFiles, Prompt, Receipt, Refusal,
-    Rollback, RolledBack, TrainReport, Usage, Weighted,
+    Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
@@ -304,7 +304,8 @@ where
     door
 }
 
-/// Answers by what the prompt says: `full`, `refuse`, `no model`, `die`, `hang`, or anything else.
+/// Answers by what the prompt says: `full`, `refuse`, `no model`, `too many`, `die`, `hang`, or
+/// anything else.
 struct Fake(Arc<Seen>);
 
 impl Generator for Fake {
@@ -315,32 +316,30 @@ impl Generator for Fake {
                 messages.last().map(|m: &Message| m.content.clone()).unwrap_or_default()
             }
         };
-        *self.0.asked.lock().expect("not poisoned") = Some(request);
+        *self.0.asked.lock().expect("not poisoned") = Some(request.clone());
         if prompt == "full" {
             return Box::pin(async { Err(Unanswered::Busy) });
         }
         let (reply, events) = events(4);
         let seen = Arc::clone(&self.0);
-        thread::spawn(move || tell(&prompt, &reply, &seen));
+        thread::spawn(move || tell(&prompt, &request, &reply, &seen));
         Box::pin(async { Ok(events) })
     }
 }
 
-fn tell(prompt: &str, reply: &ReplyTo<GenerateEvent>, seen: &Seen) {
+fn tell(prompt: &str, request: &Generate, reply: &ReplyTo<GenerateEvent>, seen: &Seen) {
     let refused =
         |param: &str| GenerateEvent::Refused { param: param.into(), message: "it is too long".into() };
     let domain = Domain::new("medical").expect("a domain");
     let adapter = Weighted { domain, generation: Some(generation_id(CURRENT)), weight: 1.0 };
     let started = GenerateEvent::Started(Choice { adapters: vec![adapter], confidence: Some(0.75) });
-    let text = |text: &str| GenerateEvent::Text(text.into());
-    let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
-    let finished = GenerateEvent::Finished { reason: FinishReason::Stop, usage };
+    let began = vec![started.clone(), piece(request, 0, 0, "Hel")];
     let script = match prompt {
         "refuse" => vec![refused("prompt")],
         "no model" => vec![refused("model")],
-        "die" => vec![started, text("Hel")],
-        "hang" => vec![started, text("Hel")],
-        _ => vec![started, text("Hello"), text("\n\"wörld\""), finished],
+        "too many" => vec![refused("n")],
+        "die" | "hang" => began,
+        _ => [vec![started], answers(request)].concat(),
     };
     for event in script {
         let _ = reply.blocking_send(event);
@@ -351,4 +350,29 @@ fn tell(prompt: &str, reply: &ReplyTo<GenerateEvent>, seen: &Seen) {
         }
         seen.abandoned.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// The answers, a piece of each in turn. Each but the first ends with its number; the last is the
+/// first to end.
+fn answers(request: &Generate) -> Vec<GenerateEvent> {
+    let first = (0..request.n).map(|index| piece(request, index, 0, "Hello"));
+    let second = (0..request.n).map(|index| {
+        let number = if index == 0 { String::new() } else { format!(" {index}") };
+        piece(request, index, 5, &format!("\n\"wörld\"{number}"))
+    });
+    let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
+    let ends = (0..request.n).rev();
+    let ends = ends.map(|index| GenerateEvent::Finished { index, reason: FinishReason::Stop, usage });
+    first.chain(second).chain(ends).collect()
+}
+
+/// A piece of text, which is one token; it was certain, and nothing else likely at all.
+fn piece(request: &Generate, index: u32, text_offset: u32, text: &str) -> GenerateEvent {
+    let logprobs = request.sampling.logprobs.map(|top| {
+        let token = TopLogprob { bytes: text.into(), logprob: 0.0 };
+        let other = TopLogprob { bytes: vec![0xC3], logprob: f32::NEG_INFINITY };
+        let top = [token.clone(), other].into_iter().take(top as usize).collect();
+        TokenLogprob { token, top, text_offset }
+    });
+    GenerateEvent::Text { index, text: text.into(), logprobs: logprobs.into_iter().collect() }
 }

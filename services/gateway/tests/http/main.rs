@@ -7,4 +7,5 @@ mod bodies;
 mod completions;
 mod documents;
 mod harness;
+mod sampling;
 mod serving;

@@ -1,0 +1,157 @@
+use super::*;
+use kit::compute::Turn;
+use kit::link::{Events, events};
+use model::chat::ChatTemplate;
+use model::device::{Placement, set_threads};
+use proto::TokenLogprob;
+use std::path::Path;
+
+/// Room for the whole of an answer, so that nobody has to read meanwhile.
+const EVENTS_MAX: usize = 1024;
+
+fn engine(running_max: usize) -> Engine {
+    // One thread, because sums in another order are other numbers.
+    set_threads(1);
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"));
+    let base = Base::load(dir, &Placement::CPU_F32).expect("a base");
+    let tokenizer = Arc::new(Tokenizer::load(dir).expect("a tokenizer"));
+    let template = ChatTemplate::load(dir).expect("a template");
+    let language = Language { config: base.config().clone(), tokenizer, template };
+    Engine::new(base, Arc::new(language), running_max)
+}
+
+fn sampling(seed: u64) -> proto::Sampling {
+    proto::Sampling {
+        temperature: 1.0,
+        top_p: 0.95,
+        top_k: 50,
+        min_p: 0.01,
+        repetition_penalty: 1.1,
+        presence_penalty: 0.2,
+        frequency_penalty: 0.1,
+        logit_bias: [(7, -100.0)].into(),
+        logprobs: None,
+        seed,
+        max_tokens: 12,
+        stop: Vec::new(),
+    }
+}
+
+impl Engine {
+    /// Takes up `n` answers to a prompt.
+    fn ask(&mut self, prompt: &str, sampling: proto::Sampling, n: u32) -> Events<GenerateEvent> {
+        let (reply, events) = events(EVENTS_MAX);
+        let tokens = self.language.tokenizer.encode(prompt).expect("encoded");
+        let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
+        let request = Request { tokens, adapters, sampling, n, stop_ids, reply, turn };
+        self.take(request, 8).expect("room");
+        events
+    }
+
+    fn finish(&mut self) {
+        while self.step() {}
+    }
+}
+
+/// What came of each answer: its text, its tokens where asked for, and the tokens counted.
+async fn answers(mut events: Events<GenerateEvent>, n: usize) -> Vec<(String, Vec<TokenLogprob>, Usage)> {
+    let mut answers = vec![(String::new(), Vec::new(), Usage::default()); n];
+    let mut ended = 0;
+    while let Some(event) = events.next().await {
+        match event {
+            GenerateEvent::Text { index, text, logprobs } => {
+                let answer = &mut answers[index as usize];
+                answer.0 += &text;
+                answer.1.extend(logprobs);
+            }
+            GenerateEvent::Finished { index, usage, .. } => {
+                answers[index as usize].2 = usage;
+                ended += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(ended, n);
+    answers
+}
+
+#[tokio::test]
+async fn a_text_is_the_same_alone_and_beside_seven_others() {
+    let mut engine = engine(8);
+    let alone = engine.ask("The old house", sampling(5), 1);
+    engine.finish();
+    let alone = answers(alone, 1).await;
+    let mut beside = Vec::new();
+    for other in 0..7 {
+        let others = proto::Sampling { max_tokens: 4 + other, ..sampling(u64::from(other)) };
+        beside.push(engine.ask(&"She went on ".repeat(other as usize + 1), others, 1));
+        if other == 3 {
+            // These are well under way when it comes.
+            engine.step();
+        }
+    }
+    let events = engine.ask("The old house", sampling(5), 1);
+    engine.finish();
+    assert!(!alone[0].0.is_empty());
+    assert_eq!(answers(events, 1).await, alone);
+}
+
+#[tokio::test]
+async fn each_answer_of_a_request_is_that_of_its_own_seed() {
+    let mut engine = engine(2);
+    let events = engine.ask("It was", sampling(u64::MAX), 3);
+    engine.finish();
+    let together = answers(events, 3).await;
+    for (seed, answer) in [u64::MAX, 0, 1].into_iter().zip(&together) {
+        let events = engine.ask("It was", sampling(seed), 1);
+        engine.finish();
+        assert_eq!(&answers(events, 1).await[0], answer);
+    }
+    assert!(together[0].0 != together[1].0 || together[1].0 != together[2].0, "{together:?}");
+}
+
+#[tokio::test]
+async fn answers_are_taken_up_together_or_not_at_all() {
+    let mut engine = engine(2);
+    let first = engine.ask("It was", sampling(1), 6);
+    let (reply, _events) = events(EVENTS_MAX);
+    let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
+    let request = Request { tokens: vec![1], adapters, sampling: sampling(1), n: 3, stop_ids, reply, turn };
+    assert_eq!(engine.take(request, 8), Err(Full));
+    assert_eq!(engine.waiting.len(), 6);
+    drop(first);
+}
+
+#[test]
+fn a_reader_that_leaves_frees_all_its_answers() {
+    let mut engine = engine(2);
+    let events = engine.ask("It was", sampling(1), 8);
+    assert!(engine.step());
+    assert_eq!((engine.running.len(), engine.waiting.len()), (2, 6));
+    drop(events);
+    // There is room for a whole request at once, though nothing was decoded since.
+    let turn = Turn::new();
+    let (reply, events) = kit::link::events(EVENTS_MAX);
+    let (adapters, stop_ids, held) = (Vec::new(), Vec::new(), turn.enter());
+    let request =
+        Request { tokens: vec![1], adapters, sampling: sampling(1), n: 6, stop_ids, reply, turn: held };
+    engine.take(request, 8).expect("room");
+    assert_eq!(turn.running(), 1);
+    drop(events);
+    engine.finish();
+    assert_eq!((engine.running.len(), engine.waiting.len(), turn.running()), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn tokens_are_told_with_their_bytes() {
+    let mut engine = engine(1);
+    let events = engine.ask("The old", proto::Sampling { logprobs: Some(3), ..sampling(3) }, 1);
+    engine.finish();
+    let (text, tokens, usage) = answers(events, 1).await.remove(0);
+    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.token.bytes.clone()).collect();
+    assert_eq!((String::from_utf8_lossy(&bytes), usage.completion_tokens), (text.into(), 12));
+    assert_eq!(tokens.len(), 12);
+    for token in &tokens {
+        assert!(token.token.logprob <= token.top[0].logprob && token.top.len() == 3, "{token:?}");
+    }
+}

@@ -16,7 +16,7 @@ pub struct Entry {
     pub learned: Vec<(u32, u32)>,
     /// Its loss before it was learned, nats a token; for what is held out, when it was taken in.
     pub untaught: f32,
-    /// The lowest loss any published generation had on it.
+    /// Its loss under the generation that was best on the whole probe.
     pub best: f32,
     /// The loss of the newest published generation.
     pub last: f32,
@@ -51,6 +51,23 @@ impl Probe {
     /// A checksummed frame.
     pub fn to_bytes(&self) -> anyhow::Result<Vec<u8>> {
         Ok(wire::encode(Kind::Row, self)?)
+    }
+}
+
+/// Writes down the losses of a new generation. They become the mark for later ones where their mean is
+/// the lowest so far.
+///
+/// The mark is one generation's losses and not the lowest of each example: that would be lower than
+/// any generation ever was, by what chance gives each example over the generations, and soon by more
+/// than the tolerance.
+pub fn note(entries: &mut [Entry], losses: &[f32]) {
+    let marks: f32 = entries.iter().map(|entry| entry.best).sum();
+    let lowest = losses.iter().sum::<f32>() < marks;
+    for (entry, &loss) in entries.iter_mut().zip(losses) {
+        entry.last = loss;
+        if lowest {
+            entry.best = loss;
+        }
     }
 }
 
@@ -129,6 +146,23 @@ mod tests {
         }
         // 500 samples of 8: 2,000 of 4,000 expected from the first half, deviation about 30.
         assert!((1880..2120).contains(&early), "{early}");
+    }
+
+    #[test]
+    fn the_mark_is_what_one_generation_reached() {
+        let entry = |ordinal, loss| Entry {
+            id: ExampleId { ordinal, chunk: 0 },
+            tokens: vec![1, 2],
+            learned: vec![(0, 2)],
+            untaught: 5.0,
+            best: loss,
+            last: loss,
+        };
+        let mut entries = vec![entry(1, 2.0), entry(2, 2.0)];
+        note(&mut entries, &[1.0, 3.1]);
+        assert_eq!(entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>(), [(2.0, 1.0), (2.0, 3.1)]);
+        note(&mut entries, &[2.4, 1.5]);
+        assert_eq!(entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>(), [(2.4, 2.4), (1.5, 1.5)]);
     }
 
     #[test]

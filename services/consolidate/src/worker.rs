@@ -1,7 +1,7 @@
 //! What happens on the compute thread: measure, then take in what was learned.
 
 use crate::gate;
-use crate::probe::{Entry, Probe, reservoir, take_in};
+use crate::probe::{Entry, Probe, note, reservoir, take_in};
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::{self, Ewc};
@@ -126,9 +126,7 @@ impl Worker {
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
             let untaught: Vec<f32> = entries.iter().map(|e| e.untaught).collect();
             rows.push(retained(name, gate::measure(&untaught, &best, &before, &after, gating.tolerance)));
-            for (entry, loss) in entries.iter_mut().zip(after) {
-                (entry.best, entry.last) = (entry.best.min(loss), loss);
-            }
+            note(entries, &after);
         }
         let after = self.losses(adapter, &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();

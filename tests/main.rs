@@ -4,6 +4,7 @@
 //! [`harness`] starts and kills; [`tiny`] makes a base that starts at once and knows nothing. What
 //! takes minutes longer is behind `ENGRAM_TEST_LONG=1`.
 
+mod adapters;
 mod bad_input;
 mod cli;
 mod documents;

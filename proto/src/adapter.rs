@@ -73,6 +73,9 @@ pub struct Generation {
     pub base: BaseId,
     /// What it started from.
     pub parent: Option<GenerationId>,
+    /// Generations of any lineage that it was merged from; none for one that was trained or imported.
+    #[serde(default)]
+    pub merged_from: Vec<GenerationId>,
     /// Its batch's place in the lineage.
     pub number: u64,
     /// The manifest that published it: the order of generations across lineages.

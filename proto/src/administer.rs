@@ -1,6 +1,7 @@
 //! What an owner asks of published adapters and of documents: answered by `checkpoint`, the only
 //! writer of manifests.
 
+use crate::generate::Weighted;
 use crate::id::{DocumentId, Domain, GenerationId};
 use serde::{Deserialize, Serialize};
 
@@ -81,6 +82,39 @@ pub struct Import {
     /// The adapter.
     pub files: PeftFiles,
     /// When given, refuse unless this is the current generation.
+    pub expected: Option<GenerationId>,
+}
+
+/// How adapters become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MergeMethod {
+    /// The weighted sum, exactly; ranks add up.
+    Linear,
+    /// The weighted sum at a lower rank.
+    Svd,
+    /// The largest entries of each, where their signs agree (arXiv 2306.01708).
+    Ties,
+    /// Entries of each dropped at random, the rest scaled up, and summed (arXiv 2311.03099).
+    Dare,
+}
+
+/// Publish a merge of adapters as the current generation of a lineage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Merge {
+    /// The lineage that gets it.
+    pub lineage: Domain,
+    /// What is merged, with weights; without a generation, the current one.
+    pub from: Vec<Weighted>,
+    /// How.
+    pub method: MergeMethod,
+    /// Rank of the result; none is the largest among what is merged. Linear takes none.
+    pub rank: Option<u32>,
+    /// Share of entries that ties and dare keep; the others take none.
+    pub density: Option<f32>,
+    /// Of what dare drops.
+    pub seed: u64,
+    /// When given, refuse unless this is the lineage's current generation.
     pub expected: Option<GenerationId>,
 }
 

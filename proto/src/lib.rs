@@ -17,7 +17,9 @@ pub use adapter::{
     Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Retained, SetAside,
     TrainReport,
 };
-pub use administer::{Export, Forget, Forgotten, Import, PeftFiles, Refusal, Rollback, RolledBack};
+pub use administer::{
+    Export, Forget, Forgotten, Import, Merge, MergeMethod, PeftFiles, Refusal, Rollback, RolledBack,
+};
 pub use batch::{Batch, Candidate, Decision, Judgement, Learned, LearnedExample};
 pub use document::{Accepted, Content, Document, Message, Role};
 pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind, similarity};

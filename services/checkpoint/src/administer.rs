@@ -2,11 +2,11 @@
 
 use crate::{Checkpoint, now_ms};
 use kit::service::{Answer, Fault};
-use proto::wire::{self, Kind};
 use proto::{
-    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, LearnedExample, PeftFiles, Receipt,
-    Refusal, Rollback, RolledBack, SetAside, TrailEntry, TrainReport,
+    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, PeftFiles, Refusal, Rollback,
+    RolledBack, SetAside, TrailEntry,
 };
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The reason that documents of rolled back generations carry.
@@ -57,18 +57,20 @@ impl Answer<Forget> for Checkpoint {
         };
         let shared = self.registry.manifest().shared;
         let lineage = if shared { Domain::general() } else { document.domain.clone() };
-        // Whatever learned it, and all that came after, may have rehearsed it; so may what was rolled
-        // back and is still there.
-        let chain = self.registry.chain(&lineage);
-        let saw = |g: &Generation| g.after < ordinal && ordinal <= g.through;
-        let mut dirty = self.registry.generations();
-        dirty.retain(|g| g.lineage == lineage);
-        dirty.retain(|g| self.registry.ancestors(Some(g.id.clone())).iter().any(|a| saw(a)));
+        let dirty = self.derived_from(&lineage, ordinal);
+        let gone: BTreeSet<&GenerationId> = dirty.iter().map(|g| &g.id).collect();
         // First the document itself, so that no batch that is planned from here on can hold it.
         self.ledger.forget(ordinal)?;
-        if let Some(at) = chain.iter().position(|g| saw(g)) {
-            let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
-            self.fall_back(&lineage, target.map(|g| &**g))?;
+        let affected: Vec<Domain> = self.registry.manifest().lineages.keys().cloned().collect();
+        for affected in affected {
+            let chain = self.registry.chain(&affected);
+            // The oldest one counts: all that came after it stands on it.
+            if let Some(at) = chain.iter().rposition(|g| gone.contains(&g.id)) {
+                let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
+                self.fall_back(&affected, target.map(|g| &**g))?;
+            }
+        }
+        if !dirty.is_empty() {
             let _ = self.serve().await;
         }
         for id in self.store.ids()?.into_iter().filter(|id| id.ordinal == ordinal) {
@@ -91,7 +93,7 @@ impl Answer<Import> for Checkpoint {
     type Reply = Result<GenerationId, Refusal>;
 
     async fn answer(&mut self, ask: Import) -> Result<Self::Reply, Fault> {
-        let current = self.registry.chain(&ask.lineage).first().map(|g| g.id.clone());
+        let current = self.registry.lineage(&ask.lineage).current;
         if let Err(refusal) = expect(ask.expected.as_ref(), current.as_ref()) {
             return Ok(Err(refusal));
         }
@@ -102,37 +104,7 @@ impl Answer<Import> for Checkpoint {
                 return Ok(Err(Refusal::Invalid { param: "adapter_model".into(), message }));
             }
         };
-        let mut manifest = self.next_manifest();
-        let lineage = manifest.lineages.entry(ask.lineage.clone()).or_default();
-        let text = format!("import {} {} {} {}", self.base, ask.lineage, lineage.number, weights.0);
-        let generation = Generation {
-            id: GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16])
-                .map_err(anyhow::Error::from)?,
-            lineage: ask.lineage.clone(),
-            base: self.base.clone(),
-            parent: current,
-            number: lineage.number,
-            manifest: manifest.number,
-            after: lineage.cursor,
-            through: lineage.cursor,
-            documents: 0,
-            weights,
-            optimiser: None,
-            fisher: None,
-            // What the owner brings is the new measure: it starts without old scores to be held to.
-            probe: None,
-            learned: self.blobs.put(&wire::encode(Kind::Row, &Vec::<LearnedExample>::new())?)?,
-            report: TrainReport::default(),
-            receipt: Receipt::default(),
-            published_ms: now_ms(),
-        };
-        let id = generation.id.clone();
-        lineage.current = Some(id.clone());
-        lineage.number += 1;
-        lineage.judged += 1;
-        self.registry.commit(manifest, Some(generation))?;
-        let _ = self.serve().await;
-        Ok(Ok(id))
+        Ok(Ok(self.take_over(&ask.lineage, weights, Vec::new()).await?))
     }
 }
 
@@ -155,6 +127,28 @@ impl Answer<Export> for Checkpoint {
 }
 
 impl Checkpoint {
+    /// Every generation that holds something of a document: those that learned it, and all that stand
+    /// on one of them, since what came after may have rehearsed it; merges of them too, and what was
+    /// rolled back and is still there.
+    fn derived_from(&self, lineage: &Domain, ordinal: u64) -> Vec<Arc<Generation>> {
+        let (mut dirty, mut clean): (Vec<_>, Vec<_>) = self
+            .registry
+            .generations()
+            .into_iter()
+            .partition(|g| g.lineage == *lineage && g.after < ordinal && ordinal <= g.through);
+        loop {
+            let gone: BTreeSet<GenerationId> = dirty.iter().map(|g| g.id.clone()).collect();
+            let stands_on =
+                |g: &Arc<Generation>| g.parent.iter().chain(&g.merged_from).any(|id| gone.contains(id));
+            let (more, rest): (Vec<_>, Vec<_>) = clean.into_iter().partition(stands_on);
+            if more.is_empty() {
+                return dirty;
+            }
+            dirty.extend(more);
+            clean = rest;
+        }
+    }
+
     /// Serves an older generation, or the base, and learns again whatever came after it.
     fn fall_back(&self, lineage: &Domain, to: Option<&Generation>) -> anyhow::Result<()> {
         let chain = self.registry.chain(lineage);
@@ -200,7 +194,7 @@ fn rollback_target(ask: &Rollback, chain: &[Arc<Generation>]) -> Result<Option<A
     }
 }
 
-fn expect(expected: Option<&GenerationId>, current: Option<&GenerationId>) -> Result<(), Refusal> {
+pub(crate) fn expect(expected: Option<&GenerationId>, current: Option<&GenerationId>) -> Result<(), Refusal> {
     match expected {
         Some(expected) if Some(expected) != current => {
             let now = current.map_or("the base".to_owned(), ToString::to_string);

@@ -34,6 +34,7 @@ impl Checkpoint {
             lineage: batch.lineage.clone(),
             base: self.base.clone(),
             parent: batch.parent.clone(),
+            merged_from: Vec::new(),
             number: batch.number,
             manifest: manifest.number,
             after: batch.after,

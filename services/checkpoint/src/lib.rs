@@ -6,6 +6,7 @@
 mod administer;
 mod commit;
 mod keep;
+mod merge;
 #[cfg(test)]
 mod tests;
 
@@ -15,12 +16,12 @@ use kit::link::Door;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
 use kit::store::Store;
-use proto::{BaseId, Decision, Domain, Judgement, Lineage, Manifest, PeftFiles, Publish, Published};
+use proto::{BaseId, Decision, Domain, Judgement, Lineage, Manifest, Merge, PeftFiles, Publish, Published};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Adapters in the PEFT format, in and out. The supervisor hands in the one implementation; this
-/// service knows files and manifests, not models.
+/// Adapters in the PEFT format, in and out, and merged. The supervisor hands in the one
+/// implementation; this service knows files and manifests, not models.
 pub trait Peft: Send + Sync + 'static {
     /// The weights of an adapter folder as a lineage keeps them.
     ///
@@ -33,6 +34,12 @@ pub trait Peft: Send + Sync + 'static {
     /// # Errors
     /// When they are not what [`Peft::import`] or the learner made.
     fn export(&self, weights: &[u8]) -> anyhow::Result<PeftFiles>;
+
+    /// One adapter made of several, each with its weight; of `how` the method and its parameters count.
+    ///
+    /// # Errors
+    /// What is wrong, for the user; the message begins with the parameter at fault, if it is one.
+    fn merge(&self, parts: &[(Vec<u8>, f64)], how: &Merge) -> anyhow::Result<Vec<u8>>;
 }
 
 /// The checkpoint service.

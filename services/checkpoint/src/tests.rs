@@ -4,7 +4,8 @@ use super::*;
 use kit::service::Answer;
 use proto::{
     Batch, Content, Document, DocumentId, Example, ExampleId, Forget, GenerationId, Kept, Learned,
-    LearnedExample, Piece, Receipt, Refusal, Rollback, Stage, TrainReport, Verdict, VerdictKind,
+    LearnedExample, MergeMethod, Piece, Receipt, Refusal, Rollback, Stage, TrainReport, Verdict, VerdictKind,
+    Weighted,
 };
 
 struct NoPeft;
@@ -15,6 +16,10 @@ impl Peft for NoPeft {
     }
     fn export(&self, _: &[u8]) -> anyhow::Result<PeftFiles> {
         anyhow::bail!("not in this test")
+    }
+    /// What is merged, one after the other.
+    fn merge(&self, parts: &[(Vec<u8>, f64)], _: &Merge) -> anyhow::Result<Vec<u8>> {
+        Ok(parts.iter().flat_map(|(bytes, _)| bytes.clone()).collect())
     }
 }
 
@@ -263,4 +268,55 @@ async fn old_generations_keep_their_record_and_lose_their_weights() {
     let there: Vec<bool> = weights.iter().map(|w| bench.service.blobs.get(w).is_ok()).collect();
     assert_eq!(there, [false, true, true, true]);
     assert_eq!(bench.service.registry.chain(&Domain::general()).len(), 4);
+}
+
+fn merge_of(general: Option<GenerationId>, into: &str) -> Merge {
+    Merge {
+        lineage: Domain::new(into).expect("a domain"),
+        from: vec![Weighted { domain: Domain::general(), generation: general, weight: 1.0 }],
+        method: MergeMethod::Linear,
+        rank: None,
+        density: None,
+        seed: 0,
+        expected: None,
+    }
+}
+
+#[actix::test]
+async fn a_merge_is_forgotten_with_what_it_was_merged_from() {
+    let mut bench = Bench::new(4).await;
+    let clean = bench.publish(2).await;
+    let dirty = bench.publish(4).await;
+    let mut merge = async |general, into| {
+        let answer = bench.service.answer(merge_of(Some(general), into)).await.expect("answered");
+        answer.expect("merged")
+    };
+    let kept = merge(clean, "kept").await;
+    let gone = merge(dirty, "gone").await;
+    let lineage =
+        |bench: &Bench, name: &str| bench.service.registry.lineage(&Domain::new(name).expect("a domain"));
+    assert_eq!(lineage(&bench, "gone").current, Some(gone.clone()));
+
+    let forgotten = bench.service.answer(Forget { id: id(3) }).await.expect("answered").expect("forgotten");
+    assert_eq!(forgotten.removed_generations, 2, "the one that learned it, and its merge");
+    assert_eq!(lineage(&bench, "gone").current, None);
+    assert_eq!(lineage(&bench, "kept").current, Some(kept));
+    assert!(bench.service.registry.generation(&gone).is_none());
+}
+
+#[actix::test]
+async fn what_cannot_be_merged_is_told() {
+    let mut bench = Bench::new(2).await;
+    bench.publish(2).await;
+    let mut nothing = merge_of(None, "both");
+    nothing.from[0].domain = Domain::new("poetry").expect("a domain");
+    let unknown = merge_of(Some(GenerationId::new("0123456789abcdef").expect("an id")), "both");
+    for ask in [nothing, unknown] {
+        let refusal = bench.service.answer(ask).await.expect("answered").expect_err("refused");
+        assert!(matches!(refusal, Refusal::NotFound(_)), "{refusal}");
+    }
+    let expected = GenerationId::new("0123456789abcdef").ok();
+    let stale = Merge { expected, ..merge_of(None, "general") };
+    let refusal = bench.service.answer(stale).await.expect("answered").expect_err("refused");
+    assert!(matches!(refusal, Refusal::Conflict(_)), "{refusal}");
 }

@@ -5,11 +5,12 @@ use crate::doors;
 use crate::error::{ApiError, Result};
 use crate::fields::Fields;
 use crate::query::Query;
+use crate::selector;
 use crate::state::State;
 use actix_web::{HttpRequest, HttpResponse, web};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use proto::{Domain, Export, Generation, GenerationId, Import, PeftFiles, Rollback};
+use proto::{Adapters, Domain, Export, Generation, GenerationId, Import, Merge, PeftFiles, Rollback};
 use serde_json::{Value, json};
 
 pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
@@ -44,6 +45,7 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
             "generation": generation.id,
             "live": current.as_ref() == Some(&generation.id),
             "parent": generation.parent,
+            "merged_from": generation.merged_from,
             "number": generation.number,
             "documents": generation.documents,
             "after": generation.after,
@@ -104,6 +106,45 @@ pub(crate) async fn import(
     let domain = import.lineage.clone();
     let generation = doors::ask(&state.gateway.doors.import, import).await?;
     Ok(HttpResponse::Ok().json(json!({"domain": domain, "generation": generation})))
+}
+
+pub(crate) async fn merge(
+    state: web::Data<State>,
+    domain: web::Path<String>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse> {
+    let lineage = name(domain)?;
+    let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
+    let (body, _held) = body.json()?;
+    let merge = read_merge(lineage, body)?;
+    let domain = merge.lineage.clone();
+    let generation = doors::ask(&state.gateway.doors.merge, merge).await?;
+    Ok(HttpResponse::Ok().json(json!({"domain": domain, "generation": generation})))
+}
+
+fn read_merge(lineage: Domain, body: Value) -> Result<Merge> {
+    let mut fields = Fields::of(body, "")?;
+    let from = fields.string("from")?.and_then(|text| match selector::parse(&text) {
+        Ok(Adapters::Fixed(from)) => Some(from),
+        _ => None,
+    });
+    let from =
+        from.ok_or_else(|| fields.must_be("from", "adapters with weights, such as \"a:0.7+b:0.3\""))?;
+    let method = fields.string("method")?.unwrap_or_else(|| "linear".into());
+    let method = serde_json::from_value(Value::String(method))
+        .map_err(|_| fields.must_be("method", "linear, svd, ties or dare"))?;
+    let merge = Merge {
+        lineage,
+        from,
+        method,
+        rank: fields.whole("rank", 1..=u32::MAX)?,
+        density: fields.number("density", 0.0..=1.0)?,
+        seed: fields.whole("seed", 0..=u32::MAX)?.map_or(0, u64::from),
+        expected: generation(&mut fields, "expected_generation")?,
+    };
+    fields.finish()?;
+    Ok(merge)
 }
 
 fn read_import(lineage: Domain, body: Body) -> Result<(Import, crate::body::Held)> {

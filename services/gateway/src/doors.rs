@@ -4,8 +4,8 @@ use crate::error::ApiError;
 use futures_util::future::LocalBoxFuture;
 use kit::link::{Door, Events, Unanswered};
 use proto::{
-    Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Refusal, Rollback,
-    RolledBack,
+    Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge, PeftFiles, Refusal,
+    Rollback, RolledBack,
 };
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ pub struct Doors {
     pub forget: Door<Forget, Result<Forgotten, Refusal>>,
     /// Publishes an adapter made elsewhere.
     pub import: Door<Import, Result<GenerationId, Refusal>>,
+    /// Merge adapters.
+    pub merge: Door<Merge, Result<GenerationId, Refusal>>,
     /// Gives out an adapter.
     pub export: Door<Export, Result<PeftFiles, Refusal>>,
 }

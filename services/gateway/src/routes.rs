@@ -29,6 +29,7 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     .service(at("/v1/adapters/{domain}/rollback", "POST").route(web::post().to(adapters::rollback)))
     .service(at("/v1/adapters/{domain}/export", "GET").route(web::get().to(adapters::export)))
     .service(at("/v1/adapters/{domain}/import", "POST").route(web::post().to(adapters::import)))
+    .service(at("/v1/adapters/{domain}/merge", "POST").route(web::post().to(adapters::merge)))
     .service(at("/v1/status", "GET").route(web::get().to(probes::status)))
     .service(at("/livez", "GET").route(web::get().to(probes::livez)))
     .service(at("/readyz", "GET").route(web::get().to(probes::readyz)))

@@ -130,6 +130,7 @@ mod tests {
             base: BaseId::new("0123456789abcdef").expect("an id"),
             parent: (manifest > 1)
                 .then(|| GenerationId::new(format!("{:016}", manifest - 1)).expect("an id")),
+            merged_from: Vec::new(),
             number: manifest,
             manifest,
             after,

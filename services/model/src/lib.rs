@@ -22,6 +22,7 @@ pub mod learner;
 pub mod llama;
 pub mod lora;
 pub mod loss;
+pub mod merge;
 pub mod optim;
 pub mod pack;
 pub mod peft;

@@ -342,15 +342,21 @@ impl Adapter {
 
     /// Every A [rank, inputs] and B [outputs, rank] as a view of the flat vector, under its PEFT name.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let flat = self.flat.detach();
-        let view = |offset, rows, columns| flat.narrow(0, offset, rows * columns).view([rows, columns]);
         let mut tensors = Vec::with_capacity(2 * self.modules.len());
         for module in &self.modules {
             let name = format!("base_model.model.{}", module.target.module(module.layer));
-            tensors.push((format!("{name}.lora_A.weight"), view(module.a, module.rank, module.inputs)));
-            tensors.push((format!("{name}.lora_B.weight"), view(module.b, module.outputs, module.rank)));
+            let (a, b) = self.factors(module);
+            tensors.push((format!("{name}.lora_A.weight"), a));
+            tensors.push((format!("{name}.lora_B.weight"), b));
         }
         tensors
+    }
+
+    /// A [rank, inputs] and B [outputs, rank] of one module, as views.
+    pub(crate) fn factors(&self, module: &Module) -> (Tensor, Tensor) {
+        let flat = self.flat.detach();
+        let view = |offset, rows, columns| flat.narrow(0, offset, rows * columns).view([rows, columns]);
+        (view(module.a, module.rank, module.inputs), view(module.b, module.outputs, module.rank))
     }
 
     /// A safetensors file with PEFT's names, and the configuration in its metadata. Equal adapters give equal

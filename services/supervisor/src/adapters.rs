@@ -18,7 +18,8 @@ Examples:
   engram adapters log medical                    each generation, with its retention receipt
   engram adapters rollback medical               serve the generation before the current one
   engram adapters export medical --out medical/  a folder that PEFT, vLLM and others load
-  engram adapters import medical/ --domain medical";
+  engram adapters import medical/ --domain medical
+  engram adapters merge medical:0.7 law:0.3 --into forensics --method ties";
 
 /// What `engram adapters` takes.
 #[derive(Debug, clap::Args)]
@@ -69,9 +70,30 @@ enum Command {
         #[arg(long)]
         domain: String,
     },
+    /// Make one adapter of several, and serve it.
+    Merge {
+        /// What is merged: domains with weights, such as medical:0.7 or law@GENERATION:0.3.
+        #[arg(required = true, value_name = "DOMAIN[:WEIGHT]")]
+        from: Vec<String>,
+        /// The domain that gets it.
+        #[arg(long, value_name = "DOMAIN")]
+        into: String,
+        /// linear (the sum, exactly; ranks add up), svd (the sum at a lower rank), ties or dare.
+        #[arg(long, default_value = "linear")]
+        method: String,
+        /// Rank of the result, for svd, ties and dare; the largest among what is merged, if none is given.
+        #[arg(long)]
+        rank: Option<u32>,
+        /// Share of the changes that ties and dare keep; 0.5, if none is given.
+        #[arg(long)]
+        density: Option<f32>,
+        /// Seed of what dare drops.
+        #[arg(long, default_value_t = 0)]
+        seed: u32,
+    },
 }
 
-/// Lists, inspects, rolls back, exports or imports.
+/// Lists, inspects, rolls back, exports, imports or merges.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let client = Client::new(&args.server)?;
     let path = |domain: &str, action: &str| format!("/v1/adapters/{}/{action}", segment(domain));
@@ -91,6 +113,16 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         }
         Command::Import { dir, domain } => {
             show(&client.post(&path(domain, "import"), &load(dir)?)?, args.json, out)
+        }
+        Command::Merge { from, into, method, rank, density, seed } => {
+            let mut body = json!({"from": from.join("+"), "method": method, "seed": seed});
+            if let Some(rank) = rank {
+                body["rank"] = json!(rank);
+            }
+            if let Some(density) = density {
+                body["density"] = json!(density);
+            }
+            show(&client.post(&path(into, "merge"), &body)?, args.json, out)
         }
     }
 }

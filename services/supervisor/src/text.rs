@@ -6,8 +6,9 @@ use infer::Language;
 use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::lora::Adapter;
+use model::merge;
 use model::tokenizer::Tokenizer;
-use proto::{Message, PeftFiles, Piece};
+use proto::{Merge, MergeMethod, Message, PeftFiles, Piece};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -82,5 +83,26 @@ impl checkpoint::Peft for Text {
         let config = std::fs::read_to_string(folder.path().join("adapter_config.json"))?;
         let weights = std::fs::read(folder.path().join("adapter_model.safetensors"))?;
         Ok(PeftFiles { config, weights })
+    }
+
+    fn merge(&self, parts: &[(Vec<u8>, f64)], how: &Merge) -> anyhow::Result<Vec<u8>> {
+        let shape = &self.language.config;
+        let adapters = parts.iter().map(|(bytes, _)| Adapter::from_bytes(bytes, shape));
+        let adapters = adapters.collect::<anyhow::Result<Vec<_>>>()?;
+        let weighted: Vec<_> = adapters.iter().zip(parts.iter().map(|(_, weight)| *weight)).collect();
+        let how = merge::Merge {
+            method: match how.method {
+                MergeMethod::Linear => merge::Method::Linear,
+                MergeMethod::Svd => merge::Method::Svd,
+                MergeMethod::Ties => merge::Method::Ties,
+                MergeMethod::Dare => merge::Method::Dare,
+            },
+            rank: how.rank.map(i64::from),
+            density: how.density.map(f64::from),
+            seed: how.seed,
+        };
+        let merged = merge::merge(&weighted, &how, shape)?;
+        anyhow::ensure!(merged.has_effect(), "what is merged cancels out: nothing is left of it");
+        merged.to_bytes()
     }
 }

@@ -27,8 +27,8 @@ use model::anchor;
 use model::llama::Base;
 use model::pack::Sequence;
 use proto::{
-    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, PeftFiles, Publish,
-    Published, Refusal, Rollback, RolledBack,
+    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge, PeftFiles,
+    Publish, Published, Refusal, Rollback, RolledBack,
 };
 use replay::{Mixer, Mixing, Settle};
 use std::path::PathBuf;
@@ -55,6 +55,7 @@ pub struct Doors {
     pub rollback: Door<Rollback, Result<RolledBack, Refusal>>,
     pub forget: Door<Forget, Result<Forgotten, Refusal>>,
     pub import: Door<Import, Result<GenerationId, Refusal>>,
+    pub merge: Door<Merge, Result<GenerationId, Refusal>>,
     pub export: Door<Export, Result<PeftFiles, Refusal>>,
 }
 
@@ -66,6 +67,7 @@ impl Doors {
             rollback: Door::new(DOOR_CREDIT),
             forget: Door::new(DOOR_CREDIT),
             import: Door::new(DOOR_CREDIT),
+            merge: Door::new(DOOR_CREDIT),
             export: Door::new(DOOR_CREDIT),
         }
     }
@@ -127,7 +129,7 @@ impl Plant {
     }
 
     /// Examples that the ledger holds, to published generations. Without `learning`, what is
-    /// published stays in its owner's hands: rollback, forgetting, import and export go on.
+    /// published stays in its owner's hands: rollback, forgetting, import, export and merging go on.
     pub async fn learn(&self, crew: &mut Crew, learning: bool) -> anyhow::Result<()> {
         let s = &self.settings;
         let checkpoint = crew.host(Checkpoint {
@@ -143,6 +145,7 @@ impl Plant {
         checkpoint.answer_at(&self.doors.rollback);
         checkpoint.answer_at(&self.doors.forget);
         checkpoint.answer_at(&self.doors.import);
+        checkpoint.answer_at(&self.doors.merge);
         checkpoint.answer_at(&self.doors.export);
         if !learning {
             return Ok(());

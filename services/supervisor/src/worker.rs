@@ -150,6 +150,7 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
             rollback: doors.rollback.clone(),
             forget: doors.forget.clone(),
             import: doors.import.clone(),
+            merge: doors.merge.clone(),
             export: doors.export.clone(),
         },
         // Inference notes what it serves as soon as it does.

@@ -1,4 +1,5 @@
 use crate::harness::{CURRENT, PARENT, Server};
+use proto::MergeMethod;
 use serde_json::{Value, json};
 
 #[test]
@@ -58,6 +59,19 @@ fn what_was_exported_can_be_imported() {
     assert_eq!(server.get(&format!("/v1/adapters/medical/export?generation={PARENT}")).status, 404);
     assert_eq!(server.get("/v1/adapters/medical/export?generation=x").param(), json!("generation"));
     assert_eq!(server.get("/v1/adapters/medical/export?version=1").param(), json!("version"));
+}
+
+#[test]
+fn a_merge_is_asked_for_as_a_sum() {
+    let server = Server::start(&[]);
+    let body = json!({"from": "a:0.7+b:0.3", "method": "ties", "rank": 8, "density": 0.25, "seed": 9});
+    let merged = server.post("/v1/adapters/both/merge", &body);
+    assert_eq!(merged.json(), json!({"domain": "both", "generation": CURRENT}));
+    let asked = server.seen.merged.lock().expect("not poisoned").take().expect("a merge");
+    let from: Vec<_> = asked.from.iter().map(|w| (w.domain.as_str(), w.weight)).collect();
+    assert_eq!(from, [("a", 0.7), ("b", 0.3)]);
+    assert_eq!((asked.lineage.as_str(), asked.method), ("both", MergeMethod::Ties));
+    assert_eq!((asked.rank, asked.density, asked.seed), (Some(8), Some(0.25), 9));
 }
 
 #[test]

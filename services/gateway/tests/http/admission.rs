@@ -2,7 +2,7 @@ use crate::harness::{KEY, Server};
 use serde_json::json;
 
 /// Every route, with a body that it takes.
-const ROUTES: [(&str, &str, &str); 19] = [
+const ROUTES: [(&str, &str, &str); 20] = [
     ("GET", "/v1/documents", ""),
     ("POST", "/v1/documents", r#"{"text":"a"}"#),
     ("GET", "/v1/documents/some-id", ""),
@@ -16,6 +16,7 @@ const ROUTES: [(&str, &str, &str); 19] = [
     ("POST", "/v1/adapters/medical/rollback", "{}"),
     ("GET", "/v1/adapters/medical/export", ""),
     ("POST", "/v1/adapters/medical/import", r#"{"adapter_config":{},"adapter_model":""}"#),
+    ("POST", "/v1/adapters/medical/merge", r#"{"from":"a+b"}"#),
     ("GET", "/v1/status", ""),
     ("GET", "/metrics", ""),
     ("GET", "/nowhere", ""),

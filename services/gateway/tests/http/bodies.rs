@@ -73,6 +73,14 @@ const BAD: &[(&str, &str, u16, Option<&str>)] = &[
         400,
         Some("adapter_model"),
     ),
+    ("/v1/adapters/medical/merge", "{}", 400, Some("from")),
+    ("/v1/adapters/medical/merge", r#"{"from":"auto"}"#, 400, Some("from")),
+    ("/v1/adapters/medical/merge", r#"{"from":"a:-1"}"#, 400, Some("from")),
+    ("/v1/adapters/medical/merge", r#"{"from":"a","method":"cat"}"#, 400, Some("method")),
+    ("/v1/adapters/medical/merge", r#"{"from":"a","method":"svd","rank":-1}"#, 400, Some("rank")),
+    ("/v1/adapters/medical/merge", r#"{"from":"a","method":"ties","density":2}"#, 400, Some("density")),
+    ("/v1/adapters/medical/merge", r#"{"from":"a","weights":[1]}"#, 400, Some("weights")),
+    ("/v1/adapters/Medical/merge", r#"{"from":"a"}"#, 400, Some("domain")),
 ];
 
 #[test]

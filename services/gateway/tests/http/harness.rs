@@ -9,7 +9,7 @@ use kit::manifests::Registry;
 use kit::settings::Settings;
 use proto::{
     BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent,
-    Generation, GenerationId, Import, Lineage, Manifest, Message, PeftFiles, Prompt, Receipt, Refusal,
+    Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt, Receipt, Refusal,
     Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
@@ -37,6 +37,8 @@ pub struct Seen {
     pub abandoned: AtomicU64,
     /// The last import.
     pub imported: Mutex<Option<Import>>,
+    /// The last merge.
+    pub merged: Mutex<Option<Merge>>,
 }
 
 /// A gateway that runs.
@@ -236,6 +238,7 @@ fn registry(folder: &TempDir) -> Registry {
         lineage: lineage.clone(),
         base: base(),
         parent: parent.map(generation_id),
+        merged_from: Vec::new(),
         number,
         manifest: number + 1,
         after: number,
@@ -263,7 +266,7 @@ fn registry(folder: &TempDir) -> Registry {
 }
 
 fn doors(seen: &Arc<Seen>) -> Doors {
-    let keep = Arc::clone(seen);
+    let (keep, merges) = (Arc::clone(seen), Arc::clone(seen));
     Doors {
         generate: Arc::new(Fake(Arc::clone(seen))),
         rollback: answered(|ask: Rollback| match ask.expected {
@@ -278,6 +281,10 @@ fn doors(seen: &Arc<Seen>) -> Doors {
         }),
         import: answered(move |ask: Import| {
             *keep.imported.lock().expect("not poisoned") = Some(ask);
+            Ok(generation_id(CURRENT))
+        }),
+        merge: answered(move |ask: Merge| {
+            *merges.merged.lock().expect("not poisoned") = Some(ask);
             Ok(generation_id(CURRENT))
         }),
         export: answered(|ask: Export| match ask.generation {

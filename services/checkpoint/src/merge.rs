@@ -1,0 +1,105 @@
+//! Adapters that come in whole: a merge of published ones, or one that was made elsewhere.
+
+use crate::administer::expect;
+use crate::{Checkpoint, now_ms};
+use kit::service::{Answer, Fault};
+use proto::wire::{self, Kind};
+use proto::{
+    Blob, Domain, Generation, GenerationId, LearnedExample, Merge, Receipt, Refusal, TrainReport, Weighted,
+};
+use std::sync::Arc;
+
+impl Answer<Merge> for Checkpoint {
+    type Reply = Result<GenerationId, Refusal>;
+
+    async fn answer(&mut self, ask: Merge) -> Result<Self::Reply, Fault> {
+        let current = self.registry.lineage(&ask.lineage).current;
+        if let Err(refusal) = expect(ask.expected.as_ref(), current.as_ref()) {
+            return Ok(Err(refusal));
+        }
+        let mut parts = Vec::new();
+        let mut from = Vec::new();
+        for weighted in &ask.from {
+            match self.part(weighted) {
+                Ok((generation, weights)) => {
+                    from.push(generation.id.clone());
+                    parts.push((weights, f64::from(weighted.weight)));
+                }
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        // Singular values of many large matrices take long enough to keep others waiting.
+        let (peft, how, lineage) = (Arc::clone(&self.peft), ask.clone(), ask.lineage);
+        let merged = tokio::task::spawn_blocking(move || peft.merge(&parts, &how)).await;
+        let weights = match merged.map_err(anyhow::Error::from)? {
+            Ok(weights) => self.blobs.put(&weights)?,
+            Err(error) => {
+                let message = format!("{error:#}");
+                let known = ["rank", "density"].into_iter().find(|name| message.starts_with(name));
+                let param = known.unwrap_or("from").to_owned();
+                return Ok(Err(Refusal::Invalid { param, message }));
+            }
+        };
+        Ok(Ok(self.take_over(&lineage, weights, from).await?))
+    }
+}
+
+impl Checkpoint {
+    /// One adapter of a merge, with its bytes.
+    fn part(&self, weighted: &Weighted) -> Result<(Arc<Generation>, Vec<u8>), Refusal> {
+        let domain = &weighted.domain;
+        let id = weighted.generation.clone().or_else(|| self.registry.lineage(domain).current);
+        let Some(id) = id else {
+            return Err(Refusal::NotFound(format!("'{domain}' has no adapter yet")));
+        };
+        let generation = self.registry.generation(&id).filter(|g| g.lineage == *domain);
+        let Some(generation) = generation else {
+            return Err(Refusal::NotFound(format!("'{domain}' has no generation {id}")));
+        };
+        match self.blobs.get(&generation.weights) {
+            Ok(weights) => Ok((generation, weights)),
+            Err(_) => Err(Refusal::NotFound(format!("the weights of generation {id} are no longer kept"))),
+        }
+    }
+
+    /// Publishes weights that no batch of this lineage made, on top of what is current.
+    pub(crate) async fn take_over(
+        &self,
+        domain: &Domain,
+        weights: Blob,
+        merged_from: Vec<GenerationId>,
+    ) -> anyhow::Result<GenerationId> {
+        let mut manifest = self.next_manifest();
+        let lineage = manifest.lineages.entry(domain.clone()).or_default();
+        let text = format!("import {} {domain} {} {}", self.base, lineage.number, weights.0);
+        let generation = Generation {
+            id: GenerationId::new(&blake3::hash(text.as_bytes()).to_hex()[..16])?,
+            lineage: domain.clone(),
+            base: self.base.clone(),
+            parent: lineage.current.clone(),
+            merged_from,
+            number: lineage.number,
+            manifest: manifest.number,
+            after: lineage.cursor,
+            through: lineage.cursor,
+            documents: 0,
+            weights,
+            optimiser: None,
+            // Taken at other weights, it says nothing of these.
+            fisher: None,
+            // What the owner brings is the new measure: it starts without old scores to be held to.
+            probe: None,
+            learned: self.blobs.put(&wire::encode(Kind::Row, &Vec::<LearnedExample>::new())?)?,
+            report: TrainReport::default(),
+            receipt: Receipt::default(),
+            published_ms: now_ms(),
+        };
+        let id = generation.id.clone();
+        lineage.current = Some(id.clone());
+        lineage.number += 1;
+        lineage.judged += 1;
+        self.registry.commit(manifest, Some(generation))?;
+        let _ = self.serve().await;
+        Ok(id)
+    }
+}

@@ -416,4 +416,53 @@ mod tests {
         assert_eq!(learner.steps(), (outcomes.len() - skipped) as u64);
         assert!(losses[39] < losses[0] - 0.5, "{losses:?}");
     }
+
+    #[test]
+    fn an_f16_gradient_that_overflows_is_skipped_and_the_scale_comes_back() {
+        let placement = Placement { precision: Precision::F16, ..Placement::CPU_F32 };
+        let base = Base::load(&golden::dir("llama"), &placement).unwrap();
+        // An alpha this large has no effect on the loss while B is zero, and takes B's gradient over 65504.
+        let config = LoraConfig { alpha: 40_000.0, ..LoraConfig::default() };
+        let adapter = Adapter::new(config, base.config(), 1).unwrap();
+        let mut learner = Learner::new(base, &adapter, None, LearnerConfig::default()).unwrap();
+        let batch = batches().remove(0);
+        let step = |learner: &mut Learner| {
+            let before = (learner.adapter().to_bytes().unwrap(), learner.optimiser.to_bytes().unwrap());
+            let scale = learner.optimiser.counters().loss_scale;
+            let report = learner.step(std::slice::from_ref(&batch), 1e-9, &mut go).unwrap();
+            (report.outcome, before, scale)
+        };
+        let mut skipped = 0;
+        loop {
+            let (outcome, (weights, state), scale) = step(&mut learner);
+            let now = learner.optimiser.counters().loss_scale;
+            if outcome == Outcome::Applied {
+                assert_eq!(now, scale);
+                break;
+            }
+            assert_eq!((outcome, now), (Outcome::Overflow, scale / 2.0));
+            assert_eq!(weights, learner.adapter().to_bytes().unwrap());
+            // With its counters put back, the state is what it was: both moments and the step count.
+            learner.optimiser.counters().loss_scale = scale;
+            assert_eq!(state, learner.optimiser.to_bytes().unwrap());
+            learner.optimiser.counters().loss_scale = now;
+            skipped += 1;
+        }
+        assert!(skipped > 0 && learner.steps() == 1, "skipped {skipped}");
+
+        let scale = learner.optimiser.counters().loss_scale;
+        let saved = learner.optimiser_bytes().unwrap();
+        let (base, config) = (learner.base().share(), LearnerConfig::default());
+        let mut resumed = Learner::new(base, &learner.adapter().deep_copy(), Some(&saved), config).unwrap();
+        assert_eq!(*resumed.optimiser.counters(), *learner.optimiser.counters());
+        resumed.optimiser.counters().scale_age = SCALE_GROWTH_STEPS - 2;
+        let scales: Vec<f64> = (0..2)
+            .map(|_| {
+                assert_eq!(step(&mut resumed).0, Outcome::Applied);
+                resumed.optimiser.counters().loss_scale
+            })
+            .collect();
+        assert_eq!(scales, [scale, scale * 2.0]);
+        assert_eq!(resumed.optimiser.counters().scale_age, 0);
+    }
 }

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Once;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Cuda, Device, Kind};
 
 use crate::quant::Quantisation;
+use crate::selftest;
 
 /// The device a user asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,10 +81,12 @@ impl Placement {
     pub const CPU_F32: Self =
         Self { device: Device::Cpu, precision: Precision::F32, quantisation: Quantisation::None };
 
-    /// Turns choices into a placement.
+    /// Turns choices into a placement. A 16-bit format is used only after a self-test on the device: without
+    /// passing it, `auto` is f32.
     ///
     /// # Errors
-    /// When a device is asked for by name and this machine or this libtorch has none.
+    /// When a device is asked for by name and this machine or this libtorch has none, or a 16-bit format is, and
+    /// the device fails its self-test.
     pub fn resolve(
         device: DeviceChoice,
         precision: PrecisionChoice,
@@ -91,10 +94,14 @@ impl Placement {
     ) -> Result<Self> {
         let device = resolve_device(device)?;
         let precision = match precision {
-            PrecisionChoice::Auto => native_precision(device),
+            PrecisionChoice::Auto => match native_precision(device) {
+                Precision::F32 => Precision::F32,
+                half if selftest::check(device, half).is_ok() => half,
+                _ => Precision::F32,
+            },
             PrecisionChoice::F32 => Precision::F32,
-            PrecisionChoice::Bf16 => Precision::Bf16,
-            PrecisionChoice::F16 => Precision::F16,
+            PrecisionChoice::Bf16 => tested(device, Precision::Bf16)?,
+            PrecisionChoice::F16 => tested(device, Precision::F16)?,
         };
         Ok(Self { device, precision, quantisation })
     }
@@ -171,12 +178,19 @@ fn resolve_device(choice: DeviceChoice) -> Result<Device> {
     }
 }
 
+fn tested(device: Device, precision: Precision) -> Result<Precision> {
+    selftest::check(device, precision).with_context(|| {
+        format!("{precision:?} on {device:?} fails its self-test; use precision f32 or auto").to_lowercase()
+    })?;
+    Ok(precision)
+}
+
 fn native_precision(device: Device) -> Precision {
     match device {
         Device::Cuda(_) => Precision::Bf16,
         Device::Cpu if cpu_has_bf16() => Precision::Bf16,
-        // MPS computes bf16 only from macOS 14 on, and some of its kernels return wrong sums there: f32 is
-        // its safe default until a self-test at start-up has shown otherwise.
+        // MPS computes bf16 only from macOS 14 on, and some of its kernels return wrong sums there: bf16 has to
+        // be asked for, and then to pass the self-test.
         _ => Precision::F32,
     }
 }

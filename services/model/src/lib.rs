@@ -3,7 +3,7 @@
 //! Read in this order: [`hf`] (what a model folder says), [`weights`] (safetensors), [`llama`] (the forward
 //! pass), [`quant`] (frozen matrices in 8 and 4 bits), [`lora`] (adapters), [`pack`] and [`loss`] (what is
 //! learned), [`optim`] and [`ewc`] (how weights move), [`learner`] (one step). [`tokenizer`], [`chat`],
-//! [`generate`] and [`sampling`] are the way to text and back.
+//! [`generate`] and [`sampling`] are the way to text and back. [`device`], [`mps`] and [`selftest`] are about where it runs.
 //!
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
@@ -23,6 +23,7 @@ pub mod llama;
 pub mod lora;
 pub mod loss;
 pub mod merge;
+pub mod mps;
 pub mod optim;
 pub mod pack;
 pub mod peft;
@@ -31,6 +32,7 @@ pub mod pretrain;
 pub mod quant;
 mod recompute;
 pub mod sampling;
+pub mod selftest;
 pub mod stream;
 pub mod tokenizer;
 pub mod weights;

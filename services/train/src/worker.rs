@@ -8,8 +8,10 @@ use model::ewc::Ewc;
 use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
 use model::llama::Base;
 use model::lora::{Adapter, LoraConfig};
+use model::mps;
 use model::pack::Sequence;
 use proto::{Batch, Example, ExampleId, LearnedExample, TrainReport};
+use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -46,6 +48,8 @@ pub struct Worker {
     anchors: Vec<Sequence>,
     turn: Arc<Turn>,
     stop: Stop,
+    /// Tokens of a micro-batch: the setting, or less once the device had too much at once.
+    micro_tokens: Cell<usize>,
 }
 
 /// What a batch starts from: the bytes its parent left behind.
@@ -96,7 +100,8 @@ struct Run<'a> {
 impl Worker {
     /// Takes the base, and the anchor sequences that are rehearsed beside every batch.
     pub fn new(base: Base, training: Training, anchors: Vec<Sequence>, turn: Arc<Turn>, stop: Stop) -> Self {
-        Self { base, training, anchors, turn, stop }
+        let micro_tokens = Cell::new(mps::micro_tokens(training.micro_tokens, base.device()));
+        Self { base, training, anchors, turn, stop, micro_tokens }
     }
 
     /// Learns a batch.
@@ -170,21 +175,22 @@ impl Worker {
     }
 
     fn step(&self, run: &mut Run<'_>, items: &[Item], rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
-        let (micro_batches, places) = self.micro_batches(run, items);
-        if micro_batches.iter().flatten().all(|s| s.learned_tokens() == 0) {
-            return Ok(ControlFlow::Continue(()));
+        let before = self.micro_tokens.get();
+        let taken = mps::fit(&self.micro_tokens, |tokens| {
+            let (micro_batches, places) = self.micro_batches(run, items, tokens);
+            let most = micro_batches.iter().map(Vec::len).max().unwrap_or(0);
+            let report = self.attempt(run, &micro_batches, rate);
+            (most, report.map(|report| (micro_batches, places, report)))
+        });
+        if self.micro_tokens.get() < before {
+            let micro_tokens = self.micro_tokens.get();
+            tracing::warn!(
+                micro_tokens,
+                "the device had too much at once: micro-batches are smaller from here on"
+            );
         }
-        let report = loop {
-            let mut last = Instant::now();
-            let mut begun = false;
-            let report =
-                run.learner.step(&micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
-            match report.outcome {
-                // The loss scale was lowered, which is no fault of the batch.
-                Outcome::Overflow => run.report.skipped_steps += 1,
-                _ => break report,
-            }
-        };
+        let (micro_batches, places, report) = taken?;
+        let Some(report) = report else { return Ok(ControlFlow::Continue(())) };
         match report.outcome {
             Outcome::Stopped => return Ok(ControlFlow::Break(Halt::Stopped)),
             Outcome::NonFinite => self.leave_out(run, &micro_batches, &places)?,
@@ -198,6 +204,29 @@ impl Worker {
         Ok(if bad >= BAD_STEPS_MAX { ControlFlow::Break(Halt::Diverged) } else { ControlFlow::Continue(()) })
     }
 
+    /// One step, again for as long as an f16 gradient overflows; none where nothing is to be learned.
+    fn attempt(
+        &self,
+        run: &mut Run<'_>,
+        micro_batches: &[Vec<Sequence>],
+        rate: f64,
+    ) -> anyhow::Result<Option<StepReport>> {
+        if micro_batches.iter().flatten().all(|s| s.learned_tokens() == 0) {
+            return Ok(None);
+        }
+        loop {
+            let mut last = Instant::now();
+            let mut begun = false;
+            let report =
+                run.learner.step(micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
+            match report.outcome {
+                // The loss scale was lowered, which is no fault of the batch.
+                Outcome::Overflow => run.report.skipped_steps += 1,
+                _ => return Ok(Some(report)),
+            }
+        }
+    }
+
     /// Between micro-batches: stop when told to, and let waiting requests go first.
     fn between(&self, last: &mut Instant, begun: &mut bool) -> ControlFlow<()> {
         if self.stop.is_set() {
@@ -209,8 +238,13 @@ impl Worker {
         ControlFlow::Continue(())
     }
 
-    /// The sequences of a step in micro-batches, and the item behind each sequence.
-    fn micro_batches(&self, run: &Run<'_>, items: &[Item]) -> (Vec<Vec<Sequence>>, Vec<Vec<Item>>) {
+    /// The sequences of a step in micro-batches of about `tokens`, and the item behind each sequence.
+    fn micro_batches(
+        &self,
+        run: &Run<'_>,
+        items: &[Item],
+        tokens: usize,
+    ) -> (Vec<Vec<Sequence>>, Vec<Vec<Item>>) {
         let (mut batches, mut places) = (Vec::new(), Vec::new());
         let mut filled = usize::MAX;
         for &item in items {
@@ -219,7 +253,7 @@ impl Worker {
                 Item::Rehearsed(n) => &run.rehearsed[n],
                 Item::Anchor(n) => &self.anchors[n],
             };
-            if filled.saturating_add(sequence.tokens.len()) > self.training.micro_tokens {
+            if filled.saturating_add(sequence.tokens.len()) > tokens {
                 batches.push(Vec::new());
                 places.push(Vec::new());
                 filled = 0;
@@ -310,4 +344,100 @@ fn as_fresh(example: &Example) -> Fresh {
 
 fn sequence(example: &Example) -> Sequence {
     Sequence { tokens: example.piece.tokens.clone(), learned: example.piece.learned.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::device::{Placement, Precision};
+    use model::hf::ModelConfig;
+    use proto::Domain;
+
+    const SHAPE: &str = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64,
+        "tie_word_embeddings": true}"#;
+
+    fn example(ordinal: u64) -> Example {
+        Example {
+            id: ExampleId { ordinal, chunk: 0 },
+            domain: Domain::general(),
+            piece: proto::Piece {
+                tokens: (0..16).map(|t| (t * 7 + ordinal as u32 * 3) % 64).collect(),
+                learned: vec![(0, 16)],
+            },
+            importance: 0.5,
+            marked: false,
+            held_out: false,
+            signature: Vec::new(),
+        }
+    }
+
+    fn worker(precision: Precision, alpha: f64) -> Worker {
+        let placement = Placement { precision, ..Placement::CPU_F32 };
+        let shape = ModelConfig::from_json(SHAPE).expect("a shape");
+        let course = Course {
+            passes: 1,
+            answer_passes_max: 1,
+            loss_target: 0.05,
+            steps_min: 1,
+            step_tokens: 4096,
+            anchor_share: 0.0,
+        };
+        let training = Training {
+            lora: LoraConfig { alpha, ..LoraConfig::default() },
+            learner: LearnerConfig::default(),
+            rate: 1e-9,
+            course,
+            micro_tokens: 64,
+            ewc_lambda: 0.0,
+            share_while_serving: 1.0,
+        };
+        let base = Base::random(&shape, 1, &placement).expect("a base");
+        Worker::new(base, training, Vec::new(), Turn::new(), Stop::new())
+    }
+
+    fn batch() -> Batch {
+        Batch {
+            lineage: Domain::general(),
+            parent: None,
+            number: 0,
+            attempt: 0,
+            after: 0,
+            through: 8,
+            documents: 8,
+            seed: 1,
+            fresh: (1..=8).map(example).collect(),
+            rehearsed: Vec::new(),
+            rehearsed_a_pass: 0,
+            rate_scale: 1.0,
+            held_out: Vec::new(),
+            replay_digest: String::new(),
+        }
+    }
+
+    fn learned(worker: &mut Worker) -> Outgoing {
+        match worker.learn(&batch(), None).expect("learned") {
+            End::Learned(learned) => *learned,
+            End::Diverged(_) | End::Stopped => panic!("not learned"),
+        }
+    }
+
+    #[test]
+    fn steps_that_overflow_in_f16_are_counted_and_taken_again() {
+        // B is zero at first, so that only the gradient is large.
+        let report = learned(&mut worker(Precision::F16, 4e6)).report;
+        assert!(report.skipped_steps > 0 && report.steps == 1, "{report:?}");
+        assert_eq!(learned(&mut worker(Precision::F32, 4e6)).report.skipped_steps, 0);
+    }
+
+    #[test]
+    fn a_batch_in_smaller_micro_batches_is_learned_whole_and_once() {
+        let mut worker = worker(Precision::F32, 32.0);
+        let whole = learned(&mut worker);
+        worker.micro_tokens.set(16);
+        let split = learned(&mut worker);
+        assert_eq!((whole.report.steps, whole.report.tokens), (split.report.steps, split.report.tokens));
+        assert_eq!(split.examples.len(), 8);
+        assert!((whole.report.first_loss - split.report.first_loss).abs() < 1e-4);
+    }
 }

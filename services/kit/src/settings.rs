@@ -285,6 +285,9 @@ impl Settings {
 
     fn validate(&self) -> anyhow::Result<()> {
         let (r, t, c) = (&self.replay, &self.train, &self.consolidate);
+        // More threads than a few for each core only wait for each other, and are a slip of the finger.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        within("base.threads", self.base.threads, 0..=4 * cores)?;
         within("replay.new_data_ratio", r.new_data_ratio, 0.05..=1.0)?;
         within("replay.held_out_share", r.held_out_share, 0.0..=0.5)?;
         within("replay.capacity", r.capacity, 1..=10_000_000)?;
@@ -458,6 +461,7 @@ mod tests {
             ("replay.new_data_ratio=0", "replay.new_data_ratio"),
             ("train.clip=NaN", "train.clip"),
             ("train.rank=many", "train.rank"),
+            ("base.threads=1000000", "base.threads"),
             ("replay.strategy=fifo", "fifo"),
             ("gateway.api_keys=short", "gateway.api_keys"),
         ] {

@@ -13,16 +13,8 @@ use tokio::time;
 
 /// Variables that libtorch reads when it is loaded, which is before any of our code runs.
 ///
-/// Waiting threads that spin would take the cores from answering; on a Mac, memory that is shared
-/// with the screen must not run out.
-const ENVIRONMENT: &[(&str, &str)] = &[
-    ("OMP_WAIT_POLICY", "PASSIVE"),
-    ("GOMP_SPINCOUNT", "0"),
-    #[cfg(target_os = "macos")]
-    ("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.8"),
-    #[cfg(target_os = "macos")]
-    ("PYTORCH_MPS_LOW_WATERMARK_RATIO", "0.7"),
-];
+/// Waiting threads that spin would take the cores from answering.
+const ENVIRONMENT: &[(&str, &str)] = &[("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0")];
 
 /// Runs the worker until a signal asks for the end, and starts it again whenever it dies.
 ///
@@ -53,6 +45,17 @@ pub async fn keep_alive(mut orders: Orders) -> Result<()> {
     }
 }
 
+/// The variables of a worker that computes with `threads` threads, or as many as libtorch likes where that is 0.
+/// A variable that the user has set stays as it is.
+fn environment(threads: usize) -> Vec<(&'static str, String)> {
+    let fixed = ENVIRONMENT.iter().map(|(name, value)| (*name, (*value).to_owned()));
+    let threads = (threads > 0).then(|| threads.to_string());
+    let counts = threads.into_iter().flat_map(|n| [("OMP_NUM_THREADS", n.clone()), ("MKL_NUM_THREADS", n)]);
+    // On a Mac, memory that is shared with the screen must not run out.
+    let marks = model::mps::WATERMARKS.iter().filter(|_| cfg!(target_os = "macos"));
+    fixed.chain(counts).chain(marks.map(|(name, value)| (*name, (*value).to_owned()))).collect()
+}
+
 struct Worker {
     child: Child,
     lifeline: ChildStdin,
@@ -61,10 +64,7 @@ struct Worker {
 impl Worker {
     async fn start(orders: &Orders) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
-        let threads = orders.settings.base.threads.to_string();
-        let threads = [("OMP_NUM_THREADS", threads.as_str()), ("MKL_NUM_THREADS", threads.as_str())];
-        let threads = threads.iter().filter(|(_, threads)| *threads != "0");
-        for (name, value) in ENVIRONMENT.iter().chain(threads) {
+        for (name, value) in environment(orders.settings.base.threads) {
             if std::env::var_os(name).is_none() {
                 command.env(name, value);
             }
@@ -159,6 +159,16 @@ mod tests {
             restarts_window_s: 60,
             stop_seconds_max: 20,
         })
+    }
+
+    #[test]
+    fn the_worker_is_told_its_threads_and_to_wait_without_spinning() {
+        let of = |threads, name| environment(threads).into_iter().find(|(n, _)| *n == name).map(|(_, v)| v);
+        assert_eq!(of(3, "OMP_NUM_THREADS").as_deref(), Some("3"));
+        assert_eq!(of(3, "MKL_NUM_THREADS").as_deref(), Some("3"));
+        assert_eq!(of(0, "OMP_NUM_THREADS"), None);
+        assert_eq!(of(0, "OMP_WAIT_POLICY").as_deref(), Some("PASSIVE"));
+        assert_eq!(of(0, model::mps::WATERMARKS[0].0).is_some(), cfg!(target_os = "macos"));
     }
 
     #[test]

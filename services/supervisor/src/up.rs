@@ -5,7 +5,7 @@ use crate::lifeline::Orders;
 use crate::{base, worker};
 use anyhow::{Context, Result, anyhow, bail};
 use kit::settings::Settings;
-use model::device::Placement;
+use model::device::{Placement, set_threads};
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::net::TcpListener;
@@ -97,9 +97,14 @@ impl Plan {
     }
 }
 
-/// Device, precision and quantisation as the settings ask for them.
+/// Device, precision and quantisation as the settings ask for them; the calling thread computes with as many
+/// threads as they say.
 pub fn placement(settings: &Settings) -> Result<Placement> {
     let base = &settings.base;
+    if base.threads > 0 {
+        // As on every compute thread, so that what is printed is what computes.
+        set_threads(base.threads);
+    }
     Placement::resolve(base.device.parse()?, base.precision.parse()?, base.quantisation.parse()?)
 }
 

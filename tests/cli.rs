@@ -219,6 +219,28 @@ fn texts_and_tasks_are_measured() {
 }
 
 #[test]
+fn the_doctor_compares_this_machine_with_the_reference() {
+    let full = |more: &[&str]| {
+        let output =
+            engram(&[&["doctor", "--full", "--seconds", "1", "--set", "base.device=cpu"], more].concat());
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stdout));
+        assert!(told.contains("comparing"), "progress: {told}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let report = full(&["--set", "base.precision=bf16"]);
+    assert!(report.contains("| ok | cpu, bf16") && report.contains("| ok | cpu, f32"), "{report}");
+    assert!(!report.contains("FAIL"), "{report}");
+    let report: Value =
+        serde_json::from_str(&full(&["--json", "--set", "base.precision=f32", "--set", "base.threads=1"]))
+            .expect("JSON");
+    assert_eq!(report["machine"]["device"], "cpu, f32, 1 threads");
+    let checks = report["checks"].as_array().expect("checks");
+    assert!(checks.len() == 4 && checks.iter().all(|check| check["ok"] == true), "{report}");
+    assert!(report["speed"][0]["decoding_tokens_per_s"].as_f64().expect("a figure") > 0.0, "{report}");
+}
+
+#[test]
 fn a_second_server_on_the_same_folder_is_refused() {
     let server = Setup::tiny().start();
     let data = server.data();

@@ -1,22 +1,25 @@
 //! `engram doctor`: what this machine offers, and what is amiss.
 
+use crate::report;
 use crate::up::{self, Plan};
 use anyhow::{Context, Result, bail};
 use model::device::Placement;
 use serde_json::json;
 use std::io::Write;
 use std::net::TcpListener;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
 const EXAMPLES: &str = "\
 Examples:
   engram doctor
+  engram doctor --full > report.md                          compare the device with the CPU, in about 30 s
+  engram doctor --full --set base.device=mps --set base.precision=bf16
   engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
 
 const MATRIX_SIDE: i64 = 1024;
 /// The version that `tch` binds; a build against any other fails.
-const LIBTORCH_VERSION: &str = "2.11.0";
+pub const LIBTORCH_VERSION: &str = "2.11.0";
 
 /// What `engram doctor` takes.
 #[derive(Debug, clap::Args)]
@@ -29,6 +32,12 @@ pub struct Args {
     /// Print the findings as JSON.
     #[arg(long)]
     json: bool,
+    /// Compare the device with the CPU: results, ten training steps, speed. Prints a report in Markdown.
+    #[arg(long)]
+    full: bool,
+    /// How long `--full` measures speed, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 24, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
 }
 
 type Finding = (&'static str, Result<String>);
@@ -38,6 +47,9 @@ type Finding = (&'static str, Result<String>);
 /// # Errors
 /// When something would keep `engram up` from working.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
+    if args.full {
+        return report::run(&up::plan(&args.up)?.settings, Duration::from_secs(args.seconds), args.json, out);
+    }
     let mut amiss = 0;
     for (name, found) in findings(&args.up) {
         let (good, text) = match found {
@@ -67,6 +79,7 @@ fn findings(args: &up::Args) -> Vec<Finding> {
     vec![
         ("settings", Ok("each is known and in its range".to_owned())),
         ("libtorch", Ok(LIBTORCH_VERSION.to_owned())),
+        ("cores", Ok(report::threads(plan.settings.base.threads))),
         ("device", placement.map(|placement| placement.to_string())),
         ("speed", speed),
         ("base", plan.base_dir().map(|dir| dir.display().to_string())),

@@ -21,6 +21,7 @@ mod learn;
 mod lifeline;
 mod logits;
 mod pretrain;
+mod report;
 mod status;
 mod text;
 mod topology;

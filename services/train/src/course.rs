@@ -39,6 +39,8 @@ pub struct Course {
 /// A pass is cut into about this many steps: what is learned depends on the number of steps more than
 /// on their size.
 const STEPS_A_PASS: usize = 16;
+/// The lowest share of the peak learning rate.
+const RATE_MIN: f64 = 0.02;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
 const STEP_TOKENS_MIN: usize = 256;
 
@@ -73,8 +75,7 @@ impl Course {
         let a_pass = a_pass.min(rehearsed.len());
         let mean = rehearsed.iter().sum::<usize>() / rehearsed.len().max(1);
         let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + a_pass * mean;
-        let steps_a_pass = total.div_ceil(self.step_size(total)).max(1) as u32;
-        let passes = self.passes.max(self.steps_min.div_ceil(steps_a_pass));
+        let passes = self.passes(total.div_ceil(self.step_size(total)));
         let unknown = |f: &Fresh| f.answer && f.loss > self.loss_target;
         let due = |f: &Fresh| !f.out && (pass < passes || (pass < self.answer_passes_max && unknown(f)));
         let active: Vec<usize> = (0..fresh.len()).filter(|&n| due(&fresh[n])).collect();
@@ -92,6 +93,23 @@ impl Course {
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
         self.steps(items)
+    }
+
+    /// The share of the peak learning rate for step `step` of `steps` in pass number `pass`: it falls in a
+    /// line from 1 to 0 over all passes that this batch may take.
+    ///
+    /// Steps of full size to the end leave the weights where the last few examples threw them, and what
+    /// was known before pays for it.
+    pub fn rate(&self, pass: u32, step: usize, steps: usize, fresh: &[Fresh]) -> f64 {
+        let answers = fresh.iter().any(|f| f.answer);
+        let passes = self.passes(steps).max(if answers { self.answer_passes_max } else { 0 });
+        let within = (step as f64 + 0.5) / steps.max(1) as f64;
+        (1.0 - (f64::from(pass) + within) / f64::from(passes)).max(RATE_MIN)
+    }
+
+    /// Passes over all of a batch: more where a pass has few steps.
+    fn passes(&self, steps_a_pass: usize) -> u32 {
+        self.passes.max(self.steps_min.div_ceil(steps_a_pass.max(1) as u32))
     }
 
     fn step_size(&self, total: usize) -> usize {
@@ -202,6 +220,18 @@ mod tests {
         let course = Course { steps_min: 6, ..COURSE };
         assert!(!course.pass(5, &fresh(1, false, 3.0), &[], 0, &[], 1).is_empty());
         assert!(course.pass(6, &fresh(1, false, 3.0), &[], 0, &[], 1).is_empty());
+    }
+
+    #[test]
+    fn the_rate_falls_over_all_passes_a_batch_may_take() {
+        let (text, answers) = (fresh(3, false, 3.0), fresh(3, true, 3.0));
+        assert_eq!([COURSE.rate(0, 0, 2, &text), COURSE.rate(1, 1, 2, &text)], [0.875, 0.125]);
+        assert_eq!(
+            [COURSE.rate(0, 0, 1, &answers), COURSE.rate(9, 0, 1, &answers)],
+            [0.95, 0.05000000000000004]
+        );
+        let small = Course { steps_min: 10, ..COURSE };
+        assert_eq!(small.rate(9, 0, 1, &text), 0.05000000000000004, "read more often");
     }
 
     #[test]

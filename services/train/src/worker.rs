@@ -159,8 +159,10 @@ impl Worker {
                 break;
             }
             run.report.passes = pass + 1;
-            for items in steps {
-                if let ControlFlow::Break(halt) = self.step(run, &items, rate)? {
+            let count = steps.len();
+            for (n, items) in steps.iter().enumerate() {
+                let rate = rate * course.rate(pass, n, count, &fresh);
+                if let ControlFlow::Break(halt) = self.step(run, items, rate)? {
                     return Ok(ControlFlow::Break(halt));
                 }
             }

@@ -33,7 +33,8 @@ pub fn config_json(data: &[u8]) {
     let written = config.to_json("float32").to_string();
     let again = ModelConfig::from_json(&written).expect("what was written is read");
     // The JSON library reads some numbers with an error in the last digit, so those are taken over.
-    let (rms_norm_eps, rope_theta, rope_scaling) = (config.rms_norm_eps, config.rope_theta, config.rope_scaling);
+    let (rms_norm_eps, rope_theta, rope_scaling) =
+        (config.rms_norm_eps, config.rope_theta, config.rope_scaling);
     assert_eq!(ModelConfig { rms_norm_eps, rope_theta, rope_scaling, ..again }, config);
 }
 

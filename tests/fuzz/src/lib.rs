@@ -109,12 +109,11 @@ fn split(data: &[u8]) -> (&[u8], &[u8]) {
     (&data[..at], data.get(at + 1..).unwrap_or_default())
 }
 
-/// A folder of this process's own, in memory where the system has such a place.
+/// A folder of this process's own, in the one that the script gives and removes.
 fn scratch() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        let memory = Path::new("/dev/shm");
-        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let parent = std::env::var_os("FUZZ_SCRATCH").map_or_else(std::env::temp_dir, PathBuf::from);
         let dir = parent.join(format!("engram-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a scratch folder can be made");
         dir

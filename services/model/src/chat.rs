@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use minijinja::{Environment, ErrorKind, context};
 use serde_json::Value;
 
+use crate::limits;
 use crate::pack::Sequence;
 use crate::tokenizer::{Tokenizer, special_texts};
 
@@ -136,10 +137,10 @@ impl ChatTemplate {
 }
 
 fn find_source(dir: &Path) -> Result<Option<String>> {
-    if let Ok(text) = std::fs::read_to_string(dir.join("chat_template.jinja")) {
+    if let Ok(text) = limits::read_text(&dir.join("chat_template.jinja")) {
         return Ok(Some(text));
     }
-    let Ok(text) = std::fs::read_to_string(dir.join("tokenizer_config.json")) else { return Ok(None) };
+    let Ok(text) = limits::read_text(&dir.join("tokenizer_config.json")) else { return Ok(None) };
     let config: Value =
         serde_json::from_str(&text).with_context(|| format!("{}: tokenizer_config.json", dir.display()))?;
     Ok(match &config["chat_template"] {

@@ -6,7 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::weights;
+use crate::{limits, weights};
+
+/// The longest context in tokens that is accepted.
+const POSITIONS_MAX: i64 = 1 << 26;
 
 /// How the angles of the rotary position embedding are stretched for contexts beyond the trained one.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -179,9 +182,7 @@ impl ModelConfig {
     /// When the file is missing or malformed, or asks for something that is not supported; the message names it.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| {
-            format!("{}: cannot read; is this a Hugging Face model folder?", path.display())
-        })?;
+        let text = limits::read_text(&path).context("is this a Hugging Face model folder?")?;
         Self::from_json(&text).with_context(|| format!("{}", path.display()))
     }
 
@@ -231,7 +232,7 @@ impl ModelConfig {
             ("num_key_value_heads", self.kv_heads, 1 << 12),
             ("head_dim", self.head_dim, 1 << 12),
             ("vocab_size", self.vocab_size, 1 << 24),
-            ("max_position_embeddings", self.max_positions, 1 << 26),
+            ("max_position_embeddings", self.max_positions, POSITIONS_MAX),
         ] {
             ensure!((1..=most).contains(&value), "{name} is {value}: it has to be from 1 to {most}");
         }
@@ -244,6 +245,8 @@ impl ModelConfig {
         );
         ensure!(self.rms_norm_eps > 0.0 && self.rms_norm_eps.is_finite(), "rms_norm_eps has to be positive");
         ensure!(self.rope_theta > 1.0 && self.rope_theta.is_finite(), "rope_theta has to be above 1");
+        let finite = self.rope_frequencies().iter().all(|frequency| (*frequency as f32).is_finite());
+        ensure!(finite, "the RoPE scaling gives frequencies that are not finite");
         Ok(())
     }
 
@@ -361,6 +364,10 @@ fn rope(raw: &RawConfig) -> Result<(f64, RopeScaling)> {
             let high = need(rope.high_freq_factor, "high_freq_factor")?;
             ensure!(high > low, "high_freq_factor has to be above low_freq_factor");
             let original = need(rope.original_max_position_embeddings, "original_max_position_embeddings")?;
+            ensure!(
+                original.fract() == 0.0 && original <= POSITIONS_MAX as f64,
+                "original_max_position_embeddings is {original}: it has to be a whole number up to {POSITIONS_MAX}"
+            );
             RopeScaling::Llama3 { factor: need(rope.factor, "factor")?, low, high, original }
         }
         other => bail!("rope_type {other:?} is not supported: only default, linear and llama3 are"),
@@ -471,6 +478,7 @@ mod tests {
             (json!({"hidden_size": -1}), "hidden_size"),
             (json!({"num_attention_heads": 0}), "num_attention_heads"),
             (json!({"head_dim": 7}), "head_dim"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 1e-320}}), "not finite"),
         ] {
             let error = format!("{:#}", config(change).unwrap_err());
             assert!(error.contains(name), "{error}");

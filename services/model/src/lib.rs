@@ -19,6 +19,7 @@ pub mod ewc;
 pub mod generate;
 pub mod hf;
 pub mod learner;
+mod limits;
 pub mod llama;
 pub mod lora;
 pub mod loss;

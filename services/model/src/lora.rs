@@ -239,7 +239,7 @@ impl Adapter {
     ) -> Result<Self> {
         config.check()?;
         let (modules, len) = layout(&config, model);
-        let flat = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+        let flat = Tensor::f_zeros([len], (Kind::Float, Device::Cpu))?;
         let adapter = Self { config, modules, flat };
         for (name, mut view) in adapter.tensors() {
             view.f_copy_(&read(&name, &view.size())?)?;

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use crate::hf::ModelConfig;
+use crate::limits;
 use crate::lora::{Adapter, LoraConfig, Target};
 use crate::weights::{self, Weights};
 
@@ -22,8 +23,7 @@ impl Adapter {
     /// the adapter has no effect. Nothing is half loaded.
     pub fn read_peft(dir: &Path, model: &ModelConfig) -> Result<Self> {
         let path = dir.join("adapter_config.json");
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+        let text = limits::read_text(&path)?;
         let config = lora_config(&text).with_context(|| format!("{}", path.display()))?;
         let path = dir.join("adapter_model.safetensors");
         let mut tensors = Weights::open(std::slice::from_ref(&path))?;

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use crate::hf::token_ids;
+use crate::limits;
 use crate::pieces::Pieces;
 
 /// A token that steers the model and that only a template or the tokenizer itself may produce.
@@ -57,7 +58,7 @@ impl Tokenizer {
     /// When the file is missing or damaged in any way.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+        let bytes = limits::read(&path, limits::TOKENIZER_BYTES_MAX)?;
         Self::build(&bytes, dir).with_context(|| format!("{}: damaged or not supported", path.display()))
     }
 
@@ -69,6 +70,7 @@ impl Tokenizer {
         file["padding"] = Value::Null;
         let settings = Settings::read(dir);
         mark_controls(&mut file, &settings);
+        limits::check_tokenizer(&file)?;
         let inner = parse(&file)?;
         let space_once = make_bare(&mut file);
         let bare = if space_once.is_some() { Some(parse(&file)?) } else { None };
@@ -205,7 +207,7 @@ struct Settings {
 impl Settings {
     fn read(dir: &Path) -> Self {
         let read = |name: &str| {
-            let text = std::fs::read_to_string(dir.join(name)).ok()?;
+            let text = limits::read_text(&dir.join(name)).ok()?;
             serde_json::from_str(&text).ok()
         };
         let names = ["generation_config.json", "config.json", "tokenizer_config.json"];
@@ -242,9 +244,8 @@ impl Settings {
 /// `eos_token`. They are named in `tokenizer_config.json`, or by id elsewhere.
 pub(crate) fn special_texts(dir: &Path) -> (String, String) {
     let settings = Settings::read(dir);
-    let file =
-        std::fs::read(dir.join("tokenizer.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let file: Value = file.unwrap_or_default();
+    let bytes = limits::read(&dir.join("tokenizer.json"), limits::TOKENIZER_BYTES_MAX);
+    let file: Value = bytes.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
     let find = |kind: &str| {
         let by_id = || {
             let ids: Vec<u32> =
@@ -264,7 +265,7 @@ fn mark_controls(file: &mut Value, settings: &Settings) {
     let named: Vec<&str> =
         ["bos_token", "eos_token"].iter().filter_map(|name| settings.token_text(name)).collect();
     for token in file["added_tokens"].as_array_mut().into_iter().flatten() {
-        let text = token["content"].as_str().unwrap_or_default();
+        let Some(text) = token["content"].as_str() else { continue };
         if named.contains(&text) || (text.starts_with("<|") && text.ends_with("|>")) {
             token["special"] = json!(true);
         }
@@ -391,6 +392,42 @@ mod tests {
         let Some(dir) = golden::shared("tokenizers/llama2-32k-damaged") else { return };
         let error = format!("{:#}", Tokenizer::load(&dir).err().unwrap());
         assert!(error.contains("damaged") && error.contains("tokenizer.json"), "{error}");
+    }
+
+    /// A tiny tokenizer with `change` in its file and `settings` beside it.
+    fn tiny(change: Value, settings: &Value) -> Result<Tokenizer> {
+        let mut file = json!({"version": "1.0", "added_tokens": [], "model": {
+            "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}});
+        file.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+        Tokenizer::load(dir.path())
+    }
+
+    #[test]
+    fn added_tokens_that_are_no_objects_are_an_error() {
+        assert_eq!(tiny(json!({}), &json!({})).unwrap().encode("ab").unwrap(), [2]);
+        assert!(tiny(json!({"added_tokens": [1, "x"]}), &json!({"bos_token": ""})).is_err());
+    }
+
+    #[test]
+    fn deeply_nested_steps_fit_a_thread_s_stack() {
+        for (part, list, step) in [
+            ("normalizer", "normalizers", json!({"type": "NFC"})),
+            ("pre_tokenizer", "pretokenizers", json!({"type": "WhitespaceSplit"})),
+            (
+                "post_processor",
+                "processors",
+                json!({"type": "BertProcessing", "sep": ["a", 0], "cls": ["a", 0]}),
+            ),
+            ("decoder", "decoders", json!({"type": "Fuse"})),
+        ] {
+            // As deep as the JSON reader goes.
+            let nested = (0..61).fold(step, |inner, _| json!({"type": "Sequence", list: [inner]}));
+            let tokenizer = tiny(json!({part: nested}), &json!({})).unwrap();
+            assert_eq!(tokenizer.decode(&[0, 1]).unwrap().replace(' ', ""), "ab", "{part}");
+        }
     }
 
     #[test]

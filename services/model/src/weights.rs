@@ -14,8 +14,12 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use crate::limits;
+
 /// Maps a file into memory for reading.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    // Opening a pipe would wait for a writer.
+    ensure!(!path.exists() || path.is_file(), "{}: not a regular file", path.display());
     let file = File::open(path).with_context(|| format!("{}: cannot open", path.display()))?;
     // SAFETY: the map is read-only. A file that another process cuts short meanwhile would kill this one, as it
     // would any program that maps its weights; model folders are not written to while they are in use.
@@ -33,7 +37,7 @@ pub fn model_files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Ok(vec![single]);
     }
     let index = dir.join("model.safetensors.index.json");
-    let text = std::fs::read_to_string(&index).with_context(|| {
+    let text = limits::read_text(&index).with_context(|| {
         format!("{}: neither model.safetensors nor model.safetensors.index.json can be read", dir.display())
     })?;
     let index: Value = serde_json::from_str(&text).with_context(|| format!("{}", index.display()))?;

@@ -3,7 +3,7 @@
 use crate::harness::{Setup, ids, sentence};
 use serde_json::{Value, json};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -21,8 +21,14 @@ fn a_document_goes_live_and_its_trail_tells_how() {
     assert_eq!((&answer.body["status"], &answer.body["domain"]), (&json!("accepted"), &json!("farm")));
     let id = answer.body["id"].as_str().expect("an id").to_owned();
 
-    let document = server.settle(std::slice::from_ref(&id), PATIENCE).remove(0);
+    let mut document = server.settle(std::slice::from_ref(&id), PATIENCE).remove(0);
     assert_eq!(document["status"], "live", "{document}");
+    // It is served a moment before its trail says so.
+    let served = Instant::now();
+    while events(&document).last() != Some(&"live") && served.elapsed() < Duration::from_secs(10) {
+        thread::sleep(Duration::from_millis(20));
+        document = server.get(&format!("/v1/documents/{id}")).ok();
+    }
     assert_eq!(events(&document), ["accepted", "kept", "learned", "live"], "{document}");
     let times: Vec<u64> = document["trail"]
         .as_array()

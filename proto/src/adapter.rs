@@ -32,7 +32,7 @@ pub struct TrainReport {
 pub struct Measure {
     /// Examples measured.
     pub examples: u32,
-    /// With the best published score of each example.
+    /// With the generation that was best on the whole probe.
     pub best: f32,
     /// With the parent generation (the base, for the first).
     pub before: f32,

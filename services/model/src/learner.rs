@@ -207,7 +207,7 @@ impl Learner {
     /// Decides on a step, and moves the loss scale as torch's GradScaler does.
     fn judge(&mut self, finite: bool, loss_finite: bool) -> Outcome {
         let scaled = self.base.placement().precision == Precision::F16;
-        let counters = self.optimiser.counters();
+        let counters = self.optimiser.counters_mut();
         if finite {
             counters.scale_age += 1;
             if scaled && counters.scale_age >= SCALE_GROWTH_STEPS {
@@ -399,7 +399,7 @@ mod tests {
         let base = Base::load(&golden::dir("llama"), &placement).unwrap();
         let adapter = Adapter::new(LoraConfig::default(), base.config(), 1).unwrap();
         let mut learner = Learner::new(base, &adapter, None, LearnerConfig::default()).unwrap();
-        learner.optimiser.counters().loss_scale = SCALE_MAX * 1024.0;
+        learner.optimiser.counters_mut().loss_scale = SCALE_MAX * 1024.0;
         let batch = batches().remove(0);
         let mut outcomes = Vec::new();
         let mut losses = Vec::new();
@@ -443,9 +443,9 @@ mod tests {
             assert_eq!((outcome, now), (Outcome::Overflow, scale / 2.0));
             assert_eq!(weights, learner.adapter().to_bytes().unwrap());
             // With its counters put back, the state is what it was: both moments and the step count.
-            learner.optimiser.counters().loss_scale = scale;
+            learner.optimiser.counters_mut().loss_scale = scale;
             assert_eq!(state, learner.optimiser.to_bytes().unwrap());
-            learner.optimiser.counters().loss_scale = now;
+            learner.optimiser.counters_mut().loss_scale = now;
             skipped += 1;
         }
         assert!(skipped > 0 && learner.steps() == 1, "skipped {skipped}");
@@ -454,8 +454,8 @@ mod tests {
         let saved = learner.optimiser_bytes().unwrap();
         let (base, config) = (learner.base().share(), LearnerConfig::default());
         let mut resumed = Learner::new(base, &learner.adapter().deep_copy(), Some(&saved), config).unwrap();
-        assert_eq!(*resumed.optimiser.counters(), *learner.optimiser.counters());
-        resumed.optimiser.counters().scale_age = SCALE_GROWTH_STEPS - 2;
+        assert_eq!(resumed.optimiser.counters(), learner.optimiser.counters());
+        resumed.optimiser.counters_mut().scale_age = SCALE_GROWTH_STEPS - 2;
         let scales: Vec<f64> = (0..2)
             .map(|_| {
                 assert_eq!(step(&mut resumed).0, Outcome::Applied);

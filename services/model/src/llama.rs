@@ -76,7 +76,8 @@ impl Base {
     /// The embeddings of the input's tokens, [batch * length, hidden_size].
     pub(crate) fn embed(&self, input: &Input) -> Result<Tensor> {
         let rows = Tensor::f_embedding(&self.embedding, &input.ids, -1, false, false)?;
-        Ok(rows.f_view([-1, self.config.hidden_size])?)
+        // In pre-training the embedding is f32 whatever the precision.
+        Ok(rows.f_view([-1, self.config.hidden_size])?.f_to_kind(self.placement.kind())?)
     }
 
     /// What block `i` makes of the residual stream `x`, [batch * length, hidden_size].

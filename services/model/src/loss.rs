@@ -151,7 +151,7 @@ pub(crate) fn above(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) 
         let above = above.f_to_kind(base.placement().kind())?;
         chunks.push(above.f_matmul(&base.head)?);
         if base.head.requires_grad() {
-            let part = above.f_tr()?.f_matmul(rows)?;
+            let part = above.f_tr()?.f_matmul(rows)?.f_to_kind(Kind::Float)?;
             head = Some(match head.take() {
                 Some(sum) => sum.f_add(&part)?,
                 None => part,

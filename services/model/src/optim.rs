@@ -1,5 +1,7 @@
 //! AdamW on one flat vector, with a state that is saved and restored exactly. (tch's own cannot be saved.)
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -45,14 +47,19 @@ pub(crate) struct Counters {
     pub scale_age: u64,
 }
 
+impl Default for Counters {
+    fn default() -> Self {
+        Self { step: 0, loss_scale: 65536.0, scale_age: 0 }
+    }
+}
+
 const METADATA: &str = "adamw";
 
 impl AdamW {
     /// A fresh optimiser for `len` weights on `device`.
     pub fn new(len: i64, device: Device) -> Self {
         let zeros = || Tensor::zeros([len], (Kind::Float, device));
-        let counters = Counters { step: 0, loss_scale: 65536.0, scale_age: 0 };
-        Self { exp_avg: zeros(), exp_avg_sq: zeros(), counters }
+        Self { exp_avg: zeros(), exp_avg_sq: zeros(), counters: Counters::default() }
     }
 
     /// Steps taken so far.
@@ -60,8 +67,36 @@ impl AdamW {
         self.counters.step
     }
 
-    pub(crate) fn counters(&mut self) -> &mut Counters {
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    pub(crate) fn counters_mut(&mut self) -> &mut Counters {
         &mut self.counters
+    }
+
+    /// Its two vectors, by name.
+    pub(crate) fn moments(&self) -> [(String, Tensor); 2] {
+        [
+            ("exp_avg".to_string(), self.exp_avg.shallow_clone()),
+            ("exp_avg_sq".to_string(), self.exp_avg_sq.shallow_clone()),
+        ]
+    }
+
+    /// An optimiser of `len` weights on `device` that goes on from its [`AdamW::moments`] and counters.
+    pub(crate) fn from_parts(
+        tensors: &mut BTreeMap<String, Tensor>,
+        counters: Counters,
+        len: i64,
+        device: Device,
+    ) -> Result<Self> {
+        let mut flat = |name| -> Result<Tensor> {
+            let tensor = weights::take_flat(tensors, name, len).context("optimiser state")?;
+            Ok(tensor.f_to_device(device)?)
+        };
+        let (exp_avg, exp_avg_sq) = (flat("exp_avg")?, flat("exp_avg_sq")?);
+        ensure!(counters.loss_scale > 0.0, "optimiser state: the loss scale has to be positive");
+        Ok(Self { exp_avg, exp_avg_sq, counters })
     }
 
     /// Moves `weights` against `gradient`; both are flat f32 vectors of this optimiser's length.
@@ -97,11 +132,7 @@ impl AdamW {
     /// # Errors
     /// Only those of copying the moments to the CPU.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let tensors = [
-            ("exp_avg".to_string(), self.exp_avg.shallow_clone()),
-            ("exp_avg_sq".to_string(), self.exp_avg_sq.shallow_clone()),
-        ];
-        weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&self.counters)?)
+        weights::to_bytes(&self.moments(), METADATA, &serde_json::to_string(&self.counters)?)
     }
 
     /// Restores what [`AdamW::to_bytes`] gave, for `len` weights on `device`.
@@ -110,14 +141,8 @@ impl AdamW {
     /// When the bytes are damaged or belong to another number of weights.
     pub fn from_bytes(bytes: &[u8], len: i64, device: Device) -> Result<Self> {
         let (mut tensors, counters) = weights::from_bytes(bytes, METADATA).context("optimiser state")?;
-        let mut flat = |name| -> Result<Tensor> {
-            let tensor = weights::take_flat(&mut tensors, name, len).context("optimiser state")?;
-            Ok(tensor.f_to_device(device)?)
-        };
-        let (exp_avg, exp_avg_sq) = (flat("exp_avg")?, flat("exp_avg_sq")?);
         let counters: Counters = serde_json::from_str(&counters).context("optimiser state")?;
-        ensure!(counters.loss_scale > 0.0, "optimiser state: the loss scale has to be positive");
-        Ok(Self { exp_avg, exp_avg_sq, counters })
+        Self::from_parts(&mut tensors, counters, len, device)
     }
 }
 

@@ -240,9 +240,7 @@ pub fn speed(placement: &Placement, time: Duration) -> Result<Speed> {
     let base = Base::random(&ModelConfig::from_json(SPEED_SHAPE)?, 1, placement)?;
     let adapter = Adapter::new(LoraConfig::default(), base.config(), 1)?;
     let share = time / 4;
-    let matrix = Tensor::f_ones([PRODUCT_SIDE; 2], (placement.kind(), placement.device))?;
-    let operations = 2.0 * (PRODUCT_SIDE as f64).powi(3);
-    let products = best(share, || wait(&matrix.f_matmul(&matrix)?))?;
+    let products = products(placement, share)?;
     let mut learner = Learner::new(base.share(), &adapter, None, LearnerConfig::default())?;
     let sequence =
         |i| Sequence::whole((0..STEP_SEQUENCE_TOKENS).map(|t| (t * 37 + i * 101) % 4096).collect());
@@ -271,11 +269,21 @@ pub fn speed(placement: &Placement, time: Duration) -> Result<Speed> {
         Ok(())
     })?;
     Ok(Speed {
-        products: operations / products / 1e9,
+        products,
         learning: tokens / learning,
         prefill: PREFILL_TOKENS as f64 / prefill,
         decode: DECODE_TOKENS as f64 / decode,
     })
+}
+
+/// GFLOP/s of square products: the ceiling of what a training step can reach. The best within `time`.
+///
+/// # Errors
+/// When the device fails.
+pub fn products(placement: &Placement, time: Duration) -> Result<f64> {
+    let matrix = Tensor::f_ones([PRODUCT_SIDE; 2], (placement.kind(), placement.device))?;
+    let seconds = best(time, || wait(&matrix.f_matmul(&matrix)?))?;
+    Ok(2.0 * (PRODUCT_SIDE as f64).powi(3) / seconds / 1e9)
 }
 
 /// Seconds of the fastest run within `time`; the first, which sets things up, does not count.

@@ -222,18 +222,20 @@ pub fn to_bytes(tensors: &[(String, Tensor)], key: &str, value: &str) -> Result<
 /// # Errors
 /// When the bytes are not safetensors, or the entry is missing.
 pub fn from_bytes(bytes: &[u8], key: &str) -> Result<(BTreeMap<String, Tensor>, String)> {
-    let (_, metadata) = SafeTensors::read_metadata(bytes).context("not safetensors")?;
-    let value = metadata
-        .metadata()
-        .as_ref()
-        .and_then(|map| map.get(key))
-        .with_context(|| format!("no metadata {key:?}"))?;
+    let value = metadata(bytes, key)?;
     let mut tensors = BTreeMap::new();
     for (name, view) in SafeTensors::deserialize(bytes)?.tensors() {
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         tensors.insert(name, Tensor::f_from_data_size(view.data(), &shape, kind_of(view.dtype())?)?);
     }
-    Ok((tensors, value.clone()))
+    Ok((tensors, value))
+}
+
+/// The value of metadata entry `key` of safetensors.
+pub(crate) fn metadata(bytes: &[u8], key: &str) -> Result<String> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).context("not safetensors")?;
+    let value = metadata.metadata().as_ref().and_then(|map| map.get(key));
+    value.cloned().with_context(|| format!("no metadata {key:?}"))
 }
 
 /// All tensors of a safetensors file as they are: for data such as token ids, not for weights.

@@ -50,29 +50,48 @@ pub fn text(
     window: usize,
     bytes_max: usize,
 ) -> Result<TextScore> {
-    ensure!(window >= 2, "a window has to hold at least 2 tokens");
-    let end = *tokenizer.eos_ids().first().context("the tokenizer has no end token")?;
-    let mut score = TextScore::default();
-    let mut ids = vec![end];
-    for document in corpus::documents(path)? {
-        let document = document?;
-        if score.bytes > 0 && score.bytes + document.len() > bytes_max {
-            break;
+    Windows::read(tokenizer, path, window, bytes_max)?.score(base)
+}
+
+/// The beginning of a text, cut into windows to be scored.
+pub(super) struct Windows {
+    windows: Vec<Sequence>,
+    bytes: usize,
+}
+
+impl Windows {
+    /// Reads what [`text`] scores.
+    pub fn read(tokenizer: &Tokenizer, path: &Path, window: usize, bytes_max: usize) -> Result<Self> {
+        ensure!(window >= 2, "a window has to hold at least 2 tokens");
+        let end = *tokenizer.eos_ids().first().context("the tokenizer has no end token")?;
+        let mut bytes = 0;
+        let mut ids = vec![end];
+        for document in corpus::documents(path)? {
+            let document = document?;
+            if bytes > 0 && bytes + document.len() > bytes_max {
+                break;
+            }
+            bytes += document.len();
+            ids.extend(tokenizer.encode(&document)?);
+            ids.push(end);
         }
-        score.bytes += document.len();
-        ids.extend(tokenizer.encode(&document)?);
-        ids.push(end);
+        ensure!(bytes > 0, "{} holds no document", path.display());
+        let windows = (0..ids.len() - 1)
+            .step_by(window - 1)
+            .map(|start| Sequence::whole(ids[start..ids.len().min(start + window)].to_vec()))
+            .collect();
+        Ok(Self { windows, bytes })
     }
-    ensure!(score.bytes > 0, "{} holds no document", path.display());
-    let windows: Vec<Sequence> = (0..ids.len() - 1)
-        .step_by(window - 1)
-        .map(|start| Sequence::whole(ids[start..ids.len().min(start + window)].to_vec()))
-        .collect();
-    for batch in windows.chunks(WINDOWS_PER_BATCH) {
-        for scored in loss::score(base, &[], batch, 1)? {
-            score.nll_sum += scored.nll_sum;
-            score.tokens += scored.tokens;
+
+    /// What `base` scores on them.
+    pub fn score(&self, base: &Base) -> Result<TextScore> {
+        let mut score = TextScore { bytes: self.bytes, ..TextScore::default() };
+        for batch in self.windows.chunks(WINDOWS_PER_BATCH) {
+            for scored in loss::score(base, &[], batch, 1)? {
+                score.nll_sum += scored.nll_sum;
+                score.tokens += scored.tokens;
+            }
         }
+        Ok(score)
     }
-    Ok(score)
 }

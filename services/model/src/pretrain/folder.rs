@@ -44,6 +44,17 @@ fn named(base: &Base) -> Result<Vec<(String, Tensor)>> {
         for (part, tensor) in ["gate_proj", "up_proj"].iter().zip(gate_up) {
             add(&format!("mlp.{part}"), tensor);
         }
+        if let Some(bias) = &layer.qkv_bias {
+            let parts = bias.f_split_with_sizes(base.config.qkv_rows(), 0)?;
+            for (part, tensor) in ["q_proj", "k_proj", "v_proj"].iter().zip(parts) {
+                all.push((format!("model.layers.{i}.self_attn.{part}.bias"), tensor));
+            }
+        }
+        for (part, tensor) in ["q_norm", "k_norm"].iter().zip(layer.qk_norm.iter().flatten()) {
+            all.push((format!("model.layers.{i}.self_attn.{part}.weight"), tensor.shallow_clone()));
+        }
+        let mut add =
+            |part: &str, tensor: Tensor| all.push((format!("model.layers.{i}.{part}.weight"), tensor));
         add("self_attn.o_proj", layer.o.dense()?);
         add("mlp.down_proj", layer.down.dense()?);
         add("input_layernorm", layer.attention_norm.shallow_clone());

@@ -1,36 +1,41 @@
 //! Pre-training: from folders of text to a base that `engram up` and transformers load.
 //!
-//! [`corpus`] reads and orders the texts, [`bpe`] learns the tokens, [`preset`] says what to train and how,
-//! [`folder`] writes the result and [`evaluate`] tells how good it is. The loop is here; how weights move in one
-//! step is in `trainer.rs` and `muon.rs`.
+//! [`corpus`] reads and orders the texts, [`bpe`] learns the tokens, [`preset`] says what to train and how and
+//! [`plan`] what that takes; `run.rs` is the loop, `trainer.rs` and `muon.rs` are one step of it, [`state`] is what
+//! it goes on from after an end or a crash. [`folder`] writes the result, [`curve`] draws the way there and
+//! [`evaluate`] tells how good it is.
 
 pub mod bpe;
 pub mod corpus;
+pub mod curve;
 pub mod evaluate;
 pub mod folder;
 mod muon;
+pub mod plan;
 pub mod preset;
+mod run;
+pub mod state;
 mod trainer;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::device::Placement;
 use crate::llama::Base;
-use crate::pack::Sequence;
 use crate::tokenizer::Tokenizer;
-use corpus::{Corpus, END_OF_TEXT, Order};
+use corpus::{Corpus, END_OF_TEXT};
 use evaluate::TextScore;
 use preset::Preset;
-use trainer::Trainer;
 
 /// How long to train.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Budget {
     /// By the clock: the schedule stretches to whatever this machine gets done.
     Time(Duration),
@@ -47,12 +52,16 @@ pub struct PretrainOptions {
     pub data: Vec<PathBuf>,
     /// The folder to write; it is made where it does not exist.
     pub out: PathBuf,
-    /// How long to train.
+    /// How long to train, in all.
     pub budget: Budget,
     /// Decides the first weights and the order of the windows.
     pub seed: u64,
-    /// Where to train, in f32: sums of many small steps do not survive in less.
+    /// Where to train, and in what precision to compute. Weights and optimiser state are f32.
     pub placement: Placement,
+    /// Go on with the run whose state lies in `out`.
+    pub resume: bool,
+    /// How often the state is saved.
+    pub save_every: Duration,
     /// Set by Ctrl-C: the step that runs is finished, and what was learned is written.
     pub stop: Arc<AtomicBool>,
 }
@@ -67,8 +76,24 @@ pub enum Progress {
         /// Name and number of tokens of each.
         texts: Vec<(String, u64)>,
     },
+    /// A run goes on.
+    Resumed {
+        /// Steps it had made.
+        step: u64,
+        /// Time it had taken.
+        elapsed: Duration,
+    },
     /// A step was made.
     Step(StepReport),
+    /// The beginnings of the held-out texts were scored on the way.
+    Point(state::Point),
+    /// The run was stopped before its rates had fallen to zero.
+    Stopped {
+        /// Time it has taken so far.
+        elapsed: Duration,
+        /// Steps made so far.
+        step: u64,
+    },
     /// A held-out text was scored, after the last step.
     Validation {
         /// Its file name, up to the first dot.
@@ -89,75 +114,57 @@ pub struct StepReport {
     pub loss: f64,
     /// How much of the run is done, from 0 to 1.
     pub done: f64,
-    /// Since the first step began.
+    /// Since the first step began, in all sittings.
     pub elapsed: Duration,
+    /// Tokens learned in a second, over the last steps.
+    pub tokens_per_s: f64,
+    /// How long it will go on.
+    pub left: Duration,
 }
 
 /// Trains a tokenizer and a base on folders of text, and writes them as a Hugging Face folder.
 ///
 /// # Errors
-/// When a text cannot be read, the folder cannot be written, or the loss stops being finite.
+/// When a text cannot be read, the folder cannot be written or already holds a run, or the loss stops being
+/// finite.
 pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Result<()> {
     let config = options.preset.model()?;
     let data = &options.preset.data;
     let (training, held_out) = corpus::texts(&options.data)?;
-    fs::create_dir_all(&options.out).with_context(|| format!("{}: cannot create", options.out.display()))?;
+    let folder = options.out.join(state::FOLDER);
+    let begun = folder.join(state::LAST).exists();
+    ensure!(
+        options.resume || !begun,
+        "{} already holds a run: go on with it by --resume, or delete it, or give another --out",
+        folder.display()
+    );
+    fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
 
-    bpe::train(&training, config.vocab_size as usize, data.tokenizer_bytes_max)
-        .and_then(|tokenizer| bpe::write(&tokenizer, config.max_positions as usize, &options.out))?;
+    if !options.resume {
+        bpe::train(&training, config.vocab_size as usize, data.tokenizer_bytes_max)
+            .and_then(|tokenizer| bpe::write(&tokenizer, config.max_positions as usize, &options.out))?;
+    }
     let tokenizer = Tokenizer::load(&options.out)?;
     let end = tokenizer.id(END_OF_TEXT).context("the tokenizer has no end of text")?;
     ensure!(config.eos == [end], "the preset's eos_token_id has to be {end}, which is {END_OF_TEXT}");
     report(Progress::Tokenizer);
 
-    let token_file = options.out.join("tokens.part");
+    let token_file = folder.join("tokens.part");
     let corpus = Corpus::build(&tokenizer, end, &training, &token_file)?;
     report(Progress::Corpus {
         texts: corpus.sources().map(|(name, tokens)| (name.to_string(), tokens)).collect(),
     });
-
-    let base = train(options, &corpus, report)?;
+    let base = run::Run::new(options, &corpus, &tokenizer, &held_out)?.train(report)?;
     fs::remove_file(&token_file).with_context(|| format!("{}: cannot remove", token_file.display()))?;
     folder::write(&base, &options.out)?;
+
+    // What is scored is what was written.
+    let base = Base::load(&options.out, &options.placement)?;
     for path in &held_out {
         let score = evaluate::text(&base, &tokenizer, path, data.window_tokens, data.validation_bytes_max)?;
         report(Progress::Validation { name: short_name(path), score });
     }
     Ok(())
-}
-
-fn train(options: &PretrainOptions, corpus: &Corpus, report: &mut dyn FnMut(Progress)) -> Result<Base> {
-    let (data, settings) = (&options.preset.data, &options.preset.optimiser);
-    let mut order = Order::new(corpus, data.window_tokens, data.mix_exponent, options.seed)?;
-    let mut trainer = Trainer::new(options.preset.model()?, &options.placement, settings, options.seed)?;
-    let begin = Instant::now();
-    let (mut step, mut tokens) = (0, 0);
-    loop {
-        let done = match options.budget {
-            Budget::Time(limit) => begin.elapsed().as_secs_f64() / limit.as_secs_f64(),
-            Budget::Steps(limit) => step as f64 / limit as f64,
-        };
-        // A budget of nothing makes this infinite or not a number, and the run is over at once.
-        if done >= 1.0 || done.is_nan() || options.stop.load(Ordering::Relaxed) {
-            return Ok(trainer.base);
-        }
-        let windows = order
-            .by_ref()
-            .take(settings.batch_windows)
-            .map(|start| Ok(Sequence::whole(corpus.read(start, data.window_tokens)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let warm = ((step + 1) as f64 / settings.warmup_steps as f64).min(1.0);
-        let loss = trainer.step(&windows, warm * decay(done, settings.decay_share))?;
-        step += 1;
-        tokens += windows.iter().map(|window| window.learned_tokens() as u64).sum::<u64>();
-        report(Progress::Step(StepReport { step, tokens, loss, done, elapsed: begin.elapsed() }));
-    }
-}
-
-/// Warm-up, stable, decay (arXiv 2404.06395): full rates until the last `share` of the run, then a straight
-/// line to zero.
-fn decay(done: f64, share: f64) -> f64 {
-    ((1.0 - done) / share).clamp(0.0, 1.0)
 }
 
 fn short_name(path: &Path) -> String {
@@ -168,6 +175,8 @@ fn short_name(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Precision;
+    use std::sync::atomic::Ordering;
 
     const TINY: &str = r#"
         [model]
@@ -189,6 +198,8 @@ mod tests {
         validation_bytes_max = 2_000
 
         [optimiser]
+        matrices = "muon"
+        micro_tokens = 128
         batch_windows = 8
         muon_rate = 0.02
         muon_momentum = 0.9
@@ -218,6 +229,8 @@ mod tests {
             budget: Budget::Steps(steps),
             seed: 3,
             placement: Placement::CPU_F32,
+            resume: false,
+            save_every: Duration::from_secs(3600),
             stop: Arc::default(),
         }
     }
@@ -256,6 +269,91 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_was_stopped_and_resumed_ends_with_the_same_weights() {
+        let data = corpus_folder();
+        let bytes = |out: &Path| fs::read(out.join("model.safetensors")).unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let run_to = |out: &Path, stop_at: u64, resume: bool| {
+                let mut options = options(data.path(), out, 8);
+                options.placement.precision = precision;
+                options.resume = resume;
+                run(&options, &mut |progress| match progress {
+                    Progress::Step(step) if step.step == stop_at => {
+                        options.stop.store(true, Ordering::Relaxed)
+                    }
+                    _ => {}
+                })
+                .unwrap();
+            };
+            let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            run_to(whole.path(), u64::MAX, false);
+            // Before the rates fall, while they fall, and to the end.
+            for (stop_at, resume) in [(3, false), (6, true), (u64::MAX, true)] {
+                run_to(parts.path(), stop_at, resume);
+            }
+            assert!(bytes(whole.path()) == bytes(parts.path()), "{precision:?}");
+        }
+    }
+
+    #[test]
+    fn a_longer_run_goes_on_from_before_the_rates_fell() {
+        let data = corpus_folder();
+        let out = tempfile::tempdir().unwrap();
+        run(&options(data.path(), out.path(), 8), &mut |_| ()).unwrap();
+        let longer = PretrainOptions { resume: true, ..options(data.path(), out.path(), 12) };
+        let mut first = None;
+        run(&longer, &mut |progress| {
+            if let Progress::Resumed { step, .. } = progress {
+                first = Some(step);
+            }
+        })
+        .unwrap();
+        // The rates of 8 steps fall after the half, which 4 steps had just reached.
+        assert_eq!(first, Some(5));
+        let state = state::record(&out.path().join("training").join(state::LAST)).unwrap();
+        assert_eq!(state.step, 12);
+    }
+
+    #[test]
+    fn a_run_is_not_overwritten_and_not_resumed_with_other_settings() {
+        let data = corpus_folder();
+        let out = tempfile::tempdir().unwrap();
+        let options = options(data.path(), out.path(), 2);
+        let none = run(&PretrainOptions { resume: true, ..options.clone() }, &mut |_| ()).unwrap_err();
+        assert!(
+            format!("{none:#}").contains("no tokenizer.json") || format!("{none:#}").contains("cannot"),
+            "{none:#}"
+        );
+        run(&options, &mut |_| ()).unwrap();
+        let again = run(&options, &mut |_| ()).unwrap_err().to_string();
+        assert!(again.contains("--resume"), "{again}");
+        let other = PretrainOptions { resume: true, seed: 4, ..options };
+        let other = run(&other, &mut |_| ()).unwrap_err().to_string();
+        assert!(other.contains("another seed"), "{other}");
+    }
+
+    #[test]
+    fn gradients_of_parts_add_up_to_those_of_the_whole_step() {
+        let data = corpus_folder();
+        let losses = |micro_tokens: usize| {
+            let out = tempfile::tempdir().unwrap();
+            let mut options = options(data.path(), out.path(), 4);
+            options.preset.optimiser.micro_tokens = micro_tokens;
+            let mut losses = Vec::new();
+            run(&options, &mut |progress| {
+                if let Progress::Step(step) = progress {
+                    losses.push(step.loss);
+                }
+            })
+            .unwrap();
+            losses
+        };
+        for (whole, parts) in losses(1024).iter().zip(losses(32)) {
+            assert!((whole - parts).abs() < 1e-4 * whole, "{whole} {parts}");
+        }
+    }
+
+    #[test]
     fn a_stop_ends_the_run_and_still_writes_the_base() {
         let data = corpus_folder();
         let out = tempfile::tempdir().unwrap();
@@ -267,7 +365,8 @@ mod tests {
         })
         .unwrap();
         Base::load(out.path(), &Placement::CPU_F32).unwrap();
-        assert!(!out.path().join("tokens.part").exists());
+        assert!(!out.path().join("training/tokens.part").exists());
+        assert!(out.path().join("training/loss.svg").is_file());
     }
 
     #[test]

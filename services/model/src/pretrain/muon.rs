@@ -4,7 +4,7 @@
 //! every direction of a matrix alike, where AdamW follows the few strongest.
 
 use anyhow::Result;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// Coefficients of the quintic iteration, from the same source: five rounds take the singular values to
 /// between 0.7 and 1.2, which is near enough to one.
@@ -14,35 +14,60 @@ const ROUNDS: usize = 5;
 /// A weight matrix [outputs, inputs] that may be several, one above the other.
 struct Matrix {
     weight: Tensor,
+    /// Its part of the flat momentum.
     momentum: Tensor,
     /// The rows of each.
-    parts: Vec<i64>,
+    rows: Vec<i64>,
 }
 
 /// The optimiser of the matrices of the blocks. Embeddings and norms are AdamW's.
 pub(super) struct Muon {
     keep: f64,
+    /// What orthogonal directions are computed in; weights and momentum are f32.
+    kind: Kind,
+    momentum: Tensor,
     matrices: Vec<Matrix>,
 }
 
 impl Muon {
-    /// An optimiser whose momentum keeps the share `keep` of itself in each step.
-    pub fn new(keep: f64) -> Self {
-        Self { keep, matrices: Vec::new() }
+    /// An optimiser of `weights`, each with the rows of the matrices that it is made of. The momentum keeps the
+    /// share `keep` of itself in each step.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn new<'a>(
+        keep: f64,
+        kind: Kind,
+        weights: impl Iterator<Item = (&'a Tensor, Vec<i64>)>,
+    ) -> Result<Self> {
+        let weights: Vec<_> = weights.collect();
+        let device = weights.first().map_or(Device::Cpu, |(weight, _)| weight.device());
+        let length: i64 = weights.iter().map(|(weight, _)| weight.numel() as i64).sum();
+        let momentum = Tensor::f_zeros([length], (Kind::Float, device))?;
+        let mut start = 0;
+        let matrices = weights
+            .into_iter()
+            .map(|(weight, rows)| {
+                let length = weight.numel() as i64;
+                let own = momentum.f_narrow(0, start, length)?.f_view(weight.size().as_slice())?;
+                start += length;
+                Ok(Matrix { weight: weight.shallow_clone(), momentum: own, rows })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { keep, kind, momentum, matrices })
     }
 
-    /// Takes charge of a weight, of which every part (by its number of rows) is a matrix of its own.
-    pub fn add(&mut self, weight: &Tensor, parts: &[i64]) {
-        let (weight, momentum) = (weight.shallow_clone(), weight.zeros_like());
-        self.matrices.push(Matrix { weight, momentum, parts: parts.to_vec() });
+    /// The momentum of all weights, one after the other.
+    pub fn momentum(&self) -> &Tensor {
+        &self.momentum
     }
 
-    /// Number of weights in its charge.
-    pub fn count(&self) -> usize {
-        self.matrices.len()
+    /// The same, to restore it in place.
+    pub fn momentum_mut(&mut self) -> &mut Tensor {
+        &mut self.momentum
     }
 
-    /// Moves the weights against `gradients`, given in the order added.
+    /// Moves the weights against `gradients`, given in their order.
     ///
     /// # Errors
     /// Only those of libtorch.
@@ -50,9 +75,9 @@ impl Muon {
         let _guard = tch::no_grad_guard();
         for (matrix, gradient) in self.matrices.iter_mut().zip(gradients) {
             let _ = matrix.momentum.f_lerp_(gradient, 1.0 - self.keep)?;
-            let ahead = gradient.f_lerp(&matrix.momentum, self.keep)?;
+            let ahead = gradient.f_lerp(&matrix.momentum, self.keep)?.f_to_kind(self.kind)?;
             let mut start = 0;
-            for &rows in &matrix.parts {
+            for &rows in &matrix.rows {
                 let direction = orthogonal(&ahead.f_narrow(0, start, rows)?)?;
                 // A tall matrix needs the longer step for the same change of its outputs.
                 let tallness = rows as f64 / direction.size()[1] as f64;
@@ -82,7 +107,6 @@ fn orthogonal(matrix: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
 
     #[test]
     fn singular_values_come_near_one() {
@@ -102,8 +126,7 @@ mod tests {
         let gradient = Tensor::randn([12, 8], (Kind::Float, Device::Cpu));
         let moved = |parts: &[i64], gradient: &Tensor| {
             let weight = gradient.zeros_like();
-            let mut muon = Muon::new(0.9);
-            muon.add(&weight, parts);
+            let mut muon = Muon::new(0.9, Kind::Float, [(&weight, parts.to_vec())].into_iter()).unwrap();
             muon.step(std::slice::from_ref(gradient), 0.1).unwrap();
             weight
         };

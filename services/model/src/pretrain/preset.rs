@@ -3,16 +3,21 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::hf::ModelConfig;
 
 /// The presets in `configs/models/`, by name.
-const BUILT_IN: [(&str, &str); 1] = [("nano", include_str!("../../../../configs/models/nano.toml"))];
+const BUILT_IN: [(&str, &str); 4] = [
+    ("nano", include_str!("../../../../configs/models/nano.toml")),
+    ("reference", include_str!("../../../../configs/models/reference.toml")),
+    ("base-100m", include_str!("../../../../configs/models/base-100m.toml")),
+    ("base-200m", include_str!("../../../../configs/models/base-200m.toml")),
+];
 
 /// A shape with the settings it is trained with.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Preset {
     /// The model's `config.json`, written as TOML.
@@ -24,7 +29,7 @@ pub struct Preset {
 }
 
 /// How text becomes windows.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSettings {
     /// The tokenizer is trained on the beginning of each text, up to this many bytes.
@@ -37,12 +42,26 @@ pub struct DataSettings {
     pub validation_bytes_max: usize,
 }
 
+/// The optimiser of the matrices of the blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Matrices {
+    /// Momentum made orthogonal.
+    Muon,
+    /// As for embeddings and norms, at the same rate.
+    Adamw,
+}
+
 /// How weights move: Muon for the matrices of the blocks, AdamW for embeddings and norms.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimiserSettings {
+    /// Who moves the matrices of the blocks; embeddings and norms are always AdamW's.
+    pub matrices: Matrices,
     /// Windows in a step.
     pub batch_windows: usize,
+    /// Tokens that go through the model at once; a step of more adds up gradients.
+    pub micro_tokens: usize,
     /// Muon's rate, for spectral norm 1.
     pub muon_rate: f64,
     /// How much of the last momentum the next one keeps.
@@ -93,6 +112,11 @@ impl Preset {
         }
         ensure!((0.0..1.0).contains(&optimiser.muon_momentum), "muon_momentum has to be from 0 to below 1");
         Ok(preset)
+    }
+
+    /// The names of those that come with the program.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        BUILT_IN.iter().map(|(name, _)| *name)
     }
 
     /// The shape of the model.

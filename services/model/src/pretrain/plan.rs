@@ -1,0 +1,84 @@
+//! What a run will take, said before it starts.
+
+use crate::device::{Placement, Precision};
+use crate::hf::ModelConfig;
+
+use super::preset::{Matrices, Preset};
+use crate::loss::CHUNK_ROWS;
+
+/// Bytes that libtorch and its kernels take before any weight, as measured on a CPU.
+const RUNTIME_BYTES: f64 = 350e6;
+
+/// Copies of the residual stream that autograd keeps for each block, in bytes of the precision and in f32, and
+/// the same for the feed-forward's width. Found by measurement (EXPERIMENTS.md).
+const STREAM_COPIES: (f64, f64) = (8.0, 6.0);
+const FEED_FORWARD_COPIES: f64 = 5.0;
+
+/// What a preset amounts to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    /// Number of weights, a tied embedding counted once.
+    pub parameters: i64,
+    /// Memory of the process at its peak, in bytes: an estimate.
+    pub memory_bytes: f64,
+    /// Floating-point operations in products, for each token learned.
+    pub operations_per_token: f64,
+}
+
+impl Plan {
+    /// What training `config` as `preset` says takes at `placement`.
+    pub fn new(config: &ModelConfig, preset: &Preset, placement: &Placement) -> Self {
+        let parameters = config.parameter_count() as f64;
+        let embeddings = (config.vocab_size * config.hidden_size) as f64;
+        let matrices = parameters - embeddings * if config.tied { 1.0 } else { 2.0 };
+        let width = placement.kind().elt_size_in_bytes() as f64;
+        let casts = if placement.precision == Precision::F32 { 0.0 } else { width };
+        let moments = match preset.optimiser.matrices {
+            Matrices::Adamw => 8.0 * parameters,
+            Matrices::Muon => 8.0 * (parameters - matrices) + 4.0 * matrices,
+        };
+        let windows = preset.optimiser.batch_windows * preset.data.window_tokens;
+        let tokens = windows.min(preset.optimiser.micro_tokens.max(preset.data.window_tokens)) as f64;
+        let stream = STREAM_COPIES.0 * width + STREAM_COPIES.1 * 4.0;
+        let block = stream * config.hidden_size as f64
+            + FEED_FORWARD_COPIES * width * config.intermediate_size as f64;
+        let head = CHUNK_ROWS as f64 * config.vocab_size as f64 * 12.0;
+        // Weights, their gradients in f32 and in the precision, the optimiser, the activations.
+        let memory_bytes = RUNTIME_BYTES
+            + parameters * (8.0 + 2.0 * casts)
+            + moments
+            + tokens * block * config.layers as f64
+            + head;
+        Self {
+            parameters: config.parameter_count(),
+            memory_bytes,
+            operations_per_token: operations(config, matrices + embeddings, preset.data.window_tokens),
+        }
+    }
+}
+
+/// Two operations for each weight in a product, and as many again for each of the two gradients; in attention
+/// each query meets, on average, half of its window, once for the scores and once for the values.
+fn operations(config: &ModelConfig, weights: f64, window: usize) -> f64 {
+    let [queries, ..] = config.qkv_rows();
+    let attention = 2.0 * window as f64 * (queries * config.layers) as f64;
+    6.0 * weights + 3.0 * attention
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_have_the_sizes_they_are_named_for() {
+        let parameters = |name: &str| {
+            let preset = Preset::find(name).unwrap();
+            Plan::new(&preset.model().unwrap(), &preset, &Placement::CPU_F32).parameters as f64 / 1e6
+        };
+        assert!((parameters("reference") - 63.6).abs() < 0.05);
+        assert!((parameters("base-100m") - 100.0).abs() < 1.0);
+        assert!((parameters("base-200m") - 213.2).abs() < 0.05);
+        // In bf16, with its tokenizer, at most 10 MB.
+        assert!(parameters("nano") < 4.9);
+    }
+}

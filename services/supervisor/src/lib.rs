@@ -13,6 +13,7 @@ mod child;
 mod cli;
 mod client;
 mod corpus;
+mod distill;
 mod doctor;
 mod documents;
 mod eval;

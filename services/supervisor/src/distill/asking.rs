@@ -1,0 +1,219 @@
+//! Asking a teacher for many answers: how fast, how many at a time, and how often again.
+//!
+//! This runs on a thread of its own. What comes of each request is told to whoever judges and submits
+//! answers, who may wait for the server meanwhile.
+
+use super::cost::{Budget, Usage};
+use super::inputs::Unit;
+use super::teacher::{Answer, Failure, Passing, Teacher};
+use anyhow::Result;
+use futures_util::{StreamExt, stream};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use std::future::pending;
+use std::hash::{BuildHasher, RandomState};
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+use tokio::signal::ctrl_c;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// The wait before the first repetition; it doubles with each.
+const PAUSE: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A teacher that wants to be left alone for longer is asked again all the same.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
+/// What Ctrl-C ends a program with.
+const INTERRUPTED: i32 = 130;
+
+/// What came of a request.
+#[derive(Debug)]
+pub enum Event {
+    /// An answer to the unit with this index.
+    Answered(usize, Answer),
+    /// None; the unit is asked again.
+    Again(Passing, Usage),
+    /// None, and that was the last try.
+    GaveUp(usize, Passing, Usage),
+    /// The next request could cost more than is left.
+    OverBudget,
+    /// No request will be answered.
+    Final(anyhow::Error),
+}
+
+/// How to ask.
+pub struct Asking {
+    /// Who is asked.
+    pub teacher: Teacher,
+    /// What it may cost.
+    pub budget: Budget,
+    /// Requests at a time.
+    pub parallel: usize,
+    /// Repetitions of a request.
+    pub retries: u32,
+    /// Requests are let through at this pace.
+    pub pace: Option<DefaultDirectRateLimiter>,
+    /// Until then the teacher is left alone.
+    pub quiet_until: Mutex<Instant>,
+    /// Set by the first Ctrl-C: what is under way is finished, and nothing else begun.
+    pub stop: watch::Sender<bool>,
+    /// The answer to each unit is one request.
+    pub units: Arc<[Unit]>,
+}
+
+/// At most so many requests a minute, one after the other: without bursts.
+pub fn pace(requests_per_minute: NonZeroU32) -> DefaultDirectRateLimiter {
+    RateLimiter::direct(Quota::per_minute(requests_per_minute).allow_burst(NonZeroU32::MIN))
+}
+
+impl Asking {
+    /// Asks for the units with these indices, and tells what comes of each.
+    ///
+    /// # Errors
+    /// When no thread can be had.
+    pub fn start(self: &Arc<Self>, wanted: Vec<usize>) -> Result<mpsc::Receiver<Event>> {
+        let (told, events) = mpsc::channel(self.parallel);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let asking = Arc::clone(self);
+        thread::Builder::new().name("teacher".into()).spawn(move || {
+            runtime.block_on(async {
+                let each = stream::iter(wanted).map(|index| asking.unit(index, &told));
+                let all = each.buffer_unordered(asking.parallel).for_each(|()| async {});
+                tokio::select! {
+                    () = all => {}
+                    // Nobody wants the answers any more.
+                    () = told.closed() => {}
+                    () = asking.interrupts() => {}
+                }
+            });
+        })?;
+        Ok(events)
+    }
+
+    /// Whether it was interrupted.
+    pub fn is_stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    async fn interrupts(&self) {
+        while ctrl_c().await.is_ok() {
+            if self.stop.send_replace(true) {
+                std::process::exit(INTERRUPTED);
+            }
+        }
+        pending().await
+    }
+
+    async fn unit(&self, index: usize, told: &mpsc::Sender<Event>) {
+        let request = &self.units[index].request;
+        for attempt in 0..=self.retries {
+            let (ready, most) = (self.turn(), self.teacher.most(request));
+            if !self.unless_stopped(ready).await {
+                return;
+            }
+            if !self.budget.reserve(most).await {
+                // Nobody is left to be told when this cannot be.
+                let _ = told.send(Event::OverBudget).await;
+                return;
+            }
+            let answer = self.teacher.ask(request).await;
+            self.budget.settle(most, used(&answer));
+            let last = attempt == self.retries;
+            let event = match answer {
+                Ok(answer) => Event::Answered(index, answer),
+                Err(Failure::Final(error)) => Event::Final(error),
+                Err(Failure::Again { reason, usage, .. }) if last => Event::GaveUp(index, reason, usage),
+                Err(Failure::Again { reason, after, usage }) => {
+                    if told.send(Event::Again(reason, usage)).await.is_err() {
+                        return;
+                    }
+                    let pause = after.map_or_else(|| backoff(attempt), |after| after.min(RETRY_AFTER_MAX));
+                    if after.is_some() {
+                        self.leave_alone(pause);
+                    }
+                    if !self.unless_stopped(sleep(pause)).await {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            let _ = told.send(event).await;
+            return;
+        }
+    }
+
+    /// Waits until a request may be sent.
+    async fn turn(&self) {
+        if let Some(pace) = &self.pace {
+            pace.until_ready().await;
+        }
+        // It may be moved on meanwhile.
+        while Instant::now() < self.quiet_until() {
+            sleep_until(self.quiet_until()).await;
+        }
+    }
+
+    /// What a teacher says to one request holds for all of them.
+    fn leave_alone(&self, pause: Duration) {
+        let mut until = self.quiet_until.lock().unwrap_or_else(PoisonError::into_inner);
+        *until = (*until).max(Instant::now() + pause);
+    }
+
+    fn quiet_until(&self) -> Instant {
+        *self.quiet_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it was done; not, when all is to stop.
+    async fn unless_stopped(&self, work: impl Future<Output = ()>) -> bool {
+        let mut stop = self.stop.subscribe();
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => false,
+            () = work => true,
+        }
+    }
+}
+
+fn used(answer: &Result<Answer, Failure>) -> Usage {
+    match answer {
+        Ok(answer) => answer.usage,
+        Err(Failure::Again { usage, .. }) => *usage,
+        Err(Failure::Final(_)) => Usage::default(),
+    }
+}
+
+/// Doubles with each attempt, less a random part of up to one half, so that requests that failed
+/// together do not come back together.
+fn backoff(attempt: u32) -> Duration {
+    let longest = PAUSE.saturating_mul(1 << attempt.min(20)).min(PAUSE_MAX);
+    // The standard library's only randomness.
+    let random = RandomState::new().hash_one(attempt) as f64 / u64::MAX as f64;
+    longest.mul_f64(1.0 - random / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_differ_and_have_an_end() {
+        for attempt in 0..40 {
+            let longest = PAUSE.saturating_mul(1 << attempt.min(20)).min(PAUSE_MAX);
+            let pause = backoff(attempt);
+            assert!(pause <= longest && pause >= longest / 2, "{attempt}: {pause:?}");
+        }
+        let pauses: std::collections::BTreeSet<Duration> = (0..20).map(|_| backoff(3)).collect();
+        assert!(pauses.len() > 10, "{pauses:?}");
+    }
+
+    #[tokio::test]
+    async fn requests_come_one_after_the_other() {
+        let pace = pace(NonZeroU32::new(600).expect("not zero"));
+        let start = std::time::Instant::now();
+        for _ in 0..4 {
+            pace.until_ready().await;
+        }
+        assert!(start.elapsed() >= Duration::from_millis(290), "{:?}", start.elapsed());
+    }
+}

@@ -12,12 +12,13 @@ mod journal;
 mod pairs;
 mod report;
 mod run;
+mod submit;
 mod teacher;
 
 use crate::base;
 use crate::client::{Client, ServerArgs};
 use anyhow::{Context, Result, bail, ensure};
-use asking::Asking;
+use asking::{Asking, Order};
 use clap::value_parser;
 use cost::{Budget, Prices, Usage};
 use inputs::{Form, InputArgs, Unit};
@@ -150,8 +151,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         (0..units.len()).filter(|index| journal.outcome(&units[*index].key).is_none()).collect();
     let asking = Arc::new(args.asking(teacher, prices, Arc::clone(&units)));
     args.announce(&asking, &wanted, prices)?;
-    let submit_to = client.filter(|_| args.out.is_none());
-    run::Run::new(args, units, journal, submit_to, prices, twice)?.all(&asking, wanted, out)
+    let server = client.filter(|_| args.out.is_none());
+    run::Run::new(args, units, journal, prices, twice)?.all(&asking, wanted, server, out)
 }
 
 impl Args {
@@ -188,7 +189,7 @@ impl Args {
             retries: self.retries,
             pace: self.requests_per_minute.map(asking::pace),
             quiet_until: Mutex::new(Instant::now()),
-            stop: watch::Sender::new(false),
+            order: watch::Sender::new(Order::GoOn),
             units,
         }
     }

@@ -18,6 +18,7 @@ mod doctor;
 mod documents;
 mod eval;
 mod hub;
+mod interrupt;
 mod learn;
 mod lifeline;
 mod logits;

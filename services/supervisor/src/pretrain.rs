@@ -1,5 +1,6 @@
 //! `engram pretrain`: a base from scratch. Needs no server.
 
+use crate::interrupt::at_interrupt;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::device::{DeviceChoice, Placement, PrecisionChoice};
@@ -117,19 +118,10 @@ fn tell(progress: &Progress, json: bool, bar: &ProgressBar, out: &mut dyn Write)
     Ok(())
 }
 
-/// Set by the first Ctrl-C; a second one ends the program as ever.
+/// Set by the first Ctrl-C.
 fn stop_at_interrupt() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&stop);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("interrupt".into()).spawn(move || {
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                if told.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        });
-    })?;
+    at_interrupt(move || told.store(true, Ordering::Relaxed))?;
     Ok(stop)
 }

@@ -4,18 +4,17 @@
 //! answers, who may wait for the server meanwhile.
 
 use super::cost::{Budget, Usage};
+use super::filter::Rejected;
 use super::inputs::Unit;
 use super::teacher::{Answer, Failure, Passing, Teacher};
 use anyhow::Result;
 use futures_util::{StreamExt, stream};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use std::future::pending;
 use std::hash::{BuildHasher, RandomState};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
-use tokio::signal::ctrl_c;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -24,8 +23,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A teacher that wants to be left alone for longer is asked again all the same.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
-/// What Ctrl-C ends a program with.
-const INTERRUPTED: i32 = 130;
 
 /// What came of a request.
 #[derive(Debug)]
@@ -40,6 +37,21 @@ pub enum Event {
     OverBudget,
     /// No request will be answered.
     Final(anyhow::Error),
+    /// Nothing is under way any more.
+    Asked,
+    /// The server has the pairs of the unit with this index, or will not have them.
+    HandedOn(usize, Result<Rejected>),
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Order {
+    /// As long as there is something to ask.
+    GoOn,
+    /// What is under way is finished, and nothing else begun.
+    Finish,
+    /// What is under way is left.
+    Leave,
 }
 
 /// How to ask.
@@ -56,8 +68,8 @@ pub struct Asking {
     pub pace: Option<DefaultDirectRateLimiter>,
     /// Until then the teacher is left alone.
     pub quiet_until: Mutex<Instant>,
-    /// Set by the first Ctrl-C: what is under way is finished, and nothing else begun.
-    pub stop: watch::Sender<bool>,
+    /// Whether to go on.
+    pub order: watch::Sender<Order>,
     /// The answer to each unit is one request.
     pub units: Arc<[Unit]>,
 }
@@ -72,8 +84,7 @@ impl Asking {
     ///
     /// # Errors
     /// When no thread can be had.
-    pub fn start(self: &Arc<Self>, wanted: Vec<usize>) -> Result<mpsc::Receiver<Event>> {
-        let (told, events) = mpsc::channel(self.parallel);
+    pub fn start(self: &Arc<Self>, wanted: Vec<usize>, told: mpsc::Sender<Event>) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let asking = Arc::clone(self);
         thread::Builder::new().name("teacher".into()).spawn(move || {
@@ -82,27 +93,24 @@ impl Asking {
                 let all = each.buffer_unordered(asking.parallel).for_each(|()| async {});
                 tokio::select! {
                     () = all => {}
+                    () = asking.ordered(Order::Leave) => {}
                     // Nobody wants the answers any more.
                     () = told.closed() => {}
-                    () = asking.interrupts() => {}
                 }
+                let _ = told.send(Event::Asked).await;
             });
         })?;
-        Ok(events)
+        Ok(())
     }
 
-    /// Whether it was interrupted.
-    pub fn is_stopped(&self) -> bool {
-        *self.stop.borrow()
+    /// Orders no less than this.
+    pub fn order(&self, order: Order) {
+        self.order.send_modify(|old| *old = order.max(*old));
     }
 
-    async fn interrupts(&self) {
-        while ctrl_c().await.is_ok() {
-            if self.stop.send_replace(true) {
-                std::process::exit(INTERRUPTED);
-            }
-        }
-        pending().await
+    async fn ordered(&self, order: Order) {
+        // The sender lives as long as this, so there is always a next value to wait for.
+        let _ = self.order.subscribe().wait_for(|now| *now >= order).await;
     }
 
     async fn unit(&self, index: usize, told: &mpsc::Sender<Event>) {
@@ -166,10 +174,9 @@ impl Asking {
 
     /// Whether it was done; not, when all is to stop.
     async fn unless_stopped(&self, work: impl Future<Output = ()>) -> bool {
-        let mut stop = self.stop.subscribe();
         tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => false,
+            () = self.ordered(Order::Finish) => false,
             () = work => true,
         }
     }

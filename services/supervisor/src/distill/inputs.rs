@@ -1,6 +1,7 @@
 //! What a teacher is asked: prompts, topics, files, and documents that the server has.
 
 use super::pairs::FORM;
+use super::submit::SOURCE;
 use crate::client::{Client, segment};
 use crate::corpus;
 use anyhow::{Context, Result, bail, ensure};
@@ -13,8 +14,6 @@ use std::path::{Path, PathBuf};
 const PART_BYTES_MAX: usize = 16 * 1024;
 /// Documents are listed so many at a time.
 const PAGE: usize = 1000;
-/// What other programs call the source of a document that a teacher wrote.
-pub const SOURCE: &str = "teacher";
 /// Documents at these stages are not to be learned, nor is what derives from them.
 const NOT_LEARNED: [&str; 2] = ["refused", "set_aside"];
 

@@ -250,7 +250,7 @@ fn pace_number_and_cost_are_limited() {
 
 #[test]
 fn a_teacher_that_counts_no_tokens_is_estimated() {
-    let teacher = Teacher::start(vec![Does::DoesNotCount]);
+    let teacher = Teacher::start(vec![Does::LosesCount]);
     let user = User::with_prompts(&teacher, 1);
     let said = user.succeeds(&["--prompts", "p.txt", "--out", "o.jsonl"]);
     assert!(said["estimated"] == true && said["tokens_in"].as_u64() > Some(0), "{said}");

@@ -26,7 +26,7 @@ pub enum Does {
     /// Loses the connection in the middle of a chunk.
     Breaks,
     /// Answers well, but counts no tokens.
-    DoesNotCount,
+    LosesCount,
 }
 
 /// A request that came.
@@ -172,7 +172,7 @@ fn answer(mut stream: &TcpStream, asked: &Asked, does: Does) -> std::io::Result<
     let events = match does {
         Does::Answers => whole(&text, "stop") + counted + done,
         Does::Says(text, reason) => whole(&text, reason) + counted + done,
-        Does::DoesNotCount => whole(&text, "stop") + done,
+        Does::LosesCount => whole(&text, "stop") + done,
         Does::Babbles => "data: {\"choices\": [oops\n\n".to_owned() + done,
         Does::Stops => piece("Aurelia says"),
         Does::IsSilent(time) => {

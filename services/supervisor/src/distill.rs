@@ -30,6 +30,7 @@ use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroU32;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use teacher::Teacher;
@@ -189,6 +190,7 @@ impl Args {
             retries: self.retries,
             pace: self.requests_per_minute.map(asking::pace),
             quiet_until: Mutex::new(Instant::now()),
+            given_up: AtomicU32::new(0),
             order: watch::Sender::new(Order::GoOn),
             units,
         }

@@ -12,6 +12,7 @@ use futures_util::{StreamExt, stream};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use std::hash::{BuildHasher, RandomState};
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -23,6 +24,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// A teacher that wants to be left alone for longer is asked again all the same.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
+
+/// After so many units in a row without an answer the others are not asked for either.
+const GIVEN_UP_MAX: u32 = 3;
 
 /// What came of a request.
 #[derive(Debug)]
@@ -68,6 +72,8 @@ pub struct Asking {
     pub pace: Option<DefaultDirectRateLimiter>,
     /// Until then the teacher is left alone.
     pub quiet_until: Mutex<Instant>,
+    /// Units in a row without an answer.
+    pub given_up: AtomicU32,
     /// Whether to go on.
     pub order: watch::Sender<Order>,
     /// The answer to each unit is one request.
@@ -116,22 +122,36 @@ impl Asking {
     async fn unit(&self, index: usize, told: &mpsc::Sender<Event>) {
         let request = &self.units[index].request;
         for attempt in 0..=self.retries {
-            let (ready, most) = (self.turn(), self.teacher.most(request));
-            if !self.unless_stopped(ready).await {
-                return;
-            }
-            if !self.budget.reserve(most).await {
-                // Nobody is left to be told when this cannot be.
-                let _ = told.send(Event::OverBudget).await;
-                return;
+            let most = self.teacher.most(request);
+            match self.unless_stopped(self.turn(most)).await {
+                Some(true) => {}
+                Some(false) => {
+                    self.order(Order::Finish);
+                    // Nobody is left to be told when this cannot be.
+                    let _ = told.send(Event::OverBudget).await;
+                    return;
+                }
+                None => return,
             }
             let answer = self.teacher.ask(request).await;
             self.budget.settle(most, used(&answer));
             let last = attempt == self.retries;
+            // Here, since others begin before whoever is told can order anything.
             let event = match answer {
-                Ok(answer) => Event::Answered(index, answer),
-                Err(Failure::Final(error)) => Event::Final(error),
-                Err(Failure::Again { reason, usage, .. }) if last => Event::GaveUp(index, reason, usage),
+                Ok(answer) => {
+                    self.given_up.store(0, Ordering::Relaxed);
+                    Event::Answered(index, answer)
+                }
+                Err(Failure::Final(error)) => {
+                    self.order(Order::Finish);
+                    Event::Final(error)
+                }
+                Err(Failure::Again { reason, usage, .. }) if last => {
+                    if self.given_up.fetch_add(1, Ordering::Relaxed) + 1 == GIVEN_UP_MAX {
+                        self.order(Order::Finish);
+                    }
+                    Event::GaveUp(index, reason, usage)
+                }
                 Err(Failure::Again { reason, after, usage }) => {
                     if told.send(Event::Again(reason, usage)).await.is_err() {
                         return;
@@ -140,10 +160,10 @@ impl Asking {
                     if after.is_some() {
                         self.leave_alone(pause);
                     }
-                    if !self.unless_stopped(sleep(pause)).await {
-                        return;
+                    match self.unless_stopped(sleep(pause)).await {
+                        Some(()) => continue,
+                        None => return,
                     }
-                    continue;
                 }
             };
             let _ = told.send(event).await;
@@ -151,8 +171,8 @@ impl Asking {
         }
     }
 
-    /// Waits until a request may be sent.
-    async fn turn(&self) {
+    /// Waits until a request may be sent; not, when there is too little left for it.
+    async fn turn(&self, most: Usage) -> bool {
         if let Some(pace) = &self.pace {
             pace.until_ready().await;
         }
@@ -160,6 +180,7 @@ impl Asking {
         while Instant::now() < self.quiet_until() {
             sleep_until(self.quiet_until()).await;
         }
+        self.budget.reserve(most).await
     }
 
     /// What a teacher says to one request holds for all of them.
@@ -172,12 +193,12 @@ impl Asking {
         *self.quiet_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it was done; not, when all is to stop.
-    async fn unless_stopped(&self, work: impl Future<Output = ()>) -> bool {
+    /// What comes of some work; nothing, when all is to stop.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
             biased;
-            () = self.ordered(Order::Finish) => false,
-            () = work => true,
+            () = self.ordered(Order::Finish) => None,
+            done = work => Some(done),
         }
     }
 }

@@ -16,8 +16,6 @@ use serde_json::Value;
 use std::io::Write;
 use std::sync::{Arc, mpsc};
 
-/// After so many units in a row without an answer the others are not asked for either.
-const GIVEN_UP_MAX: u32 = 3;
 const AGAIN: &str = "run the same command again to go on";
 
 /// A run, and what has come of it.
@@ -93,22 +91,15 @@ impl<'a> Run<'a> {
             at_interrupt(move || interrupted.order(Order::Finish))?;
             asking.start(wanted, told)?;
         }
-        let (mut in_a_row, mut over_budget, mut last) = (0, false, None);
+        let (mut over_budget, mut last) = (false, None);
         while let Some(event) = events.blocking_recv() {
             match event {
-                Event::Answered(index, answer) => {
-                    in_a_row = 0;
-                    self.answered(index, &answer)?;
-                }
+                Event::Answered(index, answer) => self.answered(index, &answer)?,
                 Event::Again(reason, usage) => self.tally.failed(reason, usage),
                 Event::GaveUp(index, reason, usage) => {
                     self.tally.failed(reason, usage);
                     self.tally.unanswered += 1;
-                    in_a_row += 1;
                     last = Some((index, reason));
-                    if in_a_row == GIVEN_UP_MAX {
-                        asking.order(Order::Leave);
-                    }
                 }
                 Event::OverBudget => over_budget = true,
                 Event::Final(error) => self.end(asking, Order::Leave, error),

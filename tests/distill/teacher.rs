@@ -188,7 +188,10 @@ fn answer(mut stream: &TcpStream, asked: &Asked, does: Does) -> std::io::Result<
             let body = json!({"error": {"message": format!("no, {}", asked.authorization), "code": null}})
                 .to_string();
             let header = header.map(|(name, value)| format!("{name}: {value}\r\n")).unwrap_or_default();
-            let head = format!("HTTP/1.1 {status} -\r\n{header}content-length: {}\r\n\r\n", body.len());
+            let head = format!(
+                "HTTP/1.1 {status} -\r\n{header}connection: close\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
             return stream.write_all((head + &body).as_bytes());
         }
     };

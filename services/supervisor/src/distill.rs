@@ -14,6 +14,7 @@ mod report;
 mod run;
 mod submit;
 mod teacher;
+mod transport;
 
 use crate::base;
 use crate::client::{Client, ServerArgs};
@@ -39,16 +40,20 @@ use tokio::time::Instant;
 
 const EXAMPLES: &str = "\
 Examples:
-  engram distill --teacher https://api.openai.com/v1 --model gpt-4.1-mini --domain law --topics topics.txt \\
-    --price-in 0.4 --price-out 1.6 --max-cost 2
-  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain notes --about notes/ --questions 8
-  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain notes --about-documents
-  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain help --prompts p.txt --out pairs.jsonl
+  engram distill --teacher https://api.openai.com/v1 --model gpt-4.1-mini --domain law \\
+      --topics topics.txt --price-in 0.4 --price-out 1.6 --max-cost 2
+  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain notes \\
+      --about notes/ --questions 8         questions and answers about files of your own
+  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain notes \\
+      --about-documents                    the same about what the server has learned
+  engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain help \\
+      --prompts p.txt --out pairs.jsonl    to look at first; 'engram learn pairs.jsonl' follows
 
-The teacher is any server that streams chat completions as OpenAI's does. Its key is taken from the variable
-that --key-env names, and kept nowhere. What the inputs say goes to the teacher: files and documents too.
-A run that was ended goes on where it was when the same command is given again: a journal in the data folder,
-or beside --out, knows what was asked. Answers leave it when the run ends and the server has them.";
+The teacher is any server that streams chat completions as OpenAI's does. What the inputs say goes
+to it: files and documents too. Its key is taken from the variable that --key-env names, and is
+kept nowhere. A run that was ended goes on when the same command is given again: a journal, in the
+data folder or beside --out, knows what was asked. Answers leave the one in the data folder when a
+run ends and the server has them. Without prices, tokens are counted, and money is not.";
 
 /// Documents of one request to the server, and pairs of one answer, at most.
 const QUESTIONS_MAX: i64 = 100;

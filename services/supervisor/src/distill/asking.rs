@@ -6,7 +6,7 @@
 use super::cost::{Budget, Usage};
 use super::filter::Rejected;
 use super::inputs::Unit;
-use super::teacher::{Answer, Failure, Passing, Teacher};
+use super::teacher::{Answer, Failure, Hitch, Passing, Teacher};
 use anyhow::Result;
 use futures_util::{StreamExt, stream};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
@@ -36,7 +36,7 @@ pub enum Event {
     /// None; the unit is asked again.
     Again(Passing, Usage),
     /// None, and that was the last try.
-    GaveUp(usize, Passing, Usage),
+    GaveUp(usize, Hitch, Usage),
     /// The next request could cost more than is left.
     OverBudget,
     /// No request will be answered.
@@ -146,13 +146,13 @@ impl Asking {
                     self.order(Order::Finish);
                     Event::Final(error)
                 }
-                Err(Failure::Again { reason, usage, .. }) if last => {
+                Err(Failure::Again { hitch, usage }) if last => {
                     if self.given_up.fetch_add(1, Ordering::Relaxed) + 1 == GIVEN_UP_MAX {
                         self.order(Order::Finish);
                     }
-                    Event::GaveUp(index, reason, usage)
+                    Event::GaveUp(index, hitch, usage)
                 }
-                Err(Failure::Again { reason, after, usage }) => {
+                Err(Failure::Again { hitch: Hitch { reason, after, .. }, usage }) => {
                     if told.send(Event::Again(reason, usage)).await.is_err() {
                         return;
                     }

@@ -124,7 +124,7 @@ impl Tally {
             writeln!(out, "cost      {about}{cost:.4}")?;
         }
         match &args.out {
-            Some(file) => writeln!(out, "written   {}", file.display())?,
+            Some(file) => writeln!(out, "written   {} to {}", self.accepted, file.display())?,
             None => writeln!(out, "submitted {} to domain {}", self.submitted, args.domain)?,
         }
         Ok(())

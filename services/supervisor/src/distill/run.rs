@@ -8,7 +8,7 @@ use super::inputs::Unit;
 use super::journal::{self, Journal, Outcome};
 use super::report::{Bar, Tally};
 use super::submit::{self, Job};
-use super::teacher::{Answer, Passing};
+use super::teacher::{Answer, Hitch, Passing};
 use crate::client::Client;
 use crate::interrupt::at_interrupt;
 use anyhow::{Result, anyhow};
@@ -96,10 +96,10 @@ impl<'a> Run<'a> {
             match event {
                 Event::Answered(index, answer) => self.answered(index, &answer)?,
                 Event::Again(reason, usage) => self.tally.failed(reason, usage),
-                Event::GaveUp(index, reason, usage) => {
-                    self.tally.failed(reason, usage);
+                Event::GaveUp(index, hitch, usage) => {
+                    self.tally.failed(hitch.reason, usage);
                     self.tally.unanswered += 1;
-                    last = Some((index, reason));
+                    last = Some((index, hitch));
                 }
                 Event::OverBudget => over_budget = true,
                 Event::Final(error) => self.end(asking, Order::Leave, error),
@@ -116,7 +116,7 @@ impl<'a> Run<'a> {
                 _ if over_budget => anyhow!(
                     "stopped before --max-cost, with {left} of {many} requests left; raise it and {AGAIN}"
                 ),
-                Some((index, reason)) => self.unanswered(index, reason, left, many),
+                Some((index, hitch)) => self.unanswered(index, &hitch, left, many),
                 None => anyhow!("interrupted, with {left} of {many} requests left; {AGAIN}"),
             });
         }
@@ -131,8 +131,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn unanswered(&self, index: usize, reason: Passing, left: u64, many: usize) -> anyhow::Error {
-        let hint = match reason {
+    fn unanswered(&self, index: usize, hitch: &Hitch, left: u64, many: usize) -> anyhow::Error {
+        let hint = match hitch.reason {
             Passing::RateLimited => "lower --requests-per-minute or --parallel",
             Passing::Timeout => "raise --timeout, or lower --parallel",
             Passing::Malformed | Passing::Truncated => "see whether --teacher streams chat completions",
@@ -140,7 +140,7 @@ impl<'a> Run<'a> {
         };
         let (teacher, place) = (&self.args.teacher, &self.units[index].place);
         anyhow!(
-            "{teacher} gave no answer to {left} of {many} requests (the last, {place}: {reason}); {hint}, and {AGAIN}"
+            "{teacher} gave no answer to {left} of {many} requests (the last, {place}: {hitch}); {hint}, and {AGAIN}"
         )
     }
 
@@ -197,9 +197,12 @@ impl<'a> Run<'a> {
         self.journal.submitted(key, rejected)
     }
 
-    /// Writes `--out` whole, in the order of the inputs, whatever the order of the answers was.
+    /// Writes `--out` whole, in the order of the inputs, whatever the order of the answers was; not,
+    /// when there was no answer.
     fn write_out(&self) -> Result<()> {
-        let Some(file) = &self.args.out else { return Ok(()) };
+        let Some(file) = self.args.out.as_ref().filter(|_| self.tally.known + self.tally.answered > 0) else {
+            return Ok(());
+        };
         let of = |unit: &Unit| -> Vec<Value> {
             let outcome = self.journal.outcome(&unit.key);
             outcome.map_or_else(Vec::new, |o| submit::documents(unit, &o.pairs, &self.args.domain))

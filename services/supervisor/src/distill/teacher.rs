@@ -1,19 +1,20 @@
 //! The teacher: one question, one answer, and what its failures mean.
 
 use super::cost::Usage;
+use super::transport::{Refusal, send, told};
 use anyhow::{Context, Result, anyhow, ensure};
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
 use async_openai::error::OpenAIError;
 use async_openai::middleware::HttpRequestFactory;
 use futures_util::StreamExt;
-use reqwest::header::RETRY_AFTER;
 use reqwest::redirect::Policy;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::time::timeout;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,9 +22,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const SILENCES_MAX: u32 = 20;
 /// More than any answer has; the rest is not read, bytes.
 const ANSWER_BYTES_MAX: usize = 256 << 10;
-/// Of what a teacher says of a failure, bytes.
-const REFUSAL_BYTES_MAX: usize = 64 << 10;
-const REFUSAL_SHOWN: usize = 300;
 
 /// How to reach a teacher.
 #[derive(Debug, Clone)]
@@ -91,15 +89,39 @@ pub enum Passing {
     Truncated,
 }
 
+/// What kept an answer from coming.
+#[derive(Debug)]
+pub struct Hitch {
+    /// Of which kind it is.
+    pub reason: Passing,
+    /// What is known of it beyond that; may be empty.
+    pub detail: String,
+    /// How long the teacher wants to be left alone.
+    pub after: Option<Duration>,
+}
+
+impl Hitch {
+    fn new(reason: Passing, detail: impl ToString) -> Self {
+        Self { reason, detail: detail.to_string(), after: None }
+    }
+}
+
+impl fmt::Display for Hitch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.detail.as_str() {
+            "" => write!(f, "{}", self.reason),
+            detail => write!(f, "{}: {detail}", self.reason),
+        }
+    }
+}
+
 /// A request without an answer.
 #[derive(Debug)]
 pub enum Failure {
     /// To be asked again.
     Again {
         /// Why.
-        reason: Passing,
-        /// How long the teacher wants to be left alone.
-        after: Option<Duration>,
+        hitch: Hitch,
         /// What it took all the same, as far as one can tell.
         usage: Usage,
     },
@@ -133,15 +155,6 @@ struct Delta {
 struct Counted {
     prompt_tokens: u64,
     completion_tokens: u64,
-}
-
-/// An answer with a status that is not a success.
-#[derive(Debug, thiserror::Error)]
-#[error("status {status}: {told}")]
-struct Refusal {
-    status: u16,
-    after: Option<Duration>,
-    told: String,
 }
 
 /// A teacher that can be asked.
@@ -181,7 +194,6 @@ impl Teacher {
             .context("TLS cannot be set up")?;
         let config = OpenAIConfig::new().with_api_base(&settings.url).with_api_key(key);
         let transport = http.clone();
-        // The client's own transport tries again by itself, and hides when a teacher wants to be asked.
         let service = tower::service_fn(move |request: HttpRequestFactory| send(transport.clone(), request));
         let client = Client::build(http, config).with_http_service(service);
         Ok(Self { settings, client, names_completion: AtomicBool::new(false) })
@@ -194,16 +206,16 @@ impl Teacher {
     pub async fn ask(&self, request: &str) -> Result<Answer, Failure> {
         let mut heard = Heard::default();
         let whole = timeout(self.settings.silence_max * SILENCES_MAX, self.hear(request, &mut heard)).await;
-        match whole.unwrap_or(Err(Trouble::Passing(Passing::Timeout, None))) {
+        match whole.unwrap_or_else(|_| Err(Hitch::new(Passing::Timeout, "it came too slowly").into())) {
             Ok(end) => {
                 let counted = heard.counted.is_some();
                 let usage = heard.usage(request);
                 Ok(Answer { text: heard.text, end, usage, counted })
             }
-            Err(Trouble::Passing(reason, after)) => {
+            Err(Trouble::Passing(hitch)) => {
                 // What was refused costs nothing; what was begun does, whether it arrived or not.
                 let usage = if heard.begun { heard.usage(request) } else { Usage::default() };
-                Err(Failure::Again { reason, after, usage })
+                Err(Failure::Again { hitch, usage })
             }
             Err(Trouble::Final(error)) => Err(Failure::Final(error)),
         }
@@ -216,7 +228,7 @@ impl Teacher {
 
     async fn hear(&self, request: &str, heard: &mut Heard) -> Result<End, Trouble> {
         let chat = self.client.chat();
-        let silence = |_| Trouble::Passing(Passing::Timeout, None);
+        let silence = |_| Trouble::from(Hitch::new(Passing::Timeout, ""));
         let newer = self.names_completion.load(Ordering::Relaxed);
         let opened = chat.create_stream_byot::<_, Chunk>(self.body(request, newer));
         let opened = timeout(self.settings.silence_max, opened).await.map_err(silence)?;
@@ -226,8 +238,8 @@ impl Teacher {
         let mut end = None;
         while let Some(chunk) = timeout(self.settings.silence_max, stream.next()).await.map_err(silence)? {
             let chunk = chunk.map_err(|error| self.trouble(error, newer))?;
-            if chunk.error.is_some() {
-                return Err(Trouble::Passing(Passing::ServerError, None));
+            if let Some(error) = chunk.error {
+                return Err(Hitch::new(Passing::ServerError, told(error.to_string().as_bytes())).into());
             }
             heard.counted = chunk.usage.or(heard.counted.take());
             let Some(choice) = chunk.choices.into_iter().next() else { continue };
@@ -240,7 +252,7 @@ impl Teacher {
             }
         }
         // A stream that just ends is a connection that was lost.
-        end.ok_or(Trouble::Passing(Passing::Truncated, None))
+        end.ok_or_else(|| Hitch::new(Passing::Truncated, "it ended before the answer did").into())
     }
 
     fn body(&self, request: &str, newer: bool) -> Value {
@@ -262,14 +274,18 @@ impl Teacher {
         match error {
             OpenAIError::Boxed(error) => match error.downcast::<Refusal>() {
                 Ok(refusal) => self.refused(*refusal, newer),
-                Err(_) => Trouble::Passing(Passing::Connection, None),
+                Err(error) => Hitch::new(Passing::Connection, error).into(),
             },
             OpenAIError::Reqwest(error) if error.is_builder() => {
                 Trouble::Final(anyhow!("no request can be made to {}: {error}", self.settings.url))
             }
-            OpenAIError::Reqwest(error) if error.is_timeout() => Trouble::Passing(Passing::Timeout, None),
-            OpenAIError::JSONDeserialize(..) => Trouble::Passing(Passing::Malformed, None),
-            _ => Trouble::Passing(Passing::Connection, None),
+            OpenAIError::Reqwest(error) => {
+                let reason = if error.is_timeout() { Passing::Timeout } else { Passing::Connection };
+                // The address is told anyway; what matters comes last.
+                Hitch::new(reason, format!("{:#}", anyhow::Error::from(error.without_url()))).into()
+            }
+            OpenAIError::JSONDeserialize(error, _) => Hitch::new(Passing::Malformed, error).into(),
+            other => Hitch::new(Passing::Connection, other).into(),
         }
     }
 
@@ -282,11 +298,17 @@ impl Teacher {
             429 if told.contains("insufficient_quota") => {
                 format!("{url} says that the account's quota is used up: {told}")
             }
-            408 | 425 | 429 => return Trouble::Passing(Passing::RateLimited, after),
-            500..=599 => return Trouble::Passing(Passing::ServerError, after),
+            408 | 425 | 429 => {
+                return Hitch { after, ..Hitch::new(Passing::RateLimited, told) }.into();
+            }
+            500..=599 => {
+                let detail = format!("status {status} {told}").trim().to_owned();
+                return Hitch { after, ..Hitch::new(Passing::ServerError, detail) }.into();
+            }
             400 if !newer && told.contains("max_completion_tokens") => {
                 self.names_completion.store(true, Ordering::Relaxed);
-                return Trouble::Passing(Passing::Malformed, Some(Duration::ZERO));
+                let after = Some(Duration::ZERO);
+                return Hitch { after, ..Hitch::new(Passing::Malformed, told) }.into();
             }
             300..=399 => format!("{url} leads elsewhere (status {status}): give --teacher the final address"),
             401 if key.is_none() => format!("{url} asks for a key: put it into the variable {key_env}"),
@@ -295,14 +317,20 @@ impl Teacher {
             404 => format!("{url} has no chat model {model}; check --teacher and --model: {told}"),
             _ => format!("{url} refuses the request with status {status}: {told}"),
         };
-        Trouble::Final(anyhow!(message))
+        Trouble::Final(anyhow!(message.trim_end_matches(": ").to_owned()))
     }
 }
 
 /// What went wrong with one request.
 enum Trouble {
-    Passing(Passing, Option<Duration>),
+    Passing(Hitch),
     Final(anyhow::Error),
+}
+
+impl From<Hitch> for Trouble {
+    fn from(hitch: Hitch) -> Self {
+        Self::Passing(hitch)
+    }
 }
 
 /// What of an answer has come.
@@ -334,43 +362,6 @@ impl End {
             _ => Self::Stop,
         }
     }
-}
-
-/// Sends a request once. What is not a success is an error that still knows its headers.
-async fn send(http: reqwest::Client, request: HttpRequestFactory) -> Result<reqwest::Response, OpenAIError> {
-    let mut response = http.execute(request.build().await?).await.map_err(OpenAIError::Reqwest)?;
-    if response.status().is_success() {
-        return Ok(response);
-    }
-    let after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-    let (status, after) = (response.status().as_u16(), after.and_then(retry_after));
-    let mut body = Vec::new();
-    while let Ok(Some(part)) = response.chunk().await
-        && body.len() < REFUSAL_BYTES_MAX
-    {
-        body.extend_from_slice(&part);
-    }
-    Err(OpenAIError::Boxed(Box::new(Refusal { status, after, told: told(&body) })))
-}
-
-/// Seconds, or a date.
-fn retry_after(value: &str) -> Option<Duration> {
-    if let Ok(seconds) = value.trim().parse() {
-        return Duration::try_from_secs_f64(seconds).ok();
-    }
-    let date = httpdate::parse_http_date(value).ok()?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
-}
-
-/// What a failure says of itself, in one line.
-fn told(body: &[u8]) -> String {
-    let error = serde_json::from_slice::<Value>(body).unwrap_or_default();
-    let error = error.get("error").unwrap_or(&error);
-    let said = error["message"].as_str().or(error.as_str()).map(str::to_owned);
-    let code = error["code"].as_str().map(|code| format!(" ({code})")).unwrap_or_default();
-    let text = said.map_or_else(|| String::from_utf8_lossy(body).into_owned(), |said| said + &code);
-    let words: Vec<&str> = text.split_whitespace().collect();
-    words.join(" ").chars().take(REFUSAL_SHOWN).collect()
 }
 
 #[cfg(test)]
@@ -407,7 +398,7 @@ mod tests {
             let after = Some(Duration::from_secs(3));
             match teacher.refused(Refusal { status, after, told: told.into() }, newer) {
                 Trouble::Final(error) => error.to_string(),
-                Trouble::Passing(reason, _) => reason.to_string(),
+                Trouble::Passing(hitch) => hitch.to_string(),
             }
         };
         let told = refuse(401, "bad key sk-secret");
@@ -416,33 +407,12 @@ mod tests {
         assert!(refuse(308, "").contains("--teacher"));
         assert!(refuse(422, "no such field").contains("no such field"));
         assert!(refuse(429, "quota (insufficient_quota)").contains("quota is used up"));
-        assert_eq!(refuse(429, "slow down"), "rate limited");
-        assert_eq!(refuse(503, ""), "server error");
+        assert_eq!(refuse(429, "slow down"), "rate limited: slow down");
+        assert_eq!(refuse(503, ""), "server error: status 503");
+        assert!(refuse(405, "").ends_with("status 405"));
         // The other name is tried once.
-        assert_eq!(refuse(400, "use 'max_completion_tokens'"), "malformed");
+        assert!(refuse(400, "use 'max_completion_tokens'").starts_with("malformed"));
         assert_eq!(teacher.body("x", true)["max_completion_tokens"], 9);
         assert!(refuse(400, "use 'max_completion_tokens'").contains("status 400"));
-    }
-
-    #[test]
-    fn waiting_times_are_seconds_or_dates() {
-        assert_eq!(retry_after("2"), Some(Duration::from_secs(2)));
-        assert_eq!(retry_after(" 0.5 "), Some(Duration::from_millis(500)));
-        assert_eq!(retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
-        let date = httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(100));
-        assert!(retry_after(&date).is_some_and(|wait| (90..=100).contains(&wait.as_secs())));
-        for nonsense in ["-1", "soon", "inf"] {
-            assert_eq!(retry_after(nonsense), None);
-        }
-    }
-
-    #[test]
-    fn failures_are_told_in_one_line() {
-        let openai = br#"{"error": {"message": "No\nsuch model", "code": "model_not_found"}}"#;
-        assert_eq!(told(openai), "No such model (model_not_found)");
-        assert_eq!(told(br#"{"error": {"message": "no", "code": 404}}"#), "no");
-        assert_eq!(told(br#"{"error": "plain"}"#), "plain");
-        assert_eq!(told(b"<html>\n down</html>"), "<html> down</html>");
-        assert!(told(&[b'x'; 5000]).len() <= REFUSAL_SHOWN);
     }
 }

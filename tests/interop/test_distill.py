@@ -97,7 +97,9 @@ def answers(url):
 
 
 def distill(teacher, folder, *flags, key="sk-local"):
-    command = [ENGRAM, "distill", "--teacher", teacher, "--model", "word", "--domain", "taught", "--json", *flags]
+    # This server breaks off an answer when the next request comes, unless it is told not to.
+    command = [ENGRAM, "distill", "--teacher", teacher, "--model", "word", "--domain", "taught", "--json"]
+    command += ["--parallel", "1", *flags]
     environment = {**os.environ, "OPENAI_API_KEY": key}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

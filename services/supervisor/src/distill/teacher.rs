@@ -141,12 +141,11 @@ struct Chunk {
 
 #[derive(Debug, Deserialize)]
 struct Choice {
-    #[serde(default)]
-    delta: Delta,
+    delta: Option<Delta>,
     finish_reason: Option<String>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Delta {
     content: Option<String>,
 }
@@ -244,7 +243,7 @@ impl Teacher {
             heard.counted = chunk.usage.or(heard.counted.take());
             let Some(choice) = chunk.choices.into_iter().next() else { continue };
             heard.pieces += 1;
-            heard.text += choice.delta.content.as_deref().unwrap_or_default();
+            heard.text += choice.delta.and_then(|delta| delta.content).as_deref().unwrap_or_default();
             end = choice.finish_reason.as_deref().map(End::of).or(end);
             if heard.text.len() > ANSWER_BYTES_MAX {
                 end = Some(End::Length);

@@ -65,6 +65,7 @@ fn help_teaches_by_examples() {
     for command in [
         "up",
         "learn",
+        "distill",
         "generate",
         "chat",
         "status",

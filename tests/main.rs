@@ -7,6 +7,7 @@
 mod adapters;
 mod bad_input;
 mod cli;
+mod distill;
 mod documents;
 mod forget;
 mod harness;

@@ -59,9 +59,11 @@ pub struct Forget {
 pub struct Forgotten {
     /// The document.
     pub id: DocumentId,
-    /// Generations that had seen it, which are gone.
+    /// Documents that were derived from it, and from those, which are gone with it.
+    pub derived_documents: u32,
+    /// Generations that had seen any of them, which are gone.
     pub removed_generations: u32,
-    /// What its lineage serves now, until it has relearned the rest; none is the base.
+    /// What its own lineage serves now, until it has relearned the rest; none is the base.
     pub serving: Option<GenerationId>,
 }
 

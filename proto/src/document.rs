@@ -89,6 +89,8 @@ pub struct Document {
     pub source: Option<String>,
     /// When it was accepted, in milliseconds since 1970.
     pub submitted_ms: u64,
+    /// What it was made from: the id of a document, with which it is forgotten, or the name of a file.
+    pub derived_from: Option<String>,
 }
 
 impl Document {

@@ -51,6 +51,12 @@ pub struct DocumentStatus {
     pub status: Stage,
     /// Its domain.
     pub domain: Domain,
+    /// Where it came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// What it was made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub derived_from: Option<String>,
     /// Why it was refused or set aside.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

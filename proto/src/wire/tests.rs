@@ -34,6 +34,7 @@ fn document() -> Document {
         importance: Some(0.75),
         source: Some("notes.md".into()),
         submitted_ms: 1_700_000_000_000,
+        derived_from: Some("order-6".into()),
     }
 }
 
@@ -182,7 +183,8 @@ fn text_event() -> GenerateEvent {
 
 #[test]
 fn messages_on_the_wire_are_as_agreed() {
-    let text = Document { content: Content::Text("the sky".into()), importance: None, ..document() };
+    let content = Content::Text("the sky".into());
+    let text = Document { content, importance: None, derived_from: None, ..document() };
     golden("accepted", Kind::Accepted, &Accepted { ordinal: 41, document: document() });
     let parsed = Parsed { ordinal: 42, document: text, pieces: vec![piece()], refused: None };
     golden("parsed", Kind::Parsed, &parsed);

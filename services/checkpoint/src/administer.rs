@@ -52,15 +52,18 @@ impl Answer<Forget> for Checkpoint {
     type Reply = Result<Forgotten, Refusal>;
 
     async fn answer(&mut self, ask: Forget) -> Result<Self::Reply, Fault> {
-        let Some((ordinal, document)) = self.ledger.document(&ask.id)? else {
+        // First the documents themselves, so that no batch that is planned from here on can hold them.
+        let removed = self.ledger.forget(&ask.id)?;
+        let shared = self.registry.manifest().shared;
+        let places: Vec<(Domain, u64)> = removed
+            .into_iter()
+            .map(|(ordinal, document)| (if shared { Domain::general() } else { document.domain }, ordinal))
+            .collect();
+        let Some((lineage, _)) = places.first() else {
             return Ok(Err(Refusal::NotFound(format!("there is no document {}", ask.id))));
         };
-        let shared = self.registry.manifest().shared;
-        let lineage = if shared { Domain::general() } else { document.domain.clone() };
-        let dirty = self.derived_from(&lineage, ordinal);
+        let dirty = self.that_hold(&places);
         let gone: BTreeSet<&GenerationId> = dirty.iter().map(|g| &g.id).collect();
-        // First the document itself, so that no batch that is planned from here on can hold it.
-        self.ledger.forget(ordinal)?;
         let affected: Vec<Domain> = self.registry.manifest().lineages.keys().cloned().collect();
         for affected in affected {
             let chain = self.registry.chain(&affected);
@@ -73,7 +76,8 @@ impl Answer<Forget> for Checkpoint {
         if !dirty.is_empty() {
             let _ = self.serve().await;
         }
-        for id in self.store.ids()?.into_iter().filter(|id| id.ordinal == ordinal) {
+        let ordinals: BTreeSet<u64> = places.iter().map(|(_, ordinal)| *ordinal).collect();
+        for id in self.store.ids()?.into_iter().filter(|id| ordinals.contains(&id.ordinal)) {
             self.store.remove(id)?;
         }
         self.remove_files(dirty.iter().flat_map(|g| g.files()).collect())?;
@@ -83,9 +87,10 @@ impl Answer<Forget> for Checkpoint {
         // Deleted rows stay readable in the pages of a file until it is written anew.
         self.store.rewrite()?;
         self.ledger.rewrite()?;
-        let serving = self.registry.manifest().lineages.get(&lineage).and_then(|l| l.current.clone());
-        tracing::info!(id = %ask.id, generations = dirty.len(), "forgot a document");
-        Ok(Ok(Forgotten { id: ask.id, removed_generations: dirty.len() as u32, serving }))
+        let serving = self.registry.manifest().lineages.get(lineage).and_then(|l| l.current.clone());
+        let (derived_documents, removed_generations) = (places.len() as u32 - 1, dirty.len() as u32);
+        tracing::info!(id = %ask.id, derived_documents, removed_generations, "forgot a document");
+        Ok(Ok(Forgotten { id: ask.id, derived_documents, removed_generations, serving }))
     }
 }
 
@@ -127,15 +132,16 @@ impl Answer<Export> for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Every generation that holds something of a document: those that learned it, and all that stand
-    /// on one of them, since what came after may have rehearsed it; merges of them too, and what was
-    /// rolled back and is still there.
-    fn derived_from(&self, lineage: &Domain, ordinal: u64) -> Vec<Arc<Generation>> {
-        let (mut dirty, mut clean): (Vec<_>, Vec<_>) = self
-            .registry
-            .generations()
-            .into_iter()
-            .partition(|g| g.lineage == *lineage && g.after < ordinal && ordinal <= g.through);
+    /// Every generation that holds something of documents, which are named by lineage and ordinal:
+    /// those that learned one, and all that stand on one of them, since what came after may have
+    /// rehearsed it; merges of them too, and what was rolled back and is still there.
+    fn that_hold(&self, documents: &[(Domain, u64)]) -> Vec<Arc<Generation>> {
+        let learned = |g: &Arc<Generation>| {
+            let within = |ordinal: u64| g.after < ordinal && ordinal <= g.through;
+            documents.iter().any(|(lineage, ordinal)| g.lineage == *lineage && within(*ordinal))
+        };
+        let (mut dirty, mut clean): (Vec<_>, Vec<_>) =
+            self.registry.generations().into_iter().partition(learned);
         loop {
             let gone: BTreeSet<GenerationId> = dirty.iter().map(|g| g.id.clone()).collect();
             let stands_on =

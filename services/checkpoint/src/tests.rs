@@ -135,6 +135,7 @@ fn document(ordinal: u64) -> Document {
         importance: None,
         source: None,
         submitted_ms: 0,
+        derived_from: None,
     }
 }
 
@@ -246,6 +247,24 @@ async fn forgetting_reaches_what_was_rolled_back() {
     assert_eq!((forgotten.removed_generations, forgotten.serving), (1, None));
     assert!(bench.service.registry.generation(&rolled_back).is_none());
     assert!(bench.service.blobs.get(&weights).is_err());
+}
+
+#[actix::test]
+async fn what_derives_from_a_document_is_forgotten_with_it() {
+    let mut bench = Bench::new(1).await;
+    let child = Document { derived_from: Some("d4".into()), ..document(2) };
+    for (ordinal, document) in [(2, child), (3, document(3)), (4, document(4))] {
+        bench.service.ledger.append(vec![document]).await.expect("appended");
+        bench.service.ledger.settle_intake(&kept(ordinal), vec![example(ordinal)]).await.expect("settled");
+    }
+    let untouched = bench.publish(1).await;
+    bench.publish(2).await;
+    bench.publish(4).await;
+    let forgotten = bench.service.answer(Forget { id: id(4) }).await.expect("answered").expect("forgotten");
+    assert_eq!((forgotten.derived_documents, forgotten.removed_generations), (1, 2));
+    assert_eq!(forgotten.serving, Some(untouched));
+    assert!(bench.service.ledger.document(&id(2)).expect("read").is_none());
+    assert_eq!(bench.stage(3).0, Stage::Waiting, "it is learned again");
 }
 
 #[actix::test]

@@ -170,6 +170,7 @@ mod tests {
                 importance: None,
                 source: None,
                 submitted_ms: 0,
+                derived_from: None,
             };
             let pieces = vec![Piece { tokens: vec![1, 2, 3], learned: vec![(1, 3)] }];
             let parsed = Parsed { ordinal: self.ordinal, document, pieces, refused: None };

@@ -10,7 +10,7 @@ use crate::submission::{self, Submission};
 use actix_web::{HttpRequest, HttpResponse, web};
 use kit::ledger::{Appended, LedgerError};
 use kit::status::document_status;
-use proto::{DocumentId, DocumentStatus, Domain, Forget, Stage};
+use proto::{Content, DocumentId, DocumentStatus, Domain, Forget, Stage};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -103,10 +103,33 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
     Ok(HttpResponse::Ok().json(json!({"documents": statuses(&state, ids).await?})))
 }
 
-pub(crate) async fn show(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
+pub(crate) async fn show(
+    state: web::Data<State>,
+    request: HttpRequest,
+    id: web::Path<String>,
+) -> Result<HttpResponse> {
     let id = document_id(id)?;
+    let mut query = Query::of(&request)?;
+    let with_content = query.flag("content")?;
+    query.finish()?;
     let status = statuses(&state, vec![id.clone()]).await?.pop();
-    Ok(HttpResponse::Ok().json(status.ok_or_else(|| no_such_document(&id))?))
+    let mut answer = json!(status.ok_or_else(|| no_such_document(&id))?);
+    if with_content {
+        let (ledger, name) = (Arc::clone(&state.gateway.ledger), id.clone());
+        let document = read(move || ledger.document(&name)).await?;
+        let (_, document) = document.ok_or_else(|| no_such_document(&id))?;
+        answer["content"] = content(document.content);
+    }
+    Ok(HttpResponse::Ok().json(answer))
+}
+
+/// What a document says, in the form that it was submitted in.
+fn content(content: Content) -> Value {
+    match content {
+        Content::Text(text) => json!({"text": text}),
+        Content::Completion { prompt, completion } => json!({"prompt": prompt, "completion": completion}),
+        Content::Messages(messages) => json!({"messages": messages}),
+    }
 }
 
 pub(crate) async fn forget(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {

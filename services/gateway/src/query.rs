@@ -45,6 +45,12 @@ impl Query {
         }
     }
 
+    /// Whether it is `true`; left out, it is not.
+    pub(crate) fn flag(&mut self, key: &str) -> Result<bool> {
+        let Some(text) = self.0.remove(key) else { return Ok(false) };
+        text.parse().map_err(|_| ApiError::invalid(key, format!("'{key}' must be true or false")))
+    }
+
     pub(crate) fn finish(self) -> Result<()> {
         match self.0.keys().next() {
             None => Ok(()),

@@ -7,7 +7,7 @@ use crate::messages;
 use proto::{Content, Document, DocumentId, Domain, Message, Role};
 use serde_json::Value;
 
-/// The longest `source`, in bytes.
+/// The longest `source` and `derived_from`, in bytes.
 const SOURCE_BYTES_MAX: usize = 256;
 
 /// What a submission may hold.
@@ -57,10 +57,8 @@ fn document(mut fields: Fields, id: Option<DocumentId>, limits: Limits, now_ms: 
         None => Domain::general(),
     };
     let importance = fields.number("importance", 0.0..=1.0)?;
-    let source = fields.string("source")?;
-    if source.as_ref().is_some_and(|source| source.len() > SOURCE_BYTES_MAX) {
-        return Err(fields.must_be("source", &format!("at most {SOURCE_BYTES_MAX} bytes long")));
-    }
+    let source = short(&mut fields, "source")?;
+    let derived_from = short(&mut fields, "derived_from")?;
     let path = fields.path("");
     fields.finish()?;
     let (bytes, bytes_max) = (content.len_bytes(), limits.document_bytes_max);
@@ -72,7 +70,15 @@ fn document(mut fields: Fields, id: Option<DocumentId>, limits: Limits, now_ms: 
         return Err(ApiError::too_large(message).param(path.trim_end_matches('.')));
     }
     let id = id.unwrap_or_else(|| Document::content_id(&domain, &content));
-    Ok(Document { id, domain, content, importance, source, submitted_ms: now_ms })
+    Ok(Document { id, domain, content, importance, source, submitted_ms: now_ms, derived_from })
+}
+
+fn short(fields: &mut Fields, key: &str) -> Result<Option<String>> {
+    let text = fields.string(key)?;
+    if text.as_ref().is_some_and(|text| text.len() > SOURCE_BYTES_MAX) {
+        return Err(fields.must_be(key, &format!("at most {SOURCE_BYTES_MAX} bytes long")));
+    }
+    Ok(text)
 }
 
 fn content(fields: &mut Fields) -> Result<Content> {
@@ -125,9 +131,10 @@ mod tests {
         let text = one(json!({"text": "a", "domain": "d", "importance": 1, "source": "s"}));
         assert_eq!(text.content, Content::Text("a".into()));
         assert_eq!((text.domain.as_str(), text.importance), ("d", Some(1.0)));
-        let pair = one(json!({"prompt": "a", "completion": "b", "importance": null}));
+        let pair = one(json!({"prompt": "a", "completion": "b", "importance": null, "derived_from": "x"}));
         assert_eq!(pair.content, Content::Completion { prompt: "a".into(), completion: "b".into() });
         assert_eq!((pair.domain.as_str(), pair.importance), ("general", None));
+        assert_eq!((text.derived_from, pair.derived_from.as_deref()), (None, Some("x")));
         let parts = json!([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]);
         let talk = one(json!({"messages": [{"role": "user", "content": parts},
                                            {"role": "assistant", "content": "yes"}]}));
@@ -165,6 +172,7 @@ mod tests {
             (json!({"text": "a", "importance": -0.1}), json!("importance")),
             (json!({"text": "a", "importance": "1"}), json!("importance")),
             (json!({"text": "a", "source": "s".repeat(300)}), json!("source")),
+            (json!({"text": "a", "derived_from": "s".repeat(300)}), json!("derived_from")),
             (json!({"messages": []}), json!("messages")),
             (json!({"messages": [{"role": "user", "content": "a"}]}), json!("messages")),
             (json!({"messages": [{"role": "tool", "content": "a"}]}), json!("messages[0].role")),

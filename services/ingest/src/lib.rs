@@ -217,6 +217,7 @@ mod tests {
             importance: None,
             source: None,
             submitted_ms: 0,
+            derived_from: None,
         };
         service.handle(&Accepted { ordinal: 7, document }).await.expect("handled");
         let message = parsed.recv().await.expect("a message");

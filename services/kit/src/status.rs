@@ -26,6 +26,8 @@ pub fn document_status(
         id: document.id,
         status: place.stage,
         domain: document.domain,
+        source: document.source,
+        derived_from: document.derived_from,
         reason: place.reason,
         generation: place.generation,
         held_out,
@@ -172,6 +174,7 @@ mod tests {
             importance: None,
             source: None,
             submitted_ms: 0,
+            derived_from: None,
         };
         ledger.append((1..=DOCUMENTS).map(document).collect()).await.expect("appended");
         let judged = [(1, 2, 1), (2, 0, 0), (3, 2, 0), (4, 2, 0), (5, 2, 2), (6, 2, 0)];

@@ -89,6 +89,7 @@ mod tests {
             importance,
             source: None,
             submitted_ms: 0,
+            derived_from: None,
         };
         ledger.append(vec![document]).await.expect("appended");
         let piece = Piece { tokens: vec![1, 2], learned: vec![(0, 2)] };

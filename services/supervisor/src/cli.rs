@@ -1,6 +1,6 @@
 //! The command line: what can be asked, and how failures are told.
 
-use crate::{adapters, ask, chat, doctor, documents, eval, learn, logits, pretrain, status, up};
+use crate::{adapters, ask, chat, distill, doctor, documents, eval, learn, logits, pretrain, status, up};
 use clap::{Parser, Subcommand, error::ErrorKind};
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -32,6 +32,8 @@ enum Command {
     Up(up::Args),
     /// Teach a running server files and folders.
     Learn(learn::Args),
+    /// Let a larger model teach a running server.
+    Distill(distill::Args),
     /// Let a running server continue a prompt.
     Generate(ask::Args),
     /// Talk with a running server.
@@ -77,6 +79,7 @@ fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
         Command::Up(args) => up::run(&args, out),
         Command::Learn(args) => learn::run(&args, out),
+        Command::Distill(args) => distill::run(&args, out),
         Command::Generate(args) => ask::run(&args, out),
         Command::Chat(args) => chat::run(&args, out),
         Command::Status(args) => status::run(&args, out),

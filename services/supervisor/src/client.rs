@@ -50,7 +50,24 @@ pub struct Client {
 pub struct Refused {
     /// The part of the request at fault, such as `documents[3].importance`.
     pub param: Option<String>,
+    /// What the server answered it with.
+    pub status: StatusCode,
     message: String,
+}
+
+/// A request.
+#[derive(Clone, Copy)]
+struct Ask<'a> {
+    method: &'a str,
+    path: &'a str,
+    body: Option<&'a Value>,
+    key: Option<&'a str>,
+}
+
+impl<'a> Ask<'a> {
+    fn new(method: &'a str, path: &'a str) -> Self {
+        Self { method, path, body: None, key: None }
+    }
 }
 
 enum Attempt {
@@ -87,22 +104,27 @@ impl Client {
 
     /// The answer to a GET.
     pub fn get(&self, path: &str) -> Result<Value> {
-        self.json("GET", path, None)
+        self.json(Ask::new("GET", path))
     }
 
     /// The answer to a POST.
     pub fn post(&self, path: &str, body: &Value) -> Result<Value> {
-        self.json("POST", path, Some(body))
+        self.json(Ask { body: Some(body), ..Ask::new("POST", path) })
+    }
+
+    /// The answer to a POST that may be sent again: the server knows it by its key.
+    pub fn post_as(&self, key: &str, path: &str, body: &Value) -> Result<Value> {
+        self.json(Ask { body: Some(body), key: Some(key), ..Ask::new("POST", path) })
     }
 
     /// The answer to a DELETE.
     pub fn delete(&self, path: &str) -> Result<Value> {
-        self.json("DELETE", path, None)
+        self.json(Ask::new("DELETE", path))
     }
 
     /// Hands the `data:` of each event of a streamed answer to `each`.
     pub fn stream(&self, path: &str, body: &Value, mut each: impl FnMut(&Value) -> Result<()>) -> Result<()> {
-        let response = self.send("POST", path, Some(body))?;
+        let response = self.send(Ask { body: Some(body), ..Ask::new("POST", path) })?;
         for line in BufReader::new(response.into_body().into_reader()).lines() {
             let line = line.context("the server broke off its answer; ask again")?;
             let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
@@ -118,8 +140,8 @@ impl Client {
         bail!("the server broke off its answer; ask again")
     }
 
-    fn json(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
-        let mut response = self.send(method, path, body)?;
+    fn json(&self, ask: Ask<'_>) -> Result<Value> {
+        let mut response = self.send(ask)?;
         let answer = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string();
         let answer = answer.with_context(|| format!("{} broke off its answer", self.server))?;
         if answer.is_empty() {
@@ -129,10 +151,10 @@ impl Client {
             .with_context(|| format!("{} does not answer like Engram; is --server right?", self.server))
     }
 
-    fn send(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Response<Body>> {
+    fn send(&self, ask: Ask<'_>) -> Result<Response<Body>> {
         let deadline = Instant::now() + self.patience;
         loop {
-            match self.attempt(method, path, body)? {
+            match self.attempt(ask)? {
                 Attempt::Answered(response) => return Ok(response),
                 Attempt::Later(after, error) if Instant::now() + after > deadline => return Err(error),
                 Attempt::Later(after, _) => thread::sleep(after),
@@ -140,15 +162,18 @@ impl Client {
         }
     }
 
-    fn attempt(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Attempt> {
+    fn attempt(&self, ask: Ask<'_>) -> Result<Attempt> {
         let mut request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.server))
+            .method(ask.method)
+            .uri(format!("{}{}", self.server, ask.path))
             .header("content-type", "application/json");
+        if let Some(key) = ask.key {
+            request = request.header("idempotency-key", key);
+        }
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let sent = match body {
+        let sent = match ask.body {
             Some(body) => self.agent.run(request.body(body.to_string())?),
             None => self.agent.run(request.body(())?),
         };
@@ -190,7 +215,7 @@ impl Client {
             }
             _ if answer.get("error").is_some() => {
                 let param = answer["error"]["param"].as_str().map(str::to_owned);
-                Refused { param, message: message_of(answer) }.into()
+                Refused { param, status, message: message_of(answer) }.into()
             }
             _ => anyhow!("{} answered {status}; is --server right?", self.server),
         }

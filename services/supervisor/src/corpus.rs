@@ -15,7 +15,8 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 const SNIFFED_BYTES: usize = 8 * 1024;
 
 /// The fields of a document that the server knows. Data sets often carry others, for others.
-const FIELDS: [&str; 7] = ["text", "prompt", "completion", "messages", "domain", "importance", "source"];
+const FIELDS: [&str; 8] =
+    ["text", "prompt", "completion", "messages", "domain", "importance", "source", "derived_from"];
 /// The server takes sources up to this length, bytes.
 const SOURCE_BYTES_MAX: usize = 256;
 
@@ -113,7 +114,7 @@ impl SourceFile {
             return vec![Err(anyhow!("{place} is not a JSON object"))];
         };
         body.retain(|field, _| FIELDS.contains(&field.as_str()));
-        body.entry("source").or_insert_with(|| source(&self.name));
+        body.entry("source").or_insert_with(|| source(&self.name).into());
         let has = |key: &str| body.contains_key(key);
         if has("prompt") && has("completion") || has("messages") {
             return vec![Ok(Draft { place, body })];
@@ -135,22 +136,22 @@ fn parts(place: &str, text: &str, fields: &Map<String, Value>) -> Vec<Result<Dra
         let place = if many { format!("{place}#{}", index + 1) } else { place.to_owned() };
         let mut body = fields.clone();
         body.insert("text".into(), piece.into());
-        body.entry("source").or_insert_with(|| source(&place));
+        body.entry("source").or_insert_with(|| source(&place).into());
         Ok(Draft { place, body })
     };
     pieces.into_iter().enumerate().map(draft).collect()
 }
 
 /// A place as a source: of one that is too long, the end says more than the beginning.
-fn source(place: &str) -> Value {
+pub fn source(place: &str) -> &str {
     let least = place.len().saturating_sub(SOURCE_BYTES_MAX);
     let start = (least..place.len()).find(|at| place.is_char_boundary(*at));
-    place[start.unwrap_or(0)..].into()
+    &place[start.unwrap_or(0)..]
 }
 
 /// Cuts text into pieces of at most `limit` bytes: at the last blank line that fits, else at the
 /// last line break, else at the last space, else between two characters. Blank pieces are dropped.
-fn split(text: &str, limit: usize) -> Vec<&str> {
+pub fn split(text: &str, limit: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while rest.len() > limit {

@@ -80,9 +80,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 }
 
 fn trail(document: &Value, out: &mut dyn Write) -> Result<()> {
-    for name in ["id", "status", "domain", "generation", "reason", "held_out"] {
+    for name in ["id", "status", "domain", "source", "derived_from", "generation", "reason", "held_out"] {
         if let Some(value) = document.get(name) {
-            writeln!(out, "{name:10}  {}", plain(value))?;
+            writeln!(out, "{name:12}  {}", plain(value))?;
         }
     }
     let entries = document["trail"].as_array().map(Vec::as_slice).unwrap_or_default();

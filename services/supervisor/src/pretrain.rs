@@ -1,5 +1,6 @@
 //! `engram pretrain`: a base from scratch. Needs no server.
 
+use crate::interrupt::at_interrupt;
 use anyhow::{Context, Result, ensure};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use model::device::{DeviceChoice, Placement, Precision, PrecisionChoice};
@@ -213,19 +214,10 @@ fn stopped(elapsed: Duration, step: u64, args: &Args) -> String {
     format!("stopped early: the same command with --resume goes on; with --resume {budget} it settles soon")
 }
 
-/// Set by the first Ctrl-C; a second one ends the program as ever.
+/// Set by the first Ctrl-C.
 fn stop_at_interrupt() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&stop);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("interrupt".into()).spawn(move || {
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                if told.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        });
-    })?;
+    at_interrupt(move || told.store(true, Ordering::Relaxed))?;
     Ok(stop)
 }

@@ -29,6 +29,26 @@ fn one_document_is_accepted_followed_and_listed() {
 }
 
 #[test]
+fn a_document_tells_where_it_comes_from_and_what_it_says() {
+    let server = Server::start(&[]);
+    let talk = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let contents =
+        [json!({"text": "one"}), json!({"prompt": "two?", "completion": "2"}), json!({"messages": talk})];
+    for content in contents {
+        let mut body = content.clone();
+        (body["source"], body["derived_from"]) = (json!("teacher"), json!("order-7"));
+        let accepted = server.post("/v1/documents", &body).json();
+        let path = format!("/v1/documents/{}", accepted["id"].as_str().expect("an id"));
+        let told = server.get(&path).json();
+        assert_eq!((&told["source"], &told["derived_from"]), (&json!("teacher"), &json!("order-7")));
+        assert_eq!(told.get("content"), None, "only when it is asked for");
+        assert_eq!(server.get(&format!("{path}?content=true")).json()["content"], content);
+        assert_eq!(server.get(&format!("{path}?content=maybe")).status, 400);
+    }
+    assert_eq!(server.get("/v1/documents/unknown?content=true").status, 404);
+}
+
+#[test]
 fn many_documents_keep_their_order_and_their_keys() {
     let server = Server::start(&[]);
     let body = json!({"documents": [{"text": "one"}, {"prompt": "two?", "completion": "2"}]});

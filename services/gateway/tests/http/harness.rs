@@ -277,7 +277,7 @@ fn doors(seen: &Arc<Seen>) -> Doors {
         }),
         forget: answered(|ask: Forget| match ask.id.as_str() {
             "missing" => Err(Refusal::NotFound("there is no such document".into())),
-            _ => Ok(Forgotten { id: ask.id, removed_generations: 1, serving: None }),
+            _ => Ok(Forgotten { id: ask.id, derived_documents: 0, removed_generations: 1, serving: None }),
         }),
         import: answered(move |ask: Import| {
             *keep.imported.lock().expect("not poisoned") = Some(ask);

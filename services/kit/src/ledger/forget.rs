@@ -2,10 +2,10 @@
 
 use super::query::ordinals;
 use super::tables::{
-    DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, Settled, TRAILS, names, unframe,
+    DERIVED, DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, Settled, TRAILS, names, unframe,
 };
 use super::{Ledger, LedgerError, Result, open_database};
-use proto::{Domain, VerdictKind};
+use proto::{Document, DocumentId, Domain, VerdictKind};
 use redb::{
     Database, Key, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, Value,
     WriteTransaction,
@@ -15,18 +15,23 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 impl Ledger {
-    /// Removes a document and all that is known of it. Its text stays in unused pages of the file
-    /// until [`Ledger::rewrite`].
+    /// Removes a document, all that derive from it, and all that is known of them. Gives back what
+    /// was removed, the document itself first; nothing when there is no such document. Their text
+    /// stays in unused pages of the file until [`Ledger::rewrite`].
     ///
     /// # Errors
     /// When it cannot be brought to disk.
-    pub fn forget(&self, ordinal: u64) -> Result<()> {
+    pub fn forget(&self, id: &DocumentId) -> Result<Vec<(u64, Document)>> {
         self.shared.transact(|tables| {
-            if let Some((document, _)) = tables.remove_document(ordinal)? {
-                tables.ids.remove(document.id.as_str())?;
-                tables.advance_cursor()?;
+            let mut removed = Vec::new();
+            for ordinal in tables.family(id)? {
+                if let Some((document, _)) = tables.remove_document(ordinal)? {
+                    tables.ids.remove(document.id.as_str())?;
+                    removed.push((ordinal, document));
+                }
             }
-            Ok(())
+            tables.advance_cursor()?;
+            Ok(removed)
         })
     }
 
@@ -145,6 +150,7 @@ fn copy_all(from: &Database, to: &Database) -> Result<()> {
     copy(&read, &write, DOCUMENTS)?;
     copy(&read, &write, IDS)?;
     copy(&read, &write, PLACES)?;
+    copy(&read, &write, DERIVED)?;
     copy(&read, &write, SETTLED)?;
     copy(&read, &write, EXAMPLES)?;
     copy(&read, &write, TRAILS)?;

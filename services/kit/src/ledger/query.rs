@@ -1,7 +1,7 @@
 //! What the ledger is asked.
 
 use super::tables::{DOCUMENTS, DOMAINS, EXAMPLES, IDS, Named, PLACES, SETTLED, Settled, TRAILS};
-use super::tables::{examples_of, get, trail, unframe};
+use super::tables::{document, document_at, examples_of, get, trail, unframe};
 use super::{Ledger, Result};
 use proto::{Accepted, Document, DocumentId, Domain, Example, ExampleId, Trail, Verdict, VerdictKind};
 use redb::{ReadTransaction, ReadableTable};
@@ -58,7 +58,7 @@ impl Ledger {
     pub fn document(&self, id: &DocumentId) -> Result<Option<(u64, Document)>> {
         self.shared.read(|read| {
             let Some(named) = get::<_, Named>(&read.open_table(IDS)?, id.as_str())? else { return Ok(None) };
-            let document = get(&read.open_table(DOCUMENTS)?, named.ordinal)?;
+            let document = document_at(&read.open_table(DOCUMENTS)?, named.ordinal)?;
             Ok(document.map(|document| (named.ordinal, document)))
         })
     }
@@ -103,7 +103,8 @@ impl Ledger {
             let mut found = Vec::new();
             for place in places.range((domain, 0)..(domain, before))?.rev().take(limit) {
                 let ordinal = place?.0.value().1;
-                found.extend(get(&documents, ordinal)?.map(|document| Accepted { ordinal, document }));
+                let document = document_at(&documents, ordinal)?;
+                found.extend(document.map(|document| Accepted { ordinal, document }));
             }
             Ok(found)
         })
@@ -123,7 +124,7 @@ impl Ledger {
             let documents = read.open_table(DOCUMENTS)?;
             let mut found = Vec::new();
             for ordinal in ordinals(read, domain, after, through)? {
-                found.extend(get(&documents, ordinal)?.map(|document| (ordinal, document)));
+                found.extend(document_at(&documents, ordinal)?.map(|document| (ordinal, document)));
             }
             Ok(found)
         })
@@ -268,7 +269,7 @@ impl Ledger {
 }
 
 fn accepted(row: &(redb::AccessGuard<'_, u64>, redb::AccessGuard<'_, &'static [u8]>)) -> Result<Accepted> {
-    Ok(Accepted { ordinal: row.0.value(), document: unframe(row.1.value())? })
+    Ok(Accepted { ordinal: row.0.value(), document: document(row.1.value())? })
 }
 
 /// Ordinals of the documents with `after < ordinal <= through`.

@@ -2,7 +2,7 @@
 
 use super::{DomainCounts, LedgerError, Result};
 use proto::wire::{self, Kind};
-use proto::{Document, DocumentId, Domain, Trail, TrailEntry, Verdict, VerdictKind};
+use proto::{Content, Document, DocumentId, Domain, Trail, TrailEntry, Verdict, VerdictKind};
 use redb::{ReadableTable, Table, TableDefinition, TableHandle, WriteTransaction};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,8 @@ pub(super) const DOCUMENTS: TableDefinition<u64, Frame> = TableDefinition::new("
 pub(super) const IDS: TableDefinition<&str, Frame> = TableDefinition::new("ids");
 /// Domain and ordinal of every document, so that a domain's documents are found without the others.
 pub(super) const PLACES: TableDefinition<(&str, u64), ()> = TableDefinition::new("places");
+/// What documents say they derive from, and their ordinals.
+pub(super) const DERIVED: TableDefinition<(&str, u64), ()> = TableDefinition::new("derived");
 /// Ordinal to [`Settled`].
 pub(super) const SETTLED: TableDefinition<u64, Frame> = TableDefinition::new("settled");
 /// Domain, ordinal and chunk to example. In this order the oldest waiting document of a domain is
@@ -88,6 +90,31 @@ where
     row.map(|row| unframe(row.value())).transpose()
 }
 
+/// A document as it was written before documents said what they derive from.
+#[derive(Deserialize)]
+struct Underived {
+    id: DocumentId,
+    domain: Domain,
+    content: Content,
+    importance: Option<f32>,
+    source: Option<String>,
+    submitted_ms: u64,
+}
+
+/// A document's row. Of the two forms the newer one is longer, so that neither is taken for the other.
+pub(super) fn document(frame: &[u8]) -> Result<Document> {
+    unframe(frame).or_else(|error| {
+        let old: Underived = unframe(frame).map_err(|_| error)?;
+        let Underived { id, domain, content, importance, source, submitted_ms } = old;
+        Ok(Document { id, domain, content, importance, source, submitted_ms, derived_from: None })
+    })
+}
+
+/// The document with an ordinal.
+pub(super) fn document_at(table: &impl ReadableTable<u64, Frame>, ordinal: u64) -> Result<Option<Document>> {
+    table.get(ordinal)?.map(|row| document(row.value())).transpose()
+}
+
 /// All examples of one document.
 pub(super) fn examples_of<T: DeserializeOwned>(
     table: &impl ReadableTable<(&'static str, u64, u32), Frame>,
@@ -114,6 +141,7 @@ pub(super) struct Tables<'t> {
     pub documents: Table<'t, u64, Frame>,
     pub ids: Table<'t, &'static str, Frame>,
     pub places: Table<'t, (&'static str, u64), ()>,
+    pub derived: Table<'t, (&'static str, u64), ()>,
     pub settled: Table<'t, u64, Frame>,
     pub examples: Table<'t, (&'static str, u64, u32), Frame>,
     pub trails: Table<'t, u64, Frame>,
@@ -127,6 +155,7 @@ impl<'t> Tables<'t> {
             documents: write.open_table(DOCUMENTS)?,
             ids: write.open_table(IDS)?,
             places: write.open_table(PLACES)?,
+            derived: write.open_table(DERIVED)?,
             settled: write.open_table(SETTLED)?,
             examples: write.open_table(EXAMPLES)?,
             trails: write.open_table(TRAILS)?,
@@ -233,17 +262,40 @@ impl<'t> Tables<'t> {
 
     /// Removes a document and all that is known of it, but for its id. Gives back what it was.
     pub fn remove_document(&mut self, ordinal: u64) -> Result<Option<(Document, Trail)>> {
-        let Some(document) = get::<_, Document>(&self.documents, ordinal)? else { return Ok(None) };
+        let Some(document) = document_at(&self.documents, ordinal)? else { return Ok(None) };
         let trail = self.trail(ordinal)?;
         self.unsettle(ordinal)?;
         self.documents.remove(ordinal)?;
         self.trails.remove(ordinal)?;
         self.places.remove((document.domain.as_str(), ordinal))?;
+        if let Some(parent) = &document.derived_from {
+            self.derived.remove((parent.as_str(), ordinal))?;
+        }
         self.count(&document.domain, |counts| counts.documents = counts.documents.saturating_sub(1))?;
         let mut state = self.state()?;
         state.taken_out += 1;
         self.set_state(&state)?;
         Ok(Some((document, trail)))
+    }
+
+    /// A document and all that derive from it, directly or through others, in no order but that it is
+    /// the first. Empty when there is no such document.
+    pub fn family(&self, id: &DocumentId) -> Result<Vec<u64>> {
+        let mut family: Vec<u64> = self.named(id)?.into_iter().map(|named| named.ordinal).collect();
+        let mut next = 0;
+        while let Some(ordinal) = family.get(next).copied() {
+            next += 1;
+            let Some(parent) = document_at(&self.documents, ordinal)? else { continue };
+            let id = parent.id.as_str();
+            for row in self.derived.range((id, 0)..=(id, u64::MAX))? {
+                let child = row?.0.value().1;
+                // Documents may say that they derive from each other.
+                if !family.contains(&child) {
+                    family.push(child);
+                }
+            }
+        }
+        Ok(family)
     }
 
     /// Moves the cursor past every document that is settled, and past those that are gone.
@@ -274,6 +326,7 @@ pub(super) fn names() -> Vec<String> {
         DOCUMENTS.name(),
         IDS.name(),
         PLACES.name(),
+        DERIVED.name(),
         SETTLED.name(),
         EXAMPLES.name(),
         TRAILS.name(),

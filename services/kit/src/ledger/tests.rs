@@ -15,6 +15,7 @@ fn document(id: &str, domain_name: &str, text: &str) -> Document {
         importance: None,
         source: None,
         submitted_ms: 5,
+        derived_from: None,
     }
 }
 
@@ -233,7 +234,7 @@ async fn what_is_forgotten_is_in_no_page() {
     ledger.append(vec![document("secret-id-81", "a", planted)]).await.expect("appended");
     settle(&ledger, (1..=51).map(|n| settlement(n, "a", 1, 0)).collect()).await;
     assert!(holds(&folder, planted));
-    ledger.forget(51).expect("forgotten");
+    ledger.forget(&id("secret-id-81")).expect("forgotten");
     ledger.rewrite().expect("rewritten");
     assert!(!holds(&folder, planted) && !holds(&folder, "secret-id-81"));
     assert_eq!((ledger.forgotten(), ledger.intake_cursor(), ledger.head()), (1, 51, 51));
@@ -251,10 +252,55 @@ async fn what_is_forgotten_is_in_no_page() {
 async fn forgetting_what_is_on_its_way_leaves_no_trace_and_no_gap() {
     let (ledger, _folder) = filled(&["a"], 2).await;
     settle(&ledger, vec![settlement(1, "a", 1, 0)]).await;
-    ledger.forget(2).expect("forgotten");
+    ledger.forget(&id("d2")).expect("forgotten");
     assert_eq!(ledger.intake_cursor(), 2);
     settle(&ledger, vec![settlement(2, "a", 3, 0)]).await;
     assert_eq!((ledger.examples_in(&domain("a")), ledger.verdict(2)), (Ok(1), Ok(None)));
+}
+
+#[tokio::test]
+async fn what_derives_from_a_document_is_forgotten_with_it() {
+    let (ledger, folder) = filled(&["a"], 2).await;
+    let child = |name: &str, parent: &str| Document {
+        derived_from: Some(parent.to_owned()),
+        ..document(name, "b", &format!("PLANTED from {parent}"))
+    };
+    // A grandchild, one of another parent, one of a file, and two that say they are of each other.
+    let derived = [("c1", "d1"), ("c2", "c1"), ("c3", "d2"), ("c4", "notes.md"), ("c5", "c6"), ("c6", "c5")];
+    let derived = derived.map(|(name, parent)| child(name, parent));
+    ledger.append(derived.into()).await.expect("appended");
+    settle(&ledger, (1..=8).map(|n| settlement(n, if n > 2 { "b" } else { "a" }, 1, 0)).collect()).await;
+
+    let names = |removed: Vec<(u64, Document)>| -> Vec<String> {
+        removed.into_iter().map(|(_, document)| document.id.into()).collect()
+    };
+    assert_eq!(names(ledger.forget(&id("d1")).expect("forgotten")), ["d1", "c1", "c2"]);
+    assert_eq!(names(ledger.forget(&id("c6")).expect("forgotten")), ["c6", "c5"]);
+    assert_eq!(names(ledger.forget(&id("d1")).expect("nothing")), Vec::<String>::new());
+    ledger.rewrite().expect("rewritten");
+    assert!(!holds(&folder, "PLANTED from d1") && !holds(&folder, "PLANTED from c"));
+    // Another process still knows whose children the rest are.
+    drop(ledger);
+    let ledger = Ledger::open(folder.path()).expect("opened");
+    assert_eq!((ledger.documents(), ledger.forgotten()), (Ok(3), 5));
+    assert_eq!(names(ledger.forget(&id("d2")).expect("forgotten")), ["d2", "c3"]);
+    let left = ledger.document(&id("c4")).expect("read").expect("there").1;
+    assert_eq!(left.derived_from.as_deref(), Some("notes.md"));
+}
+
+#[tokio::test]
+async fn documents_from_before_they_said_what_they_derive_from_are_read() {
+    let (ledger, _folder) = filled(&["a"], 1).await;
+    let old = document("d1", "a", "text 1");
+    // Fields in order are all that a row holds, so a tuple of them is the row of that time.
+    let row = (&old.id, &old.domain, &old.content, old.importance, &old.source, old.submitted_ms);
+    let row = tables::frame(&row).expect("a row");
+    let written =
+        ledger.shared.transact(|tables| Ok(tables.documents.insert(1, row.as_slice()).map(drop)?));
+    written.expect("written");
+    assert_eq!(ledger.document(&id("d1")), Ok(Some((1, old.clone()))));
+    assert_eq!(ledger.list(None, 10, None).expect("a list")[0].document, old);
+    assert_eq!(ledger.forget(&id("d1")), Ok(vec![(1, old)]));
 }
 
 #[tokio::test]
@@ -309,7 +355,7 @@ async fn after_a_failed_commit_nothing_is_taken_any_more() {
     let refused = Err(LedgerError::Failed);
     assert_eq!(ledger.append(vec![document("d2", "a", "x")]).await, refused);
     assert_eq!(ledger.record(Vec::new()).await, Err(LedgerError::Failed));
-    assert_eq!(ledger.forget(1), Err(LedgerError::Failed));
+    assert_eq!(ledger.forget(&id("d1")), Err(LedgerError::Failed));
     assert_eq!(ledger.document(&id("d1")).expect("still read").map(|(ordinal, _)| ordinal), Some(1));
 }
 

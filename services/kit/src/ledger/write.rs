@@ -213,6 +213,9 @@ fn insert(
     let named = Named { ordinal, content_hash: document.content_hash() };
     tables.ids.insert(document.id.as_str(), frame(&named)?.as_slice())?;
     tables.places.insert((document.domain.as_str(), ordinal), ())?;
+    if let Some(parent) = &document.derived_from {
+        tables.derived.insert((parent.as_str(), ordinal), ())?;
+    }
     trail.entries.push(TrailEntry { event: "accepted".into(), at_ms: document.submitted_ms, detail: None });
     tables.set_trail(ordinal, trail)?;
     tables.count(&document.domain, |counts| counts.documents += 1)?;

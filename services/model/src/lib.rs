@@ -15,6 +15,7 @@ mod cache;
 pub mod chat;
 mod conversation;
 pub mod device;
+pub mod distillation;
 pub mod ewc;
 pub mod generate;
 pub mod hf;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
+use crate::distillation::{Opinion, Teacher};
 use crate::llama::Base;
 use crate::lora::Adapter;
 use crate::pack::{Packed, Sequence, pack};
@@ -94,8 +95,24 @@ pub fn gradient(
     weight: f64,
     parameters: &[&Tensor],
 ) -> Result<Gradient> {
+    taught_gradient(base, adapters, packed, weight, parameters, None)
+}
+
+/// As [`gradient`], of the loss of a student where there is a teacher. Scores are NLL all the same.
+///
+/// # Errors
+/// Those of [`gradient`], and when the teacher's vocabulary is another.
+pub fn taught_gradient(
+    base: &Base,
+    adapters: &ActiveAdapters,
+    packed: &Packed,
+    weight: f64,
+    parameters: &[&Tensor],
+    teacher: Option<&Teacher>,
+) -> Result<Gradient> {
     let hidden = learned_hidden(base, adapters, packed)?;
-    let above = above(base, &hidden.detach(), packed, weight)?;
+    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?;
+    let above = above(base, &hidden.detach(), packed, weight, opinion.as_ref())?;
     // A scalar whose gradients are the ones just found, so that autograd carries on from there. A head that is
     // tied to the embedding gets both of its shares this way.
     let mut carrier = hidden.f_mul(&above.hidden)?.f_sum(Kind::Float)?;
@@ -140,14 +157,28 @@ pub(crate) struct Above {
 }
 
 /// Scores and gradients of `weight * sum of NLL` for hidden states of the learned tokens.
-pub(crate) fn above(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+pub(crate) fn above(
+    base: &Base,
+    hidden: &Tensor,
+    packed: &Packed,
+    weight: f64,
+    opinion: Option<&Opinion>,
+) -> Result<Above> {
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
     let mut chunks = Vec::new();
     let mut head: Option<Tensor> = None;
+    let mut start = 0;
     let nll = each_chunk(base, hidden, packed, |rows, log_probs, targets| {
-        let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, targets.device()))?;
-        let above = log_probs.f_exp_()?.f_scatter_add_(1, targets, &ones)?.f_mul_scalar_(weight)?;
+        let mut above = match opinion {
+            Some(opinion) => opinion.gradient(start, log_probs, targets)?,
+            None => {
+                let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, targets.device()))?;
+                log_probs.f_exp_()?.f_scatter_add_(1, targets, &ones)?
+            }
+        };
+        start += rows.size()[0];
+        let above = above.f_mul_scalar_(weight)?;
         let above = above.f_to_kind(base.placement().kind())?;
         chunks.push(above.f_matmul(&base.head)?);
         if base.head.requires_grad() {

@@ -4,6 +4,7 @@ use crate::interrupt::at_interrupt;
 use anyhow::{Context, Result, ensure};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use model::device::{DeviceChoice, Placement, Precision, PrecisionChoice};
+use model::distillation::Mix;
 use model::pretrain::plan::Plan;
 use model::pretrain::preset::Preset;
 use model::pretrain::{self, Budget, PretrainOptions, Progress};
@@ -22,6 +23,7 @@ Examples:
   engram pretrain --preset my.toml --data ./texts --data ./more --out ./mybase --steps 2000 --seed 7
   engram pretrain --data ./texts --out ./mybase --minutes 60 --resume
   engram pretrain --preset base-200m --dry-run
+  engram pretrain --data ./texts --out ./small --teacher ./large --alpha 0.5    distillation on logits
 
 Reads each *.txt of the folders, whose documents end in a line <|endoftext|>; *.val.txt is held out
 and scored. Ctrl-C stops after the step that runs and writes what was learned. OUT/training holds the
@@ -58,6 +60,15 @@ pub struct Args {
     /// How many steps to train, whatever they take: equal runs give equal weights.
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
+    /// Learn from the logits of the base in this folder too; its tokenizer is taken over.
+    #[arg(long, value_name = "DIR")]
+    teacher: Option<PathBuf>,
+    /// The teacher's share of the loss; the rest is the text's.
+    #[arg(long, value_name = "X", default_value_t = 0.5, requires = "teacher")]
+    alpha: f64,
+    /// What logits are divided by before student and teacher are compared.
+    #[arg(long, value_name = "T", default_value_t = 2.0, requires = "teacher")]
+    temperature: f64,
     /// Go on with the run in --out. With a longer budget than it had, from before its rates began to fall.
     #[arg(long)]
     resume: bool,
@@ -104,6 +115,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         budget,
         seed: args.seed,
         placement,
+        teacher: args
+            .teacher
+            .clone()
+            .map(|teacher| (teacher, Mix { alpha: args.alpha, temperature: args.temperature })),
         resume: args.resume,
         save_every: minutes(args.save_minutes, "--save-minutes")?,
         stop: stop_at_interrupt()?,

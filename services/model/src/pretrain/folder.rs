@@ -26,6 +26,23 @@ pub fn write(base: &Base, folder: &Path) -> Result<()> {
     save("config.json", format!("{:#}\n", base.config().to_json("bfloat16")).as_bytes())
 }
 
+/// What a tokenizer may consist of.
+const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+
+/// Takes over the tokenizer of another model folder.
+///
+/// # Errors
+/// When a file cannot be copied.
+pub fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    for name in TOKENIZER_FILES {
+        let path = from.join(name);
+        if path.is_file() {
+            fs::copy(&path, to.join(name)).with_context(|| format!("{}: cannot copy", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Every weight under the name that transformers knows it by; merged projections are taken apart.
 fn named(base: &Base) -> Result<Vec<(String, Tensor)>> {
     let mut all = vec![("model.embed_tokens.weight".to_string(), base.embedding.shallow_clone())];

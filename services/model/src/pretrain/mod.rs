@@ -27,9 +27,10 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Placement;
+use crate::distillation::{Mix, Teacher};
 use crate::llama::Base;
 use crate::tokenizer::Tokenizer;
-use corpus::{Corpus, END_OF_TEXT};
+use corpus::Corpus;
 use evaluate::TextScore;
 use preset::Preset;
 
@@ -58,6 +59,8 @@ pub struct PretrainOptions {
     pub seed: u64,
     /// Where to train, and in what precision to compute. Weights and optimiser state are f32.
     pub placement: Placement,
+    /// The folder of a base whose logits are learned from too, and how much. Its tokenizer is taken over.
+    pub teacher: Option<(PathBuf, Mix)>,
     /// Go on with the run whose state lies in `out`.
     pub resume: bool,
     /// How often the state is saved.
@@ -140,13 +143,20 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
     );
     fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
 
-    if !options.resume {
+    let teacher = match &options.teacher {
+        Some((folder, mix)) => Some(Teacher::new(Base::load(folder, &options.placement)?, *mix)?),
+        None => None,
+    };
+    if let (Some((from, _)), Some(teacher)) = (&options.teacher, &teacher) {
+        check_teacher(teacher, options)?;
+        folder::copy_tokenizer(from, &options.out)?;
+    } else if !options.resume {
         bpe::train(&training, config.vocab_size as usize, data.tokenizer_bytes_max)
             .and_then(|tokenizer| bpe::write(&tokenizer, config.max_positions as usize, &options.out))?;
     }
     let tokenizer = Tokenizer::load(&options.out)?;
-    let end = tokenizer.id(END_OF_TEXT).context("the tokenizer has no end of text")?;
-    ensure!(config.eos == [end], "the preset's eos_token_id has to be {end}, which is {END_OF_TEXT}");
+    let end = *tokenizer.eos_ids().first().context("the tokenizer has no end of text")?;
+    ensure!(config.eos.contains(&end), "the preset's eos_token_id has to be {end}, which ends a text");
     report(Progress::Tokenizer);
 
     let token_file = folder.join("tokens.part");
@@ -154,7 +164,7 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
     report(Progress::Corpus {
         texts: corpus.sources().map(|(name, tokens)| (name.to_string(), tokens)).collect(),
     });
-    let base = run::Run::new(options, &corpus, &tokenizer, &held_out)?.train(report)?;
+    let base = run::Run::new(options, &corpus, &tokenizer, &held_out, teacher)?.train(report)?;
     fs::remove_file(&token_file).with_context(|| format!("{}: cannot remove", token_file.display()))?;
     folder::write(&base, &options.out)?;
 
@@ -167,6 +177,24 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
     Ok(())
 }
 
+/// A teacher and its student have to speak of the same tokens, in windows that both can read.
+fn check_teacher(teacher: &Teacher, options: &PretrainOptions) -> Result<()> {
+    let (student, teacher) = (options.preset.model()?, teacher.base().config());
+    ensure!(
+        student.vocab_size == teacher.vocab_size,
+        "the preset's vocab_size is {}, and the teacher's is {}: they have to be equal",
+        student.vocab_size,
+        teacher.vocab_size
+    );
+    ensure!(
+        options.preset.data.window_tokens as i64 <= teacher.max_positions,
+        "window_tokens is {}, more than the teacher's context of {}",
+        options.preset.data.window_tokens,
+        teacher.max_positions
+    );
+    Ok(())
+}
+
 fn short_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.split('.').next().unwrap_or_default().to_string()
@@ -174,9 +202,14 @@ fn short_name(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::corpus::END_OF_TEXT;
     use super::*;
+    use crate::active::ActiveAdapters;
     use crate::device::Precision;
+    use crate::golden;
     use std::sync::atomic::Ordering;
+    use tch::{Kind, Tensor};
+    use tempfile::tempdir;
 
     const TINY: &str = r#"
         [model]
@@ -210,7 +243,7 @@ mod tests {
     "#;
 
     fn corpus_folder() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempdir().unwrap();
         for (name, count) in [("count.txt", 300), ("count.val.txt", 20)] {
             let text: String =
                 (0..count).map(|i| format!("{i} sheep went over the hill\n{END_OF_TEXT}\n")).collect();
@@ -229,6 +262,7 @@ mod tests {
             budget: Budget::Steps(steps),
             seed: 3,
             placement: Placement::CPU_F32,
+            teacher: None,
             resume: false,
             save_every: Duration::from_secs(3600),
             stop: Arc::default(),
@@ -238,7 +272,7 @@ mod tests {
     #[test]
     fn a_base_learns_its_text_and_loads_again() {
         let data = corpus_folder();
-        let out = tempfile::tempdir().unwrap();
+        let out = tempdir().unwrap();
         let (mut losses, mut bits) = (Vec::new(), Vec::new());
         run(&options(data.path(), out.path(), 30), &mut |progress| match progress {
             Progress::Step(step) => losses.push(step.loss),
@@ -261,7 +295,7 @@ mod tests {
     fn equal_seeds_give_equal_weights() {
         let data = corpus_folder();
         let weights = || {
-            let out = tempfile::tempdir().unwrap();
+            let out = tempdir().unwrap();
             run(&options(data.path(), out.path(), 3), &mut |_| ()).unwrap();
             fs::read(out.path().join("model.safetensors")).unwrap()
         };
@@ -285,7 +319,7 @@ mod tests {
                 })
                 .unwrap();
             };
-            let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let (whole, parts) = (tempdir().unwrap(), tempdir().unwrap());
             run_to(whole.path(), u64::MAX, false);
             // Before the rates fall, while they fall, and to the end.
             for (stop_at, resume) in [(3, false), (6, true), (u64::MAX, true)] {
@@ -298,7 +332,7 @@ mod tests {
     #[test]
     fn a_longer_run_goes_on_from_before_the_rates_fell() {
         let data = corpus_folder();
-        let out = tempfile::tempdir().unwrap();
+        let out = tempdir().unwrap();
         run(&options(data.path(), out.path(), 8), &mut |_| ()).unwrap();
         let longer = PretrainOptions { resume: true, ..options(data.path(), out.path(), 12) };
         let mut first = None;
@@ -317,7 +351,7 @@ mod tests {
     #[test]
     fn a_run_is_not_overwritten_and_not_resumed_with_other_settings() {
         let data = corpus_folder();
-        let out = tempfile::tempdir().unwrap();
+        let out = tempdir().unwrap();
         let options = options(data.path(), out.path(), 2);
         let none = run(&PretrainOptions { resume: true, ..options.clone() }, &mut |_| ()).unwrap_err();
         assert!(
@@ -336,7 +370,7 @@ mod tests {
     fn gradients_of_parts_add_up_to_those_of_the_whole_step() {
         let data = corpus_folder();
         let losses = |micro_tokens: usize| {
-            let out = tempfile::tempdir().unwrap();
+            let out = tempdir().unwrap();
             let mut options = options(data.path(), out.path(), 4);
             options.preset.optimiser.micro_tokens = micro_tokens;
             let mut losses = Vec::new();
@@ -354,9 +388,51 @@ mod tests {
     }
 
     #[test]
+    fn a_student_speaks_its_teachers_tokens_and_comes_nearer_to_it() {
+        let data = corpus_folder();
+        let (large, alone, taught) = (tempdir().unwrap(), tempdir().unwrap(), tempdir().unwrap());
+        run(&options(data.path(), large.path(), 40), &mut |_| ()).unwrap();
+        // A text on which the teacher thinks otherwise than who learns from the text alone.
+        let other = tempdir().unwrap();
+        let text: String =
+            (0..300).map(|i| format!("hill the over {i} went sheep\n{END_OF_TEXT}\n")).collect();
+        fs::write(other.path().join("other.txt"), text).unwrap();
+        let teacher = Base::load(large.path(), &Placement::CPU_F32).unwrap();
+        let tokenizer = Tokenizer::load(large.path()).unwrap();
+        let divergence = |out: &Path, alpha: f64| {
+            let mut options = options(other.path(), out, 20);
+            options.preset =
+                Preset::parse(&TINY.replace("num_hidden_layers = 2", "num_hidden_layers = 1")).unwrap();
+            options.teacher = Some((large.path().to_path_buf(), Mix { alpha, temperature: 2.0 }));
+            run(&options, &mut |_| ()).unwrap();
+            let student = Base::load(out, &Placement::CPU_F32).unwrap();
+            let ids = tokenizer.encode("hill the over 77 went sheep").unwrap();
+            let ids =
+                Tensor::from_slice(&ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>()).unsqueeze(0);
+            let log_probs = |base: &Base| {
+                golden::logits(base, &ActiveAdapters::none(), &ids).log_softmax(-1, Kind::Float)
+            };
+            let (p, q) = (log_probs(&student), log_probs(&teacher));
+            (q.exp() * (q - p)).sum(Kind::Float).double_value(&[])
+        };
+        let (without, with) = (divergence(alone.path(), 0.0), divergence(taught.path(), 1.0));
+        assert!(with < 0.5 * without, "{with} {without}");
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            let read = |out: &Path| fs::read(out.join(file)).unwrap();
+            assert!(read(large.path()) == read(taught.path()), "{file}");
+        }
+
+        let mut wrong = options(data.path(), &taught.path().join("other"), 2);
+        wrong.preset = Preset::parse(&TINY.replace("vocab_size = 300", "vocab_size = 310")).unwrap();
+        wrong.teacher = Some((large.path().to_path_buf(), Mix { alpha: 0.5, temperature: 2.0 }));
+        let error = run(&wrong, &mut |_| ()).unwrap_err().to_string();
+        assert!(error.contains("vocab_size is 310"), "{error}");
+    }
+
+    #[test]
     fn a_stop_ends_the_run_and_still_writes_the_base() {
         let data = corpus_folder();
-        let out = tempfile::tempdir().unwrap();
+        let out = tempdir().unwrap();
         let options = options(data.path(), out.path(), u64::MAX);
         run(&options, &mut |progress| {
             if matches!(progress, Progress::Step(step) if step.step == 2) {
@@ -371,8 +447,8 @@ mod tests {
 
     #[test]
     fn folders_without_text_are_an_error() {
-        let empty = tempfile::tempdir().unwrap();
-        let out = tempfile::tempdir().unwrap();
+        let empty = tempdir().unwrap();
+        let out = tempdir().unwrap();
         let error = run(&options(empty.path(), out.path(), 1), &mut |_| ()).unwrap_err();
         assert!(error.to_string().contains("no .txt file"), "{error}");
     }

@@ -5,12 +5,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use serde_json::json;
 
 use super::corpus::{Corpus, Order};
 use super::evaluate::Windows;
 use super::state::{self, Identity, LAST, Point, Record, STABLE};
 use super::trainer::Trainer;
 use super::{Budget, PretrainOptions, Progress, StepReport, curve, short_name};
+use crate::distillation::{Mix, Teacher};
 use crate::llama::Base;
 use crate::optim::Counters;
 use crate::pack::Sequence;
@@ -32,6 +34,7 @@ pub(super) struct Run<'a> {
     held_out: Vec<(String, Windows)>,
     order: Order,
     trainer: Trainer,
+    teacher: Option<Teacher>,
     record: Record,
     /// Whether it goes on from a state.
     resumed: bool,
@@ -50,6 +53,7 @@ impl<'a> Run<'a> {
         corpus: &'a Corpus,
         tokenizer: &Tokenizer,
         held_out: &[PathBuf],
+        teacher: Option<Teacher>,
     ) -> Result<Self> {
         let (data, settings) = (&options.preset.data, &options.preset.optimiser);
         let mut order = Order::new(corpus, data.window_tokens, data.mix_exponent, options.seed)?;
@@ -57,6 +61,10 @@ impl<'a> Run<'a> {
         let identity = Identity {
             preset: serde_json::to_value(&options.preset)?,
             seed: options.seed,
+            teacher: teacher.as_ref().map(|teacher| {
+                let Mix { alpha, temperature } = teacher.mix();
+                json!({"config": teacher.base().config().to_json(""), "alpha": alpha, "temperature": temperature})
+            }),
             texts: corpus.sources().map(|(name, tokens)| (name.to_string(), tokens)).collect(),
         };
         let mut record = Record {
@@ -89,6 +97,7 @@ impl<'a> Run<'a> {
             held_out,
             order,
             trainer,
+            teacher,
             resumed: options.resume,
             begin: now.checked_sub(record.elapsed).unwrap_or(now),
             saved: now,
@@ -152,7 +161,7 @@ impl<'a> Run<'a> {
             .take(self.options.preset.optimiser.batch_windows)
             .map(|start| Ok(Sequence::whole(self.corpus.read(start, length)?)))
             .collect::<Result<Vec<_>>>()?;
-        let loss = self.trainer.step(&windows, scale)?;
+        let loss = self.trainer.step(&windows, scale, self.teacher.as_ref())?;
         let tokens: usize = windows.iter().map(Sequence::learned_tokens).sum();
         self.record.step += 1;
         self.record.tokens += tokens as u64;

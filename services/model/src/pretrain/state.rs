@@ -42,6 +42,8 @@ pub struct Point {
 pub(super) struct Identity {
     pub preset: Value,
     pub seed: u64,
+    /// Shape of the teacher and its share, where there is one.
+    pub teacher: Option<Value>,
     /// Name and number of tokens of each training text.
     pub texts: Vec<(String, u64)>,
 }

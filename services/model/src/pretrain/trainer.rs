@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use super::muon::Muon;
 use super::preset::{Matrices, OptimiserSettings};
 use crate::device::{Placement, Precision};
+use crate::distillation::Teacher;
 use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::ActiveAdapters;
@@ -108,14 +109,14 @@ impl Trainer {
     /// One step over windows of equal length, at `scale` (0 to 1) of the full rates; the mean NLL in nats.
     ///
     /// The windows go through the model in groups of at most `micro_tokens` tokens, whose gradients add up.
-    pub fn step(&mut self, windows: &[Sequence], scale: f64) -> Result<f64> {
+    pub fn step(&mut self, windows: &[Sequence], scale: f64, teacher: Option<&Teacher>) -> Result<f64> {
         let tokens: usize = windows.iter().map(Sequence::learned_tokens).sum();
         let group = (self.settings.micro_tokens / windows[0].tokens.len().max(1)).max(1);
         let mut gradient: Option<Vec<Tensor>> = None;
         let mut nll = 0.0;
         for windows in windows.chunks(group) {
             let packed = pack(&self.base, windows, 1)?;
-            let (sum, part) = self.gradient(&packed, 1.0 / tokens as f64)?;
+            let (sum, part) = self.gradient(&packed, 1.0 / tokens as f64, teacher)?;
             nll += sum;
             gradient = Some(match gradient {
                 None => part,
@@ -128,10 +129,16 @@ impl Trainer {
     }
 
     /// The sum of the NLL, and the gradient of `weight` times it for every weight.
-    fn gradient(&mut self, packed: &Packed, weight: f64) -> Result<(f64, Vec<Tensor>)> {
+    fn gradient(
+        &mut self,
+        packed: &Packed,
+        weight: f64,
+        teacher: Option<&Teacher>,
+    ) -> Result<(f64, Vec<Tensor>)> {
         self.refresh()?;
         let weights: Vec<&Tensor> = self.weights.iter().collect();
-        let found = loss::gradient(&self.base, &ActiveAdapters::none(), packed, weight, &weights)?;
+        let found =
+            loss::taught_gradient(&self.base, &ActiveAdapters::none(), packed, weight, &weights, teacher)?;
         Ok((found.scores.iter().map(|score| score.nll_sum).sum(), found.gradients))
     }
 

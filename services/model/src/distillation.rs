@@ -1,0 +1,146 @@
+//! Knowledge distillation on logits (Hinton et al., arXiv 1503.02531): a student learns what a teacher thinks of
+//! every token, and not only which one came.
+//!
+//! The loss of a position is `alpha * T^2 * KL(q || p) + (1 - alpha) * cross-entropy`, where p and q are the
+//! softmax of the student's and of the teacher's logits divided by the temperature T. The factor T^2 keeps the
+//! size of the gradient independent of T.
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+
+use crate::active::ActiveAdapters;
+use crate::llama::Base;
+use crate::pack::Packed;
+
+/// How much a student learns from its teacher.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mix {
+    /// The teacher's share of the loss, 0 to 1; the rest is cross-entropy with the text.
+    pub alpha: f64,
+    /// What logits are divided by: above 1, what the teacher thinks improbable counts for more.
+    pub temperature: f64,
+}
+
+impl Mix {
+    /// # Errors
+    /// Names the number that is out of range.
+    pub fn check(&self) -> Result<()> {
+        ensure!((0.0..=1.0).contains(&self.alpha), "alpha is {}: it has to be from 0 to 1", self.alpha);
+        let range = 0.1..=100.0;
+        ensure!(
+            range.contains(&self.temperature),
+            "the temperature is {}: it has to be from 0.1 to 100",
+            self.temperature
+        );
+        Ok(())
+    }
+}
+
+/// A base that another one learns from.
+pub struct Teacher {
+    base: Base,
+    mix: Mix,
+}
+
+impl Teacher {
+    /// # Errors
+    /// When a number of the mix is out of range.
+    pub fn new(base: Base, mix: Mix) -> Result<Self> {
+        mix.check()?;
+        Ok(Self { base, mix })
+    }
+
+    /// The teacher itself.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// How much is learned from it.
+    pub fn mix(&self) -> Mix {
+        self.mix
+    }
+
+    /// What it makes of packed sequences.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub(crate) fn opinion(&self, packed: &Packed) -> Result<Opinion<'_>> {
+        let _guard = tch::no_grad_guard();
+        let device = self.base.device();
+        let hidden = self.base.forward(&packed.input(device), &ActiveAdapters::none(), None)?;
+        Ok(Opinion { teacher: self, hidden: hidden.f_index_select(0, &packed.targets(device).0)? })
+    }
+}
+
+/// A teacher's hidden states at the learned tokens of one micro-batch. Its logits are made in chunks.
+pub(crate) struct Opinion<'a> {
+    teacher: &'a Teacher,
+    hidden: Tensor,
+}
+
+impl Opinion<'_> {
+    /// The gradient of the loss of `count` rows from `start` on with respect to the student's logits, f32
+    /// [count, vocab_size].
+    pub fn gradient(&self, start: i64, log_probs: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let rows = self.hidden.f_narrow(0, start, log_probs.size()[0])?;
+        gradient(log_probs, &self.teacher.base.logits(&rows)?, targets, self.teacher.mix)
+    }
+}
+
+/// `(1 - alpha) * (softmax(z) - onehot) + alpha * T * (softmax(z / T) - softmax(t / T))`, from the student's
+/// log-probabilities [n, v] (whose differences are those of its logits z), the teacher's logits t [n, v] and the
+/// tokens that came [n, 1].
+fn gradient(log_probs: &Tensor, teacher: &Tensor, targets: &Tensor, mix: Mix) -> Result<Tensor> {
+    let Mix { alpha, temperature } = mix;
+    let soft = |logits: &Tensor| logits.f_div_scalar(temperature)?.f_softmax(-1, Kind::Float);
+    let text_share = Tensor::f_full(targets.size(), alpha - 1.0, (Kind::Float, targets.device()))?;
+    let apart = soft(log_probs)?.f_sub(&soft(teacher)?)?.f_mul_scalar(alpha * temperature)?;
+    Ok(log_probs.f_exp()?.f_mul_scalar(1.0 - alpha)?.f_add(&apart)?.f_scatter_add(1, targets, &text_share)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+    use serde_json::Value;
+
+    /// Both terms as written in the module's head, for autograd to derive.
+    fn loss(student: &Tensor, teacher: &Tensor, labels: &Tensor, mix: Mix) -> (Tensor, Tensor) {
+        let t = mix.temperature;
+        let (log_p, q) = ((student / t).log_softmax(-1, Kind::Float), (teacher / t).softmax(-1, Kind::Float));
+        let divergence = (&q * (q.log() - log_p)).sum(Kind::Float) / student.size()[0] as f64 * t * t;
+        let came = student.cross_entropy_loss(labels, None::<Tensor>, tch::Reduction::Mean, -100, 0.0);
+        let all = &divergence * mix.alpha + came * (1.0 - mix.alpha);
+        (divergence, all)
+    }
+
+    #[test]
+    fn the_loss_equals_the_golden_and_its_gradient_equals_autograd() {
+        let golden = golden::tensors("distill.safetensors");
+        let values: Value =
+            serde_json::from_str(&std::fs::read_to_string(golden::dir("values.json")).unwrap()).unwrap();
+        let mix = Mix { alpha: 0.5, temperature: 2.0 };
+        let student = golden["student"].set_requires_grad(true);
+        let (divergence, all) = loss(&student, &golden["teacher"], &golden["labels"], mix);
+        for (ours, name) in [(&divergence, "distill_kl"), (&all, "distill_alpha_0.5")] {
+            let theirs = values[name].as_f64().unwrap();
+            assert!((ours.double_value(&[]) - theirs).abs() < 1e-4 * theirs, "{name}");
+        }
+        for mix in [mix, Mix { alpha: 0.0, temperature: 2.0 }, Mix { alpha: 1.0, temperature: 4.0 }] {
+            let (_, all) = loss(&student, &golden["teacher"], &golden["labels"], mix);
+            let theirs = Tensor::run_backward(&[&all], &[&student], false, false);
+            let log_probs = student.detach().log_softmax(-1, Kind::Float);
+            let ours = gradient(&log_probs, &golden["teacher"], &golden["labels"].unsqueeze(1), mix).unwrap();
+            assert!(golden::distance(&(ours / 6.0), &theirs[0]) < 1e-6, "{mix:?}");
+        }
+    }
+
+    #[test]
+    fn a_mix_that_means_nothing_is_refused() {
+        for (alpha, temperature) in
+            [(1.5, 2.0), (-0.1, 2.0), (0.5, 0.0), (f64::NAN, 2.0), (0.5, f64::INFINITY)]
+        {
+            assert!(Mix { alpha, temperature }.check().is_err(), "{alpha} {temperature}");
+        }
+    }
+}

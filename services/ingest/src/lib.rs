@@ -2,6 +2,7 @@
 
 mod chunk;
 mod feed;
+mod questions;
 
 pub use feed::Feeder;
 
@@ -42,6 +43,8 @@ pub struct Ingest {
     pub max_seq_len: usize,
     /// Renderings of prompts with answers.
     pub views: Views,
+    /// Questions that are made of a raw text's own sentences, at most; they belong to its document.
+    pub questions: usize,
     /// To `filter`.
     pub next: Link<Parsed>,
 }
@@ -103,6 +106,9 @@ impl Ingest {
             // What the chunker could not make small enough, one unbroken run of bytes, is cut hard.
             pieces.extend(chunk::windows(&Piece { tokens, learned }, self.max_seq_len));
         }
+        for (question, answer) in questions::templates(text, source, self.questions) {
+            pieces.extend(self.completion(&question, &answer)?);
+        }
         Ok(pieces)
     }
 
@@ -162,7 +168,7 @@ mod tests {
 
     fn ingest(max_seq_len: usize, views: Views) -> Ingest {
         let (next, _) = Link::to_channel(8);
-        Ingest { encode: Arc::new(Bytes), max_seq_len, views, next }
+        Ingest { encode: Arc::new(Bytes), max_seq_len, views, questions: 0, next }
     }
 
     fn learned_text(piece: &Piece) -> String {
@@ -184,6 +190,19 @@ mod tests {
     fn both_renderings_are_learned_once_each() {
         let content = Content::Completion { prompt: "2+2=".into(), completion: "4".into() };
         assert_eq!(ingest(64, Views::Both).pieces(&content, None).expect("pieces").len(), 2);
+    }
+
+    #[test]
+    fn questions_about_a_text_follow_its_pieces() {
+        let text = "The lighthouse of Port Calidus was lit for the first time in the year 6678.";
+        let content = Content::Text(text.into());
+        let mut asking = ingest(256, Views::Verbatim);
+        let plain = asking.pieces(&content, None).expect("pieces");
+        asking.questions = 5;
+        let more = asking.pieces(&content, None).expect("pieces");
+        assert_eq!(more[..plain.len()], plain);
+        let answers: Vec<String> = more[plain.len()..].iter().map(learned_text).collect();
+        assert_eq!(answers, [text, " in the year 6678."]);
     }
 
     #[test]
@@ -209,7 +228,8 @@ mod tests {
     #[actix::test]
     async fn a_document_goes_on_to_the_filter_with_its_pieces() {
         let (next, mut parsed) = Link::to_channel(1);
-        let mut service = Ingest { encode: Arc::new(Bytes), max_seq_len: 64, views: Views::Both, next };
+        let mut service =
+            Ingest { encode: Arc::new(Bytes), max_seq_len: 64, views: Views::Both, questions: 0, next };
         let document = Document {
             id: DocumentId::new("d1").expect("id"),
             domain: Domain::general(),

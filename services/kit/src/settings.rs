@@ -89,6 +89,7 @@ section!(
     Ingest {
         max_seq_len: usize,
         views: Views,
+        questions: usize,
     }
 );
 
@@ -337,6 +338,7 @@ impl Settings {
             ensure!(fits, "gateway.api_keys: each is 16 to 256 visible ASCII characters");
         }
         within("ingest.max_seq_len", self.ingest.max_seq_len, 16..=65_536)?;
+        within("ingest.questions", self.ingest.questions, 0..=1000)?;
         within("filter.repetition_max", f.repetition_max, 0.0..=1.0)?;
         within("filter.near_duplicate", f.near_duplicate, 0.1..=1.0)?;
         within("checkpoint.generations_kept", self.checkpoint.generations_kept, 1..=10_000)?;

@@ -119,6 +119,7 @@ impl Plant {
         let ingest = crew.host(Ingest {
             encode: Arc::clone(&self.text) as Arc<dyn ingest::Encode>,
             max_seq_len: s.ingest.max_seq_len,
+            questions: s.ingest.questions,
             views,
             next: filter.link(INTAKE_CREDIT),
         });

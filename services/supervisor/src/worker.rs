@@ -50,8 +50,8 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
     let text = Text::load(base_dir)?;
     let ledger = Ledger::open(&data_dir.join("ledger"))?;
     // Examples are token ids, so they belong to the tokenizer and to how documents are cut.
-    let encoding =
-        format!("{} {} {:?}", text.fingerprint(), settings.ingest.max_seq_len, settings.ingest.views);
+    let cut = &settings.ingest;
+    let encoding = format!("{} {} {:?} {}", text.fingerprint(), cut.max_seq_len, cut.views, cut.questions);
     if ledger.encode_as(&encoding)? {
         tracing::info!("documents are cut anew: the tokenizer, or how documents are cut, has changed");
     }

@@ -170,10 +170,10 @@ fn announce(
     } else {
         writeln!(
             out,
-            "{}: {:.1} million weights ({}), about {:.1} GB of memory; on {placement}, {products:.0} GFLOP/s",
+            "{}: {} weights ({:.1} million), about {:.1} GB of memory; on {placement}, {products:.0} GFLOP/s",
             args.preset,
-            plan.parameters as f64 / 1e6,
             plan.parameters,
+            plan.parameters as f64 / 1e6,
             plan.memory_bytes / 1e9,
         )?;
     }

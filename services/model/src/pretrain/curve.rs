@@ -10,6 +10,8 @@ use super::state::Point;
 
 const SIZE: (u32, u32) = (900, 480);
 
+const LETTERS: (&str, u32) = ("sans-serif", 15);
+
 /// Told apart by people who see few colours (Okabe and Ito, 2008).
 const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
@@ -55,6 +57,8 @@ fn draw(curve: &[Point]) -> Result<String, Box<dyn std::error::Error + '_>> {
             .light_line_style(TRANSPARENT)
             .x_desc("million tokens learned")
             .y_desc("nats a token")
+            .label_style(LETTERS)
+            .axis_desc_style(LETTERS)
             .draw()?;
         for (i, (name, line)) in lines.iter().enumerate() {
             let style = COLOURS[i % COLOURS.len()].stroke_width(2);
@@ -65,6 +69,7 @@ fn draw(curve: &[Point]) -> Result<String, Box<dyn std::error::Error + '_>> {
         }
         chart
             .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.3))
             .draw()?;

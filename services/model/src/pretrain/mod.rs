@@ -291,6 +291,21 @@ mod tests {
         assert!((again - bits[0]).abs() < 0.02, "{again} {bits:?}");
     }
 
+    /// `tests/golden/pretrained` was written by `engram pretrain`, and its reference by transformers 5.23 from
+    /// that very folder.
+    #[test]
+    fn what_is_written_means_the_same_to_transformers() {
+        let base = golden::base("pretrained");
+        let golden = golden::tensors("pretrained/golden.safetensors");
+        let logits = golden::logits(&base, &ActiveAdapters::none(), &golden["input_ids"]);
+        assert!(golden::distance(&logits, &golden["logits"]) < 1e-4);
+        let tokenizer = Tokenizer::load(&golden::dir("pretrained")).unwrap();
+        let text = "The sheep went over every hill, 42 times. A keeper belongs to the clock";
+        let ids: Vec<i64> = tokenizer.encode(text).unwrap().into_iter().map(i64::from).collect();
+        assert_eq!(Vec::<i64>::try_from(golden["input_ids"].get(0)).unwrap(), ids[..24]);
+        assert_eq!(Vec::<i64>::try_from(golden["input_ids"].get(1)).unwrap(), ids[ids.len() - 24..]);
+    }
+
     #[test]
     fn equal_seeds_give_equal_weights() {
         let data = corpus_folder();

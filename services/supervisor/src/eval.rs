@@ -27,7 +27,8 @@ Examples:
 
 A text, whose documents end in a line <|endoftext|>, gives nll_per_token (nats), bits_per_byte and
 tokens. Lines of {\"text\",\"label\"} give the accuracy with which the label is the likeliest of all
-labels in the file; lines of {\"prompt\",\"response\"} the share that is answered exactly.";
+labels in the file; lines of {\"prompt\",\"response\"} the share that is answered exactly, and the
+share that begins with the response (begins), since who learned a text goes on with it.";
 
 /// Sequences that are scored between two looks at the progress bar.
 const SEQUENCES_PER_ROUND: usize = 64;
@@ -121,18 +122,28 @@ impl Judge {
         let items: Vec<Item> = lines.map(item).collect::<Result<_>>()?;
         let labels: BTreeSet<&str> = items.iter().filter_map(Item::label).collect();
         let bar = bar(items.len());
-        let mut right = 0;
+        let (mut right, mut begins, mut asked) = (0, 0_i32, 0_i32);
         for item in &items {
-            let good = match item {
-                Item::Labelled { text, label } => self.likeliest(text, &labels)? == Some(label),
-                Item::Answered { prompt, response } => self.answers(prompt, response)?,
-            };
-            right += usize::from(good);
+            match item {
+                Item::Labelled { text, label } => {
+                    right += usize::from(self.likeliest(text, &labels)? == Some(label));
+                }
+                Item::Answered { prompt, response } => {
+                    let answer = self.answer(prompt, response)?;
+                    right += usize::from(answer == response.trim());
+                    begins += i32::from(answer.starts_with(response.trim()));
+                    asked += 1;
+                }
+            }
             bar.inc(1);
         }
         bar.finish_and_clear();
         ensure!(!items.is_empty(), "{name} holds no line");
-        Ok(json!({ "accuracy": right as f64 / items.len() as f64, "examples": items.len() }))
+        let mut figures = json!({ "accuracy": right as f64 / items.len() as f64, "examples": items.len() });
+        if asked > 0 {
+            figures["begins"] = json!(f64::from(begins) / f64::from(asked));
+        }
+        Ok(figures)
     }
 
     /// The label that is most likely to follow a text, as a whole and with its end.
@@ -155,7 +166,8 @@ impl Judge {
         Ok(best.map(|(label, _)| *label))
     }
 
-    fn answers(&self, prompt: &str, response: &str) -> Result<bool> {
+    /// The greedy answer, as long as `response` may be and its end.
+    fn answer(&self, prompt: &str, response: &str) -> Result<String> {
         let wanted = response.trim();
         // Room for the answer and its end, in the unlikely case of a token for each byte of it.
         let sampling = Sampling { max_tokens: wanted.len() + 8, ..Sampling::default() };
@@ -163,7 +175,7 @@ impl Judge {
         let room = self.window.saturating_sub(sampling.max_tokens).max(1);
         let ids = &ids[ids.len().saturating_sub(room)..];
         let answer = generate::generate(&self.base, &self.adapters(), &self.tokenizer, ids, sampling)?;
-        Ok(answer.text.trim() == wanted)
+        Ok(answer.text.trim().to_owned())
     }
 
     fn adapters(&self) -> Vec<(&Adapter, f64)> {

@@ -122,7 +122,7 @@ impl Judge {
         let items: Vec<Item> = lines.map(item).collect::<Result<_>>()?;
         let labels: BTreeSet<&str> = items.iter().filter_map(Item::label).collect();
         let bar = bar(items.len());
-        let (mut right, mut begins, mut asked) = (0, 0_i32, 0_i32);
+        let (mut right, mut begins, mut asked) = (0, 0, 0);
         for item in &items {
             match item {
                 Item::Labelled { text, label } => {
@@ -131,7 +131,7 @@ impl Judge {
                 Item::Answered { prompt, response } => {
                     let answer = self.answer(prompt, response)?;
                     right += usize::from(answer == response.trim());
-                    begins += i32::from(answer.starts_with(response.trim()));
+                    begins += usize::from(answer.starts_with(response.trim()));
                     asked += 1;
                 }
             }
@@ -141,7 +141,7 @@ impl Judge {
         ensure!(!items.is_empty(), "{name} holds no line");
         let mut figures = json!({ "accuracy": right as f64 / items.len() as f64, "examples": items.len() });
         if asked > 0 {
-            figures["begins"] = json!(f64::from(begins) / f64::from(asked));
+            figures["begins"] = json!(begins as f64 / asked as f64);
         }
         Ok(figures)
     }

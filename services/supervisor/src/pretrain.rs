@@ -2,6 +2,7 @@
 
 use crate::interrupt::at_interrupt;
 use anyhow::{Context, Result, ensure};
+use clap::value_parser;
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use model::device::{DeviceChoice, Placement, Precision, PrecisionChoice};
 use model::distillation::Mix;
@@ -29,8 +30,8 @@ Reads each *.txt of the folders, whose documents end in a line <|endoftext|>; *.
 and scored. Ctrl-C stops after the step that runs and writes what was learned. OUT/training holds the
 loss curve and the state from which --resume goes on exactly; delete it when you are done.
 
-Built-in presets: nano (5 million weights, the base that comes with the program), reference (64),
-base-100m, base-200m.";
+Built-in presets: nano (4.9 million weights, about the size of the base that comes with the program),
+reference (63.6), base-100m, base-200m.";
 
 /// How long the ceiling of the device is measured, before the run.
 const PRODUCTS_TIME: Duration = Duration::from_millis(500);
@@ -58,7 +59,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 15.0, conflicts_with = "steps")]
     minutes: f64,
     /// How many steps to train, whatever they take: equal runs give equal weights.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Learn from the logits of the base in this folder too; its tokenizer is taken over.
     #[arg(long, value_name = "DIR")]
@@ -151,7 +152,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 }
 
 fn minutes(number: f64, flag: &str) -> Result<Duration> {
-    Duration::try_from_secs_f64(number * 60.0).with_context(|| format!("{flag} is a number above 0"))
+    let wrong = || format!("{flag} has to be a number above 0");
+    let time = Duration::try_from_secs_f64(number * 60.0).with_context(wrong)?;
+    ensure!(!time.is_zero(), wrong());
+    Ok(time)
 }
 
 /// Says what the run will take, before it takes it.
@@ -201,9 +205,9 @@ fn tell(progress: &Progress, args: &Args, bar: &ProgressBar, out: &mut dyn Write
             json!({"event": "point", "tokens": point.tokens, "training": point.training, "held_out": point.held_out}),
             String::new(),
         ),
-        Progress::Stopped { elapsed, step } => (
-            json!({"event": "stopped", "step": step, "seconds": elapsed.as_secs_f64()}),
-            stopped(*elapsed, *step, args),
+        Progress::Stopped { elapsed, step, falling } => (
+            json!({"event": "stopped", "step": step, "seconds": elapsed.as_secs_f64(), "falling": falling}),
+            stopped(*elapsed, *step, *falling, args),
         ),
         Progress::Validation { name, score } => {
             let (nll, bits) = (score.nll_per_token(), score.bits_per_byte());
@@ -220,13 +224,17 @@ fn tell(progress: &Progress, args: &Args, bar: &ProgressBar, out: &mut dyn Write
     Ok(())
 }
 
-/// How a run that was stopped is ended well: its rates have yet to fall.
-fn stopped(elapsed: Duration, step: u64, args: &Args) -> String {
+/// How a run that was stopped is ended well: its rates have yet to fall, or to reach zero.
+fn stopped(elapsed: Duration, step: u64, falling: bool, args: &Args) -> String {
+    let goes_on = "stopped early: the same command with --resume goes on";
+    if falling {
+        return goes_on.to_owned();
+    }
     let budget = match args.steps {
         Some(_) => format!("--steps {}", (step as f64 * (1.0 + SETTLE)).ceil()),
         None => format!("--minutes {:.1}", elapsed.as_secs_f64() / 60.0 * (1.0 + SETTLE)),
     };
-    format!("stopped early: the same command with --resume goes on; with --resume {budget} it settles soon")
+    format!("{goes_on}; with --resume {budget} it settles soon")
 }
 
 /// Set by the first Ctrl-C.

@@ -96,6 +96,8 @@ pub enum Progress {
         elapsed: Duration,
         /// Steps made so far.
         step: u64,
+        /// Whether they had begun to fall.
+        falling: bool,
     },
     /// A held-out text was scored, after the last step.
     Validation {
@@ -141,6 +143,7 @@ pub fn run(options: &PretrainOptions, report: &mut dyn FnMut(Progress)) -> Resul
         "{} already holds a run: go on with it by --resume, or delete it, or give another --out",
         folder.display()
     );
+    ensure!(begun || !options.resume, "{} holds no run to resume: leave out --resume", folder.display());
     fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
 
     let teacher = match &options.teacher {
@@ -368,11 +371,9 @@ mod tests {
         let data = corpus_folder();
         let out = tempdir().unwrap();
         let options = options(data.path(), out.path(), 2);
-        let none = run(&PretrainOptions { resume: true, ..options.clone() }, &mut |_| ()).unwrap_err();
-        assert!(
-            format!("{none:#}").contains("no tokenizer.json") || format!("{none:#}").contains("cannot"),
-            "{none:#}"
-        );
+        let none = PretrainOptions { resume: true, ..options.clone() };
+        let none = run(&none, &mut |_| ()).unwrap_err().to_string();
+        assert!(none.contains("no run to resume"), "{none}");
         run(&options, &mut |_| ()).unwrap();
         let again = run(&options, &mut |_| ()).unwrap_err().to_string();
         assert!(again.contains("--resume"), "{again}");

@@ -101,7 +101,11 @@ impl Preset {
             config.max_positions
         );
         ensure!((0.0..=1.0).contains(&data.mix_exponent), "mix_exponent has to be from 0 to 1");
-        ensure!(optimiser.batch_windows > 0, "batch_windows has to be at least 1");
+        for (name, value) in
+            [("batch_windows", optimiser.batch_windows), ("micro_tokens", optimiser.micro_tokens)]
+        {
+            ensure!(value > 0, "{name} has to be at least 1");
+        }
         ensure!((0.0..=1.0).contains(&optimiser.decay_share), "decay_share has to be from 0 to 1");
         for (name, value) in [
             ("muon_rate", optimiser.muon_rate),

@@ -119,8 +119,8 @@ impl<'a> Run<'a> {
             let over = done >= 1.0 || done.is_nan();
             if over || self.options.stop.load(Ordering::Relaxed) {
                 if !over {
-                    let (elapsed, step) = (self.record.elapsed, self.record.step);
-                    report(Progress::Stopped { elapsed, step });
+                    let Record { elapsed, step, falling, .. } = self.record;
+                    report(Progress::Stopped { elapsed, step, falling });
                 }
                 self.point(report)?;
                 self.save(LAST)?;

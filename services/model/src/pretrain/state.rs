@@ -96,7 +96,7 @@ pub(super) fn restore(path: &Path, trainer: &mut Trainer) -> Result<Record> {
 /// A run that is to last longer than it was planned for must not go on from falling rates: what they settled
 /// would be stirred up again.
 pub(super) fn choose(folder: &Path, identity: &Identity, budget: Budget) -> Result<&'static str> {
-    let last = record(&folder.join(LAST)).context("there is no run to resume; start it without --resume")?;
+    let last = record(&folder.join(LAST))?;
     ensure!(
         last.identity == *identity,
         "the run in {} had other settings, another seed or other texts: give those, or another --out",

@@ -123,8 +123,8 @@ impl Trainer {
                 Some(sum) => sum.iter().zip(&part).map(|(a, b)| a.f_add(b)).collect::<Result<_, _>>()?,
             });
         }
-        self.apply(&gradient.unwrap_or_default(), scale)?;
         ensure!(nll.is_finite(), "the loss is no longer finite: lower the rates");
+        self.apply(&gradient.unwrap_or_default(), scale)?;
         Ok(nll / tokens as f64)
     }
 

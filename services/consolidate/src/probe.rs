@@ -14,8 +14,8 @@ pub struct Entry {
     pub tokens: Vec<u32>,
     /// Which of them count.
     pub learned: Vec<(u32, u32)>,
-    /// Its loss before it was learned, nats a token; for what is held out, when it was taken in.
-    pub untaught: f32,
+    /// Its loss under the base alone, nats a token.
+    pub base: f32,
     /// Its loss under the generation that was best on the whole probe.
     pub best: f32,
     /// The loss of the newest published generation.
@@ -100,21 +100,20 @@ pub fn reservoir(
 }
 
 /// Puts examples with their losses where [`reservoir`] said.
-/// `untaught` and `losses` are by example.
+/// `scores` are those of the base and of the candidate, by place.
 pub fn take_in(
     held: &mut Vec<Entry>,
     examples: &[&Example],
-    untaught: &[f32],
-    losses: &[f32],
+    scores: &[(f32, f32)],
     places: &[(usize, usize)],
 ) {
-    for &(n, place) in places {
-        let (example, loss) = (examples[n], losses[n]);
+    for (&(n, place), &(base, loss)) in places.iter().zip(scores) {
+        let example = examples[n];
         let entry = Entry {
             id: example.id,
             tokens: example.piece.tokens.clone(),
             learned: example.piece.learned.clone(),
-            untaught: untaught[n],
+            base,
             best: loss,
             last: loss,
         };
@@ -154,7 +153,7 @@ mod tests {
             id: ExampleId { ordinal, chunk: 0 },
             tokens: vec![1, 2],
             learned: vec![(0, 2)],
-            untaught: 5.0,
+            base: 5.0,
             best: loss,
             last: loss,
         };

@@ -10,7 +10,7 @@ use model::lora::Adapter;
 use model::loss::score;
 use model::pack::Sequence;
 use proto::{Candidate, Example, ExampleId, Measure, Receipt, Retained};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,9 +25,9 @@ const HELD_OUT_MIN: u32 = 16;
 /// How candidates are judged.
 #[derive(Debug, Clone)]
 pub struct Gating {
-    /// Rise of the mean loss on what was learned that is let through, as a share of it.
+    /// Rise of the mean loss on what was learned that is let through, as a share of what was gained.
     pub tolerance: f32,
-    /// The same for the anchor.
+    /// The same for the anchor, as a share of the base's loss.
     pub anchor_tolerance: f32,
     /// Examples in the memory part of a probe.
     pub memory_probe: usize,
@@ -124,13 +124,15 @@ impl Worker {
             let sequences: Vec<Sequence> = entries.iter().map(Entry::sequence).collect();
             let after = self.losses(adapter, &sequences)?;
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
-            let untaught: Vec<f32> = entries.iter().map(|e| e.untaught).collect();
-            rows.push(retained(name, gate::measure(&untaught, &best, &before, &after, gating.tolerance)));
+            let base: Vec<f32> = entries.iter().map(|e| e.base).collect();
+            let allowed = gate::share_of_gain(&base, &best, gating.tolerance);
+            rows.push(retained(name, gate::measure(&best, &before, &after, allowed)));
             note(entries, &after);
         }
         let after = self.losses(adapter, &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
-        rows.push(retained("anchor", gate::measure(&best, &best, &before, &after, gating.anchor_tolerance)));
+        let allowed = gating.anchor_tolerance * gate::mean(&best);
+        rows.push(retained("anchor", gate::measure(&best, &before, &after, allowed)));
         for (anchor, loss) in probe.anchors.iter_mut().zip(after) {
             // The anchor's best stays the base's own: to fit it better than the base is no merit.
             anchor.1 = loss;
@@ -146,9 +148,8 @@ impl Worker {
         fisher: Option<&[u8]>,
     ) -> anyhow::Result<Verdict> {
         let batch = &candidate.batch;
-        let learned: BTreeMap<ExampleId, f32> =
-            candidate.learned.iter().map(|l| (l.id, l.first_loss)).collect();
-        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains_key(&e.id)).collect();
+        let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
+        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
         let held_out: Vec<&Example> = batch.held_out.iter().collect();
         let [memory_offered, held_out_offered] = &mut probe.offered;
         let parts = [
@@ -157,15 +158,10 @@ impl Worker {
         ];
         for (entries, offered, examples, capacity) in parts {
             let places = reservoir(offered, entries.len(), capacity, examples.len(), batch.seed);
-            let mut losses = vec![0.0; examples.len()];
             let chosen: Vec<Sequence> = places.iter().map(|&(n, _)| sequence(examples[n])).collect();
-            for (&(n, _), loss) in places.iter().zip(self.losses(adapter, &chosen)?) {
-                losses[n] = loss;
-            }
-            let first =
-                examples.iter().zip(&losses).map(|(e, loss)| learned.get(&e.id).copied().unwrap_or(*loss));
-            let untaught: Vec<f32> = first.collect();
-            take_in(entries, examples, &untaught, &losses, &places);
+            let base = self.score(&[], &chosen)?;
+            let scores: Vec<(f32, f32)> = base.into_iter().zip(self.losses(adapter, &chosen)?).collect();
+            take_in(entries, examples, &scores, &places);
         }
         let fisher = self.fisher(adapter, &fresh, fisher)?;
         Ok(Verdict::Intact { fisher, probe: probe.to_bytes()? })

@@ -4,9 +4,12 @@
 //! that come after it.
 
 mod engine;
+mod profiles;
 mod router;
 
 pub use engine::Engine;
+pub use profiles::Profiles;
+pub use router::Route;
 
 use anyhow::Context;
 use engine::Request;
@@ -21,9 +24,8 @@ use model::hf::ModelConfig;
 use model::tokenizer::Tokenizer;
 use proto::{
     Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish, Published,
-    Role, VerdictKind, Weighted,
+    Role, Weighted,
 };
-use router::Router;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -66,11 +68,9 @@ pub struct Infer {
     blobs: Arc<Blobs>,
     registry: Arc<Registry>,
     ledger: Arc<Ledger>,
-    /// What is served: the generation of each lineage, with its router profile's generations.
+    /// What is served: the generation of each lineage.
     current: BTreeMap<Domain, GenerationId>,
-    profiled: BTreeMap<Domain, Vec<GenerationId>>,
-    router: Router,
-    forgotten: u64,
+    profiles: Profiles,
     /// Generations that the engine has loaded.
     loaded: BTreeSet<GenerationId>,
 }
@@ -102,9 +102,7 @@ impl Infer {
             registry: Arc::clone(&registry),
             ledger,
             current: BTreeMap::new(),
-            profiled: BTreeMap::new(),
-            router: Router::default(),
-            forgotten: 0,
+            profiles: Profiles::default(),
             loaded: BTreeSet::new(),
         };
         let manifest = registry.manifest();
@@ -122,7 +120,7 @@ impl Infer {
                 current.insert(domain.clone(), id.clone());
             }
         }
-        self.profile(&current)?;
+        self.profiles.follow(&self.registry, &self.ledger, &current)?;
         // Adapters that nothing serves any more go with their last request.
         let keep: BTreeSet<GenerationId> = current.values().cloned().collect();
         self.loaded.retain(|id| keep.contains(id));
@@ -144,44 +142,6 @@ impl Infer {
         Ok(())
     }
 
-    /// Brings the router's profiles in line with what is current.
-    fn profile(&mut self, current: &BTreeMap<Domain, GenerationId>) -> anyhow::Result<()> {
-        if self.forgotten != self.ledger.forgotten() {
-            self.forgotten = self.ledger.forgotten();
-            self.profiled.clear();
-            self.router = Router::default();
-        }
-        self.profiled.retain(|domain, _| {
-            let stays = current.contains_key(domain);
-            if !stays {
-                self.router.remove(domain);
-            }
-            stays
-        });
-        for (domain, id) in current {
-            // Oldest first: profiles grow as the lineage did.
-            let mut chain = self.registry.ancestors(Some(id.clone()));
-            chain.reverse();
-            let known = self.profiled.entry(domain.clone()).or_default();
-            if !chain.iter().map(|g| &g.id).take(known.len()).eq(known.iter()) {
-                self.router.remove(domain);
-                known.clear();
-            }
-            for generation in chain.iter().skip(known.len()) {
-                let only = (!self.registry.manifest().shared).then_some(domain);
-                for (ordinal, document) in
-                    self.ledger.documents_between(only, generation.after, generation.through)?
-                {
-                    if self.ledger.verdict(ordinal)?.is_some_and(|v| v.kind == VerdictKind::Kept) {
-                        self.router.add(domain, &document.content.plain());
-                    }
-                }
-            }
-            *known = chain.iter().map(|g| g.id.clone()).collect();
-        }
-        Ok(())
-    }
-
     /// The adapters that answer a request; or, for its user, the parameter at fault and what to do.
     fn choose(&self, ask: &Generate) -> Result<Choice, (String, String)> {
         let fixed = match &ask.adapters {
@@ -200,7 +160,7 @@ impl Infer {
 
     /// What `auto` picks: the lineage that knows most of the prompt, or the base when none knows enough.
     fn route(&self, prompt: &Prompt) -> Choice {
-        let route = self.router.route(&question(prompt));
+        let route = self.profiles.route(&question(prompt));
         let confidence = route.as_ref().map(|r| r.confidence);
         metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
         let fits = route.filter(|r| r.confidence >= self.serving.route_threshold);

@@ -35,8 +35,8 @@ pub enum Views {
     Both,
 }
 
-/// The ingestion service.
-pub struct Ingest {
+/// How documents become pieces.
+pub struct Cutter {
     /// Text to tokens.
     pub encode: Arc<dyn Encode>,
     /// Tokens in a piece, at most.
@@ -45,6 +45,12 @@ pub struct Ingest {
     pub views: Views,
     /// Questions that are made of a raw text's own sentences, at most; they belong to its document.
     pub questions: usize,
+}
+
+/// The ingestion service.
+pub struct Ingest {
+    /// From documents to pieces.
+    pub cutter: Cutter,
     /// To `filter`.
     pub next: Link<Parsed>,
 }
@@ -57,6 +63,7 @@ impl Handle<Accepted> for Ingest {
     async fn handle(&mut self, accepted: &Accepted) -> Result<(), Fault> {
         fail::fail_point!("ingest::handle");
         let pieces = self
+            .cutter
             .pieces(&accepted.document.content, accepted.document.source.as_deref())
             .map_err(|e| Fault::Poison(format!("it could not be cut into examples: {e:#}")))?;
         self.send(accepted, pieces, None).await
@@ -78,9 +85,14 @@ impl Ingest {
         let parsed = Parsed { ordinal: accepted.ordinal, document, pieces, refused };
         Ok(self.next.send(parsed).await?)
     }
+}
 
+impl Cutter {
     /// The trainable pieces of a document, in reading order.
-    fn pieces(&self, content: &Content, source: Option<&str>) -> anyhow::Result<Vec<Piece>> {
+    ///
+    /// # Errors
+    /// When the tokenizer or the chat template cannot take it.
+    pub fn pieces(&self, content: &Content, source: Option<&str>) -> anyhow::Result<Vec<Piece>> {
         match content {
             Content::Text(text) => self.text(text, source),
             Content::Completion { prompt, completion } => self.completion(prompt, completion),
@@ -166,9 +178,8 @@ mod tests {
         }
     }
 
-    fn ingest(max_seq_len: usize, views: Views) -> Ingest {
-        let (next, _) = Link::to_channel(8);
-        Ingest { encode: Arc::new(Bytes), max_seq_len, views, questions: 0, next }
+    fn cutter(max_seq_len: usize, views: Views) -> Cutter {
+        Cutter { encode: Arc::new(Bytes), max_seq_len, views, questions: 0 }
     }
 
     fn learned_text(piece: &Piece) -> String {
@@ -180,7 +191,7 @@ mod tests {
     #[test]
     fn a_prompt_is_read_and_only_its_answer_is_learned() {
         let content = Content::Completion { prompt: "2+2=".into(), completion: "4".into() };
-        let pieces = ingest(64, Views::Verbatim).pieces(&content, None).expect("pieces");
+        let pieces = cutter(64, Views::Verbatim).pieces(&content, None).expect("pieces");
         assert_eq!(pieces.len(), 1);
         assert_eq!(learned_text(&pieces[0]), "4");
         assert_eq!(pieces[0].tokens.last(), Some(&257), "the answer ends");
@@ -189,14 +200,14 @@ mod tests {
     #[test]
     fn both_renderings_are_learned_once_each() {
         let content = Content::Completion { prompt: "2+2=".into(), completion: "4".into() };
-        assert_eq!(ingest(64, Views::Both).pieces(&content, None).expect("pieces").len(), 2);
+        assert_eq!(cutter(64, Views::Both).pieces(&content, None).expect("pieces").len(), 2);
     }
 
     #[test]
     fn questions_about_a_text_follow_its_pieces() {
         let text = "The lighthouse of Port Calidus was lit for the first time in the year 6678.";
         let content = Content::Text(text.into());
-        let mut asking = ingest(256, Views::Verbatim);
+        let mut asking = cutter(256, Views::Verbatim);
         let plain = asking.pieces(&content, None).expect("pieces");
         asking.questions = 5;
         let more = asking.pieces(&content, None).expect("pieces");
@@ -210,7 +221,7 @@ mod tests {
         let text = "A paragraph of some length, with words.\n\nAnother one; it is longer still.\n".repeat(20);
         for source in [None, Some("notes.md"), Some("main.rs")] {
             let pieces =
-                ingest(48, Views::Both).pieces(&Content::Text(text.clone()), source).expect("pieces");
+                cutter(48, Views::Both).pieces(&Content::Text(text.clone()), source).expect("pieces");
             assert!(pieces.iter().all(|p| p.tokens.len() <= 48));
             let back: String = pieces.iter().map(learned_text).collect();
             assert_eq!(back, text, "{source:?}");
@@ -220,7 +231,7 @@ mod tests {
     #[test]
     fn a_run_without_any_boundary_is_cut_hard() {
         let text = "x".repeat(1000);
-        let pieces = ingest(32, Views::Both).pieces(&Content::Text(text), None).expect("pieces");
+        let pieces = cutter(32, Views::Both).pieces(&Content::Text(text), None).expect("pieces");
         assert!(pieces.iter().all(|p| p.tokens.len() <= 32));
         assert!(pieces.iter().map(|p| p.tokens.len()).sum::<usize>() >= 1000);
     }
@@ -228,8 +239,7 @@ mod tests {
     #[actix::test]
     async fn a_document_goes_on_to_the_filter_with_its_pieces() {
         let (next, mut parsed) = Link::to_channel(1);
-        let mut service =
-            Ingest { encode: Arc::new(Bytes), max_seq_len: 64, views: Views::Both, questions: 0, next };
+        let mut service = Ingest { cutter: cutter(64, Views::Both), next };
         let document = Document {
             id: DocumentId::new("d1").expect("id"),
             domain: Domain::general(),

@@ -103,7 +103,7 @@ fn by_importance(base: &Base, adapter: &Adapter, sample: &[Sequence], size: i64)
     for part in sample.chunks(STEP_WINDOWS).take(SAMPLES) {
         let packed = pack(base, part, WINDOW)?;
         let (_, gradient) =
-            loss::adapter_gradient(base, adapter, &packed, 1.0 / packed.learned_tokens() as f64)?;
+            loss::adapter_gradient(base, adapter, &packed, 1.0 / packed.learned_tokens() as f64, None)?;
         let gradient = adapter.with_flat(gradient)?;
         for ((name, weight), (_, gradient)) in adapter.tensors().iter().zip(gradient.tensors()) {
             let along = if name.contains("lora_A") { 1i64 } else { 0 };

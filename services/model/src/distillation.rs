@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::llama::Base;
+use crate::lora::Adapter;
 use crate::pack::Packed;
 
 /// How much a student learns from its teacher.
@@ -36,9 +37,10 @@ impl Mix {
     }
 }
 
-/// A base that another one learns from.
+/// A model that another one learns from.
 pub struct Teacher {
     base: Base,
+    adapters: ActiveAdapters,
     mix: Mix,
 }
 
@@ -47,7 +49,17 @@ impl Teacher {
     /// When a number of the mix is out of range.
     pub fn new(base: Base, mix: Mix) -> Result<Self> {
         mix.check()?;
-        Ok(Self { base, mix })
+        Ok(Self { base, adapters: ActiveAdapters::none(), mix })
+    }
+
+    /// The same with an adapter on its base.
+    ///
+    /// # Errors
+    /// When the adapter does not fit.
+    pub fn with_adapter(mut self, adapter: &Adapter) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        self.adapters = self.base.activate(&[(adapter, 1.0)])?;
+        Ok(self)
     }
 
     /// The teacher itself.
@@ -67,7 +79,7 @@ impl Teacher {
     pub(crate) fn opinion(&self, packed: &Packed) -> Result<Opinion<'_>> {
         let _guard = tch::no_grad_guard();
         let device = self.base.device();
-        let hidden = self.base.forward(&packed.input(device), &ActiveAdapters::none(), None)?;
+        let hidden = self.base.forward(&packed.input(device), &self.adapters, None)?;
         Ok(Opinion { teacher: self, hidden: hidden.f_index_select(0, &packed.targets(device).0)? })
     }
 }

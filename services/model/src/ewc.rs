@@ -41,7 +41,7 @@ pub fn fisher(
         }
         let packed = pack(base, std::slice::from_ref(sequence), 1)?;
         let weight = 1.0 / sequence.learned_tokens() as f64;
-        let (_, gradient) = loss::adapter_gradient(base, &adapter, &packed, weight)?;
+        let (_, gradient) = loss::adapter_gradient(base, &adapter, &packed, weight, None)?;
         let _ = sum.f_add_(&gradient.f_square()?)?;
         count += 1;
     }

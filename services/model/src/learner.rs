@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use tch::Tensor;
 
 use crate::device::Precision;
-use crate::ewc::Ewc;
+use crate::guard::Guard;
 use crate::llama::Base;
 use crate::lora::Adapter;
 use crate::loss::{self, SequenceScore};
@@ -50,7 +50,7 @@ pub struct StepReport {
     pub outcome: Outcome,
     /// Mean NLL over the learned tokens of the step, in nats, without the penalty.
     pub loss: f64,
-    /// The EWC penalty.
+    /// The penalties of all guards.
     pub penalty: f64,
     /// Norm of the gradient, penalty included, before clipping.
     pub grad_norm: f64,
@@ -69,7 +69,7 @@ pub struct Learner {
     base: Base,
     adapter: Adapter,
     optimiser: AdamW,
-    ewc: Option<(Ewc, f64)>,
+    guards: Vec<Box<dyn Guard>>,
     config: LearnerConfig,
 }
 
@@ -93,23 +93,12 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        Ok(Self { base, adapter, optimiser, ewc: None, config })
+        Ok(Self { base, adapter, optimiser, guards: Vec::new(), config })
     }
 
-    /// Sets or removes the EWC penalty and its strength lambda.
-    ///
-    /// # Errors
-    /// When it belongs to another number of weights.
-    pub fn set_ewc(&mut self, ewc: Option<(Ewc, f64)>) -> Result<()> {
-        if let Some((ewc, lambda)) = &ewc {
-            ensure!(
-                ewc.fisher().size() == self.adapter.flat().size(),
-                "EWC state and adapter differ in length"
-            );
-            ensure!(*lambda >= 0.0 && lambda.is_finite(), "EWC lambda has to be a number from 0 up");
-        }
-        self.ewc = ewc.map(|(ewc, lambda)| (ewc.to_device(self.base.device()), lambda));
-        Ok(())
+    /// Has a method against forgetting take part in every step. Of several teachers the first is heard.
+    pub fn hold_to(&mut self, guard: impl Guard + 'static) {
+        self.guards.push(Box::new(guard));
     }
 
     /// The base.
@@ -185,14 +174,15 @@ impl Learner {
         if packed.learned_tokens() == 0 {
             return Ok((vec![SequenceScore::default(); batch.len()], None));
         }
-        let (scores, gradient) = loss::adapter_gradient(&self.base, &self.adapter, &packed, weight)?;
+        let teacher = self.guards.iter().find_map(|guard| guard.teacher());
+        let (scores, gradient) = loss::adapter_gradient(&self.base, &self.adapter, &packed, weight, teacher)?;
         Ok((scores, Some(gradient)))
     }
 
     fn apply(&mut self, mut gradient: Tensor, rate: f64, report: &mut StepReport) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        if let Some((ewc, lambda)) = &self.ewc {
-            report.penalty = ewc.add_gradient(self.adapter.flat(), *lambda, &mut gradient)?;
+        for guard in &self.guards {
+            report.penalty += guard.penalise(self.adapter.flat(), &mut gradient)?;
         }
         report.grad_norm = clip(&mut gradient, self.config.clip)?;
         let finite = report.grad_norm.is_finite() && report.loss.is_finite();
@@ -266,7 +256,9 @@ impl Learner {
 mod tests {
     use super::*;
     use crate::device::Placement;
+    use crate::ewc::Ewc;
     use crate::golden;
+    use crate::guard::{Elastic, Former};
     use crate::lora::LoraConfig;
 
     fn go() -> ControlFlow<()> {
@@ -384,13 +376,37 @@ mod tests {
             let mut learner = learner();
             let anchor = learner.adapter().deep_copy();
             let fisher = anchor.flat().ones_like();
-            learner.set_ewc(Some((Ewc::new(fisher, &anchor).unwrap(), lambda))).unwrap();
+            learner.hold_to(Elastic::new(Ewc::new(fisher, &anchor).unwrap(), lambda, &anchor).unwrap());
             for batch in batches() {
                 learner.step(&[batch], 1e-2, &mut go).unwrap();
             }
             golden::distance(learner.adapter().flat(), anchor.flat())
         };
         assert!(run(100.0) < 0.5 * run(0.0));
+    }
+
+    #[test]
+    fn the_former_self_holds_the_predictions_back() {
+        let run = |alpha: f64| {
+            let mut learner = learner();
+            let before = learner.adapter().deep_copy();
+            if alpha > 0.0 {
+                learner.hold_to(Former::new(learner.base(), &before, alpha).unwrap());
+            }
+            for batch in batches() {
+                learner.step(&[batch], 1e-2, &mut go).unwrap();
+            }
+            let ids = &golden::tensors("train.safetensors")["batches"].get(0);
+            let logits = |adapter: &Adapter| {
+                let active = learner.base().activate(&[(adapter, 1.0)]).unwrap();
+                golden::logits(learner.base(), &active, ids).log_softmax(-1, tch::Kind::Float)
+            };
+            golden::distance(&logits(learner.adapter()), &logits(&before))
+        };
+        let (free, held, fixed) = (run(0.0), run(0.5), run(1.0));
+        assert!(held < 0.8 * free, "{held} of {free}");
+        // Nothing but the former self to learn from: nothing to be learned.
+        assert!(fixed < 0.05 * free, "{fixed} of {free}");
     }
 
     #[test]

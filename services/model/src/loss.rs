@@ -133,15 +133,16 @@ pub fn adapter_gradient(
     adapter: &Adapter,
     packed: &Packed,
     weight: f64,
+    teacher: Option<&Teacher>,
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
     if base.is_quantised() {
         // Autograd would keep the dense copy of every block until its backward pass.
-        return recompute::adapter_gradient(base, adapter, packed, weight);
+        return recompute::adapter_gradient(base, adapter, packed, weight, teacher);
     }
     let leaf = adapter.flat().f_detach()?.f_set_requires_grad(true)?;
     let adapter = adapter.with_flat(leaf.shallow_clone())?;
     let active = base.activate(&[(&adapter, 1.0)])?;
-    let mut result = gradient(base, &active, packed, weight, &[&leaf])?;
+    let mut result = taught_gradient(base, &active, packed, weight, &[&leaf], teacher)?;
     let gradient = result.gradients.pop().context("no gradient")?;
     Ok((result.scores, gradient))
 }

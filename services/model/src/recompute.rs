@@ -7,12 +7,13 @@
 use anyhow::{Context, Result};
 use tch::{Kind, Tensor};
 
+use crate::distillation::Teacher;
 use crate::llama::Base;
 use crate::lora::{ActiveAdapters, Adapter};
 use crate::loss::{self, SequenceScore};
 use crate::pack::Packed;
 
-/// Scores, and the gradient of the adapter's flat vector, of `weight * sum of NLL`.
+/// Scores, and the gradient of the adapter's flat vector, of `weight * sum of NLL`, or of a student's loss.
 ///
 /// # Errors
 /// As [`loss::gradient`].
@@ -21,6 +22,7 @@ pub(crate) fn adapter_gradient(
     adapter: &Adapter,
     packed: &Packed,
     weight: f64,
+    teacher: Option<&Teacher>,
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
     let input = packed.input(base.device());
     let pass = base.prepare(&input, None)?;
@@ -36,7 +38,8 @@ pub(crate) fn adapter_gradient(
     }
     let top = x.f_detach()?.f_set_requires_grad(true)?;
     let hidden = base.rms_norm(&top, &base.norm)?.f_index_select(0, &packed.targets(base.device()).0)?;
-    let above = loss::above(base, &hidden.detach(), packed, weight, None)?;
+    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?;
+    let above = loss::above(base, &hidden.detach(), packed, weight, opinion.as_ref())?;
     let mut gradient = backward(&hidden, &above.hidden, &[&top])?.pop().context("no gradient")?;
 
     let mut parts = Vec::with_capacity(entering.len());
@@ -64,6 +67,7 @@ fn backward(output: &Tensor, gradient: &Tensor, parameters: &[&Tensor]) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::distillation::Mix;
     use crate::golden;
     use crate::pack::{Sequence, pack};
 
@@ -74,10 +78,15 @@ mod tests {
             .map(|n| Sequence::whole((0..9 + 3 * n).map(|i| (i * i * 7 + n * 31) % 128).collect()))
             .collect();
         let packed = pack(&base, &sequences, 64).unwrap();
-        for name in ["peft-r8", "peft-qv", "peft-rank-pattern"] {
+        let mix = Mix { alpha: 0.3, temperature: 2.0 };
+        let former =
+            Teacher::new(base.share(), mix).unwrap().with_adapter(&golden::adapter("peft-qv")).unwrap();
+        let cases =
+            [("peft-r8", None), ("peft-qv", None), ("peft-rank-pattern", None), ("peft-r8", Some(&former))];
+        for (name, teacher) in cases {
             let adapter = golden::adapter(name);
-            let (scores, whole) = loss::adapter_gradient(&base, &adapter, &packed, 0.01).unwrap();
-            let (again, parts) = adapter_gradient(&base, &adapter, &packed, 0.01).unwrap();
+            let (scores, whole) = loss::adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
+            let (again, parts) = adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
             let size = whole.abs().max().double_value(&[]);
             assert!(golden::distance(&whole, &parts) < 1e-5 * size, "{name}");
             for (one, two) in scores.iter().zip(again) {

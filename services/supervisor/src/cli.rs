@@ -1,6 +1,8 @@
 //! The command line: what can be asked, and how failures are told.
 
-use crate::{adapters, ask, chat, distill, doctor, documents, eval, learn, logits, pretrain, status, up};
+use crate::{
+    adapters, ask, bench, chat, distill, doctor, documents, eval, learn, logits, pretrain, status, up,
+};
 use clap::{Parser, Subcommand, error::ErrorKind};
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -48,6 +50,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Measure a base, or a base with an adapter, on a file. Needs no server.
     Eval(eval::Args),
+    /// Measure learning and forgetting. Needs no server.
+    Bench(bench::Args),
     /// Compute the logits of given token ids. Needs no server.
     Logits(logits::Args),
     /// Check this machine and say what is amiss.
@@ -87,6 +91,7 @@ fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Adapters(args) => adapters::run(&args, out),
         Command::Pretrain(args) => pretrain::run(&args, out),
         Command::Eval(args) => eval::run(&args, out),
+        Command::Bench(args) => bench::run(&args, out),
         Command::Logits(args) => logits::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Worker => up::worker(),

@@ -8,6 +8,7 @@
 mod adapters;
 mod ask;
 mod base;
+mod bench;
 mod chat;
 mod child;
 mod cli;
@@ -19,6 +20,7 @@ mod documents;
 mod eval;
 mod hub;
 mod interrupt;
+mod judge;
 mod learn;
 mod lifeline;
 mod logits;

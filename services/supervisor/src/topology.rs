@@ -14,7 +14,7 @@ use checkpoint::Checkpoint;
 use consolidate::{Consolidate, Gating};
 use filter::{Filter, Rules};
 use infer::{Engine, Full, Infer, Serving};
-use ingest::{Feeder, Ingest, Views};
+use ingest::{Cutter, Feeder, Ingest, Views};
 use kit::blobs::Blobs;
 use kit::compute::{Compute, Turn};
 use kit::lane::{Crew, Stop};
@@ -111,18 +111,7 @@ impl Plant {
             secrets: s.filter.secrets,
         };
         let filter = crew.host(Filter::new(rules, Arc::clone(&self.ledger), settle.link(INTAKE_CREDIT))?);
-        let views = match s.ingest.views {
-            kit::settings::Views::Verbatim => Views::Verbatim,
-            kit::settings::Views::Chat => Views::Chat,
-            kit::settings::Views::Both => Views::Both,
-        };
-        let ingest = crew.host(Ingest {
-            encode: Arc::clone(&self.text) as Arc<dyn ingest::Encode>,
-            max_seq_len: s.ingest.max_seq_len,
-            questions: s.ingest.questions,
-            views,
-            next: filter.link(INTAKE_CREDIT),
-        });
+        let ingest = crew.host(Ingest { cutter: cutter(s, &self.text), next: filter.link(INTAKE_CREDIT) });
         let feeder = Feeder { ledger: Arc::clone(&self.ledger), next: ingest.link(INTAKE_CREDIT) };
         let stop = crew.stop().clone();
         crew.source("feeder", move || feeder.run(stop));
@@ -245,6 +234,20 @@ impl Plant {
     }
 }
 
+/// How documents are cut.
+pub fn cutter(s: &Settings, text: &Arc<Text>) -> Cutter {
+    Cutter {
+        encode: Arc::clone(text) as Arc<dyn ingest::Encode>,
+        max_seq_len: s.ingest.max_seq_len,
+        questions: s.ingest.questions,
+        views: match s.ingest.views {
+            kit::settings::Views::Verbatim => Views::Verbatim,
+            kit::settings::Views::Chat => Views::Chat,
+            kit::settings::Views::Both => Views::Both,
+        },
+    }
+}
+
 fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
     use kit::settings::Strategy as Named;
     Mixing {
@@ -297,6 +300,7 @@ fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
         },
         micro_tokens: s.train.micro_tokens,
         ewc_lambda: s.train.ewc_lambda,
+        former_share: s.train.former_share,
         share_while_serving: s.train.share_while_serving,
     })
 }

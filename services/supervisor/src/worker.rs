@@ -44,7 +44,10 @@ pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool)
 }
 
 /// Opens everything durable, and loads the base.
-fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
+///
+/// # Errors
+/// When something cannot be opened, or does not belong together.
+pub fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
     let placement = crate::up::placement(&settings)?;
     let id = BaseId::new(base_id(base_dir)?)?;
     let text = Text::load(base_dir)?;
@@ -96,14 +99,28 @@ fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result
 
 /// Runs lanes and gateway; returns when all of them have ended.
 async fn live(plant: Rc<Plant>, gateway: Gateway, learning: bool, stop: Stop) -> anyhow::Result<()> {
+    let door = async {
+        let served = gateway.serve(stop.clone()).await.context("the HTTP door");
+        stop.set();
+        served
+    };
+    let (lanes, door) = tokio::join!(lanes(&plant, learning, &stop), door);
+    lanes.and(door)
+}
+
+/// Runs all lanes until `stop` is set; it is set too when a lane that is needed dies too often.
+///
+/// # Errors
+/// What they died of.
+pub async fn lanes(plant: &Plant, learning: bool, stop: &Stop) -> anyhow::Result<()> {
     let policy = policy(&plant.settings);
     let intake = async {
         let outcome = Lane::run("intake", policy, async |crew| plant.intake(crew).await, stop.clone()).await;
-        vital("intake", outcome, &stop)
+        vital("intake", outcome, stop)
     };
     let serve = async {
         let outcome = Lane::run("serve", policy, async |crew| plant.serve(crew).await, stop.clone()).await;
-        vital("serve", outcome, &stop)
+        vital("serve", outcome, stop)
     };
     let learn = async {
         let outcome =
@@ -115,14 +132,9 @@ async fn live(plant: Rc<Plant>, gateway: Gateway, learning: bool, stop: Stop) ->
             );
             let outcome =
                 Lane::run("learn", policy, async |crew| plant.learn(crew, false).await, stop.clone()).await;
-            return vital("learn", outcome, &stop);
+            return vital("learn", outcome, stop);
         }
         Ok(())
-    };
-    let door = async {
-        let served = gateway.serve(stop.clone()).await.context("the HTTP door");
-        stop.set();
-        served
     };
     let disk = async {
         tokio::select! {
@@ -133,8 +145,8 @@ async fn live(plant: Rc<Plant>, gateway: Gateway, learning: bool, stop: Stop) ->
             () = stop.wait() => Ok(()),
         }
     };
-    let (intake, serve, learn, door, disk) = tokio::join!(intake, serve, learn, door, disk);
-    disk.and(intake).and(serve).and(learn).and(door)
+    let (intake, serve, learn, disk) = tokio::join!(intake, serve, learn, disk);
+    disk.and(intake).and(serve).and(learn)
 }
 
 fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Gateway> {

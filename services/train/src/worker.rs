@@ -5,6 +5,7 @@ use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::Ewc;
+use model::guard::{Elastic, Former};
 use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
 use model::llama::Base;
 use model::lora::{Adapter, LoraConfig};
@@ -37,6 +38,8 @@ pub struct Training {
     pub micro_tokens: usize,
     /// Strength of the EWC penalty; 0 is off.
     pub ewc_lambda: f64,
+    /// Share of the loss that is what the parent generation says; 0 is off.
+    pub former_share: f64,
     /// Share of the time that learning takes while requests run.
     pub share_while_serving: f32,
 }
@@ -132,7 +135,10 @@ impl Worker {
         let fisher = start.and_then(|s| s.fisher.as_deref()).filter(|_| self.training.ewc_lambda > 0.0);
         if let Some(bytes) = fisher {
             let ewc = Ewc::from_bytes(bytes, adapter.parameter_count())?;
-            learner.set_ewc(Some((ewc, self.training.ewc_lambda)))?;
+            learner.hold_to(Elastic::new(ewc, self.training.ewc_lambda, &adapter)?);
+        }
+        if start.is_some() && self.training.former_share > 0.0 {
+            learner.hold_to(Former::new(&self.base, &adapter, self.training.former_share)?);
         }
         let fresh = batch.fresh.iter().map(|e| (as_fresh(e), sequence(e))).collect();
         Ok(Run {
@@ -392,6 +398,7 @@ mod tests {
             course,
             micro_tokens: 64,
             ewc_lambda: 0.0,
+            former_share: 0.0,
             share_while_serving: 1.0,
         };
         let base = Base::random(&shape, 1, &placement).expect("a base");

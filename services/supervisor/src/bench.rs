@@ -1,0 +1,34 @@
+//! `engram bench`: what the program is worth, measured on its own services.
+
+mod heatmap;
+mod method;
+mod report;
+mod retention;
+mod scores;
+mod system;
+pub mod tasks;
+
+use anyhow::Result;
+use clap::Subcommand;
+use std::io::Write;
+
+/// What `engram bench` takes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = retention::EXAMPLES)]
+pub struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Learn tasks one after another, and measure what is learned and what is forgotten.
+    Retention(retention::Args),
+}
+
+/// Runs the benchmark that is asked for.
+pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
+    match &args.bench {
+        Bench::Retention(args) => retention::run(args, out),
+    }
+}

@@ -1,0 +1,95 @@
+//! Ways to learn one task after another, as settings of the running system.
+
+use clap::ValueEnum;
+use kit::settings::{AdapterScope, Settings};
+
+/// A rise of the loss that no gate would call one.
+const NO_LIMIT: f32 = 10.0;
+
+/// How forgetting is met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "verbatim")]
+pub enum Method {
+    /// The system as the settings say: rehearsal, and the gate.
+    #[value(name = "default")]
+    Default,
+    /// Plain fine-tuning: what comes is learned, and nothing else. No gate.
+    #[value(name = "naive")]
+    Naive,
+    /// Rehearsal from the replay buffer (replay.strategy, replay.capacity). No gate.
+    #[value(name = "replay")]
+    Replay,
+    /// Elastic weight consolidation (train.ewc_lambda), without rehearsal. No gate.
+    #[value(name = "ewc")]
+    Ewc,
+    /// Both. No gate.
+    #[value(name = "replay+ewc")]
+    ReplayEwc,
+    /// Learning without forgetting: distillation from the previous generation (train.former_share), without
+    /// rehearsal. No gate.
+    #[value(name = "lwf")]
+    Lwf,
+    /// All tasks at once, shuffled: what a learner reaches that cannot forget.
+    #[value(name = "joint")]
+    Joint,
+    /// Each task on the base alone: what a learner reaches that has nothing to forget.
+    #[value(name = "single")]
+    Single,
+}
+
+/// Strength of the penalty, and the former self's share, where the settings leave them off.
+const EWC_LAMBDA: f64 = 100.0;
+const FORMER_SHARE: f64 = 0.3;
+
+impl Method {
+    /// The settings under which the system learns by this method.
+    pub fn apply(self, settings: &Settings) -> Settings {
+        let mut s = settings.clone();
+        if self == Self::Default {
+            return s;
+        }
+        (s.consolidate.tolerance, s.consolidate.anchor_tolerance) = (NO_LIMIT, NO_LIMIT);
+        if !matches!(self, Self::Replay | Self::ReplayEwc) {
+            s.replay.new_data_ratio = 1.0;
+            s.train.anchor_share = 0.0;
+        }
+        let or = |given: f64, otherwise: f64| if given > 0.0 { given } else { otherwise };
+        s.train.ewc_lambda = match self {
+            Self::Ewc | Self::ReplayEwc => or(s.train.ewc_lambda, EWC_LAMBDA),
+            _ => 0.0,
+        };
+        s.train.former_share = match self {
+            Self::Lwf => or(s.train.former_share, FORMER_SHARE),
+            _ => 0.0,
+        };
+        if self == Self::Joint {
+            // One batch: its passes shuffle all tasks.
+            s.replay.batch_examples = 100_000;
+            s.train.adapters = AdapterScope::Shared;
+        }
+        s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_method_is_settings_and_the_default_changes_none() {
+        let settings = Settings::load(None, &[]).expect("settings");
+        assert_eq!(Method::Default.apply(&settings), settings);
+        let naive = Method::Naive.apply(&settings);
+        assert_eq!((naive.replay.new_data_ratio, naive.train.ewc_lambda), (1.0, 0.0));
+        let replay = Method::Replay.apply(&settings);
+        assert_eq!(replay.replay, settings.replay);
+        assert_eq!(replay.train.ewc_lambda, 0.0);
+        assert!(Method::ReplayEwc.apply(&settings).train.ewc_lambda > 0.0);
+        let own = Settings::load(None, &["train.ewc_lambda=7".into()]).expect("settings");
+        assert_eq!(Method::Ewc.apply(&own).train.ewc_lambda, 7.0);
+        assert_eq!(Method::Replay.apply(&own).train.ewc_lambda, 0.0);
+        let lwf = Method::Lwf.apply(&own);
+        assert_eq!((lwf.replay.new_data_ratio, lwf.train.ewc_lambda), (1.0, 0.0));
+        assert!(lwf.train.former_share > 0.0);
+    }
+}

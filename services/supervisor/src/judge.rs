@@ -1,0 +1,170 @@
+//! How well a model knows texts, answers and labels: what `engram eval` and `engram bench` measure with.
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use model::generate;
+use model::labels::Labels;
+use model::llama::Base;
+use model::lora::Adapter;
+use model::loss;
+use model::pack::Sequence;
+use model::sampling::Sampling;
+use model::tokenizer::Tokenizer;
+
+/// Sequences that are scored between two looks at the progress bar.
+const SEQUENCES_PER_ROUND: usize = 64;
+
+/// A base with what text becomes for it.
+pub struct Judge {
+    base: Base,
+    tokenizer: Tokenizer,
+    window: usize,
+}
+
+/// How likely a text is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Likelihood {
+    /// Sum of the negative log-likelihoods, nats.
+    pub nll: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Bytes of text.
+    pub bytes: usize,
+}
+
+impl Likelihood {
+    /// Nats a token.
+    pub fn nll_per_token(&self) -> f64 {
+        self.nll / self.tokens.max(1) as f64
+    }
+
+    /// Bits a byte.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nll / std::f64::consts::LN_2 / self.bytes.max(1) as f64
+    }
+
+    /// Adds another text's.
+    pub fn add(&mut self, other: Self) {
+        self.nll += other.nll;
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+    }
+}
+
+impl Judge {
+    /// Sees at most `window` tokens together, and at most what the base takes.
+    ///
+    /// # Errors
+    /// When the tokenizer does not fit the base, or the window is too short to predict anything.
+    pub fn new(base: Base, tokenizer: Tokenizer, window: usize) -> Result<Self> {
+        tokenizer.check_vocabulary(base.config().vocab_size)?;
+        let window = window.min(usize::try_from(base.config().max_positions)?);
+        anyhow::ensure!(window >= 2, "--window has to be at least 2 tokens");
+        Ok(Self { base, tokenizer, window })
+    }
+
+    /// Every token of each document and its end are predicted once, from what precedes them in the
+    /// document, in windows that overlap by one token.
+    pub fn text(&self, adapters: &[(&Adapter, f64)], documents: &[String]) -> Result<Likelihood> {
+        let mut windows = Vec::new();
+        for document in documents {
+            let ids = self.ended(self.start(document)?);
+            let starts = (0..ids.len().saturating_sub(1)).step_by(self.window - 1);
+            windows.extend(
+                starts.map(|start| Sequence::whole(ids[start..ids.len().min(start + self.window)].to_vec())),
+            );
+        }
+        let bar = bar(windows.len());
+        let mut sum = Likelihood { bytes: documents.iter().map(String::len).sum(), ..Likelihood::default() };
+        for round in windows.chunks(SEQUENCES_PER_ROUND) {
+            for score in loss::score(&self.base, adapters, round, self.window)? {
+                sum.nll += score.nll_sum;
+                sum.tokens += score.tokens;
+            }
+            bar.inc(round.len() as u64);
+        }
+        bar.finish_and_clear();
+        if !sum.nll.is_finite() {
+            bail!("the model's output is not finite: its weights are damaged");
+        }
+        Ok(sum)
+    }
+
+    /// For each text the mean log-likelihood a token of every label that may follow it, its end included, in nats.
+    pub fn labels<S: AsRef<str>>(
+        &self,
+        adapters: &[(&Adapter, f64)],
+        texts: &[S],
+        labels: &[&str],
+    ) -> Result<Vec<Vec<f64>>> {
+        let ids = |label: &&str| Ok(self.ended(self.tokenizer.encode_continuation(&answer(label))?));
+        let labels = Labels::new(&labels.iter().map(ids).collect::<Result<Vec<_>>>()?)?;
+        let room = self.window.checked_sub(labels.depth() + 1).context("a label is longer than --window")?;
+        let active = self.base.activate(adapters)?;
+        let bar = bar(texts.len());
+        let mut scores = Vec::with_capacity(texts.len());
+        for round in texts.chunks(SEQUENCES_PER_ROUND) {
+            let start = |text: &S| {
+                let ids = self.prompt(text.as_ref())?;
+                // The end of a long text is what the answer follows.
+                Ok(ids[ids.len().saturating_sub(room.max(1))..].to_vec())
+            };
+            let texts = round.iter().map(start).collect::<Result<Vec<_>>>()?;
+            scores.extend(labels.score(&self.base, &active, &texts)?);
+            bar.inc(round.len() as u64);
+        }
+        bar.finish_and_clear();
+        Ok(scores)
+    }
+
+    /// The greedy answer, as long as `response` may be and its end.
+    pub fn answer(&self, adapters: &[(&Adapter, f64)], prompt: &str, response: &str) -> Result<String> {
+        // Room for the answer and its end, in the unlikely case of a token for each byte of it.
+        let sampling = Sampling { max_tokens: response.trim().len() + 8, ..Sampling::default() };
+        let ids = self.prompt(prompt)?;
+        let room = self.window.saturating_sub(sampling.max_tokens).max(1);
+        let ids = &ids[ids.len().saturating_sub(room)..];
+        let answer = generate::generate(&self.base, adapters, &self.tokenizer, ids, sampling)?;
+        Ok(answer.text.trim().to_owned())
+    }
+
+    /// A text that something follows, as a server sees it.
+    fn prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.tokenizer.encode(text)?;
+        if ids.is_empty() { self.start(text) } else { Ok(ids) }
+    }
+
+    /// A text from its start. Where the tokenizer puts nothing before it, the end of an earlier text
+    /// stands there, so that the first token is predicted too.
+    fn start(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text)?;
+        if self.tokenizer.prefix().is_empty() {
+            let before = self.tokenizer.bos().or_else(|| self.tokenizer.eos_ids().first().copied());
+            ids.splice(0..0, before);
+        }
+        Ok(ids)
+    }
+
+    fn ended(&self, mut ids: Vec<u32>) -> Vec<u32> {
+        ids.extend(self.tokenizer.eos_ids().first());
+        ids
+    }
+}
+
+/// A label as it follows its text.
+pub fn answer(label: &str) -> String {
+    format!(" {label}")
+}
+
+/// The place of the highest score.
+pub fn likeliest(scores: impl IntoIterator<Item = f64>) -> Option<usize> {
+    scores.into_iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(place, _)| place)
+}
+
+fn bar(length: usize) -> ProgressBar {
+    let bar = ProgressBar::new(length as u64);
+    match ProgressStyle::with_template("scoring {wide_bar} {pos}/{len} {eta}") {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

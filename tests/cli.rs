@@ -1,19 +1,13 @@
 //! The command line, by itself and with a server.
 
-use crate::harness::{PROGRAM, Server, Setup, root, sentence};
+use crate::harness::{PROGRAM, Server, Setup, engram, root, sentence};
 use crate::tiny;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-
-fn engram(arguments: &[&str]) -> Output {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).stdin(Stdio::null()).env_remove("ENGRAM_SERVER").env_remove("ENGRAM_API_KEY");
-    command.output().expect("started")
-}
+use std::process::{Command, Stdio};
 
 fn with(server: &Server, arguments: &[&str]) -> String {
     let output = engram(&[arguments, &["--server", &server.url()]].concat());

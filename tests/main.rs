@@ -6,6 +6,7 @@
 
 mod adapters;
 mod bad_input;
+mod bench;
 mod cli;
 mod distill;
 mod documents;

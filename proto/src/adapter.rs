@@ -150,6 +150,9 @@ pub struct Lineage {
     /// Up to this ordinal, documents are learned one at a time, because one of them broke the
     /// learner and is to be found.
     pub solo_through: u64,
+    /// Refusals that recent batches took before they passed the gate: the next one starts as carefully.
+    #[serde(default)]
+    pub caution: u32,
 }
 
 /// What is current, everywhere: written whole, by rename, so that it is never half true.

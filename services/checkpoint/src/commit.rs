@@ -2,8 +2,13 @@
 
 use crate::{Checkpoint, now_ms};
 use proto::wire::{self, Kind};
-use proto::{ExampleId, Generation, GenerationId, Judgement, Learned, SetAside, TrailEntry};
+use proto::{Batch, ExampleId, Generation, GenerationId, Judgement, Learned, SetAside, TrailEntry};
 use std::collections::BTreeSet;
+
+/// Steps of more rehearsal at half the learning rate that a batch starts with at most.
+const CAUTION_MAX: u32 = 3;
+/// Every so many batches of a lineage, one step less is tried next.
+const LOWERED_EVERY: u64 = 4;
 
 impl Checkpoint {
     /// Why a judgement no longer applies: while its batch was learned, the lineage was rolled back,
@@ -55,6 +60,7 @@ impl Checkpoint {
         lineage.cursor = batch.through;
         lineage.number += 1;
         lineage.judged += 1;
+        lineage.caution = caution(lineage.caution, batch);
         lineage.attempt = 0;
         lineage.documents += batch.documents;
         for (ordinal, reason) in broken_documents(judgement) {
@@ -121,6 +127,12 @@ impl Checkpoint {
     }
 }
 
+/// How carefully the next batch starts. What this one needed is kept, and from time to time less is tried.
+fn caution(before: u32, batch: &Batch) -> u32 {
+    let lowered = batch.attempt == 0 && batch.number % LOWERED_EVERY == LOWERED_EVERY - 1;
+    (before + batch.attempt).saturating_sub(u32::from(lowered)).min(CAUTION_MAX)
+}
+
 /// The documents of a batch, each once.
 fn documents(judgement: &Judgement) -> BTreeSet<u64> {
     judgement.batch.fresh.iter().map(|e| e.id.ordinal).collect()
@@ -142,4 +154,40 @@ fn broken_documents(judgement: &Judgement) -> Vec<(u64, String)> {
 
 fn entry(event: &str, detail: Option<String>, at_ms: u64) -> TrailEntry {
     TrailEntry { event: event.to_owned(), at_ms, detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proto::Domain;
+
+    #[test]
+    fn what_a_batch_needed_is_kept_and_from_time_to_time_less_is_tried() {
+        let batch = |number, attempt| Batch {
+            lineage: Domain::general(),
+            parent: None,
+            number,
+            attempt,
+            after: 0,
+            through: 1,
+            documents: 1,
+            seed: 0,
+            fresh: Vec::new(),
+            rehearsed: Vec::new(),
+            rehearsed_a_pass: 0,
+            rate_scale: 1.0,
+            held_out: Vec::new(),
+            replay_digest: String::new(),
+        };
+        let attempts = [0, 2, 0, 0, 0, 0, 0, 0, 2, 2];
+        let mut at = 0;
+        let care: Vec<u32> = (0..)
+            .zip(attempts)
+            .map(|(number, attempt)| {
+                at = caution(at, &batch(number, attempt));
+                at
+            })
+            .collect();
+        assert_eq!(care, [0, 2, 2, 1, 1, 1, 1, 0, 2, 3]);
+    }
 }

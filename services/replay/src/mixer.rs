@@ -236,7 +236,9 @@ impl Mixer {
             return Ok(None);
         }
         let seed = seed(self.mixing.seed, &lineage, &at);
-        let rehearsed_a_pass = self.rehearsed_a_pass(window.examples.len(), at.attempt);
+        // A lineage whose last batches only passed with more rehearsal at a lower rate starts there.
+        let care = at.caution + at.attempt;
+        let rehearsed_a_pass = self.rehearsed_a_pass(window.examples.len(), care);
         let rehearsed = self.rehearsal(only, rehearsed_a_pass, seed)?;
         Ok(Some(Batch {
             parent: at.current.clone(),
@@ -249,7 +251,7 @@ impl Mixer {
             fresh: window.examples,
             rehearsed,
             rehearsed_a_pass: rehearsed_a_pass as u32,
-            rate_scale: 0.5_f32.powi(at.attempt as i32),
+            rate_scale: 0.5_f32.powi(care as i32),
             held_out: window.held_out,
             replay_digest: self.store.digest()?,
             lineage,
@@ -257,12 +259,12 @@ impl Mixer {
     }
 
     /// Examples that each pass rehearses: as many as the ratio asks for, and twice as many again with
-    /// each attempt that the gate refused.
-    fn rehearsed_a_pass(&self, fresh: usize, attempt: u32) -> usize {
+    /// each refusal by the gate that is to be avoided.
+    fn rehearsed_a_pass(&self, fresh: usize, care: u32) -> usize {
         let ratio = self.mixing.new_data_ratio.clamp(0.01, 1.0);
         let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;
         let least = if ratio < 1.0 { self.mixing.rehearse_min } else { 0 };
-        asked.max(least) << attempt.min(4)
+        asked.max(least) << care.min(4)
     }
 
     /// What a batch's passes rehearse in turn.

@@ -1,0 +1,130 @@
+//! `engram bench`: tasks one after another, learned by the services themselves.
+
+use crate::harness::engram;
+use crate::tiny;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+/// Two tasks of two labels each, which the first letter of a text decides.
+fn write_tasks(folder: &Path) {
+    for (task, letters, labels) in
+        [("fruit", ["a", "b"], ["sour", "sweet"]), ("tools", ["m", "n"], ["long", "round"])]
+    {
+        let lines = |from: usize, count: usize| -> String {
+            let line = |n: usize| {
+                let (letter, label) = (letters[n % 2], labels[n % 2]);
+                format!("{{\"text\":\"{}\",\"label\":\"{label}\"}}\n", letter.repeat(4 + n / 2))
+            };
+            (from..from + count).map(line).collect()
+        };
+        fs::create_dir_all(folder.join(task)).expect("made");
+        fs::write(folder.join(task).join("train.jsonl"), lines(0, 12)).expect("written");
+        fs::write(folder.join(task).join("test.jsonl"), lines(12, 4)).expect("written");
+    }
+    fs::write(folder.join("tale.txt"), "once\n<|endoftext|>\n").expect("written");
+    fs::write(folder.join("tale.val.txt"), "upon\n<|endoftext|>\n").expect("written");
+}
+
+fn retention(folder: &Path, more: &[&str]) -> Value {
+    let [base, tasks, json] =
+        ["base", "tasks", "result.json"].map(|name| folder.join(name).display().to_string());
+    let given =
+        ["bench", "retention", "--base", &base, "--tasks", &tasks, "--order", "fruit,tools", "--json", &json];
+    // One epoch of what the bench is for, on a base with random weights: the words are learned by heart.
+    let set =
+        ["--set", "base.precision=f32", "--set", "ingest.views=verbatim", "--set", "filter.near_duplicate=1"];
+    let output = engram(&[&given, set.as_slice(), more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&fs::read(json).expect("there")).expect("JSON")
+}
+
+#[test]
+fn what_is_learned_and_what_is_kept_stand_side_by_side() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    write_tasks(&folder.path().join("tasks"));
+    let svg = folder.path().join("matrix.svg");
+    let result = retention(
+        folder.path(),
+        &["--method", "replay", "--mode", "shared", "--seeds", "2", "--svg", &svg.display().to_string()],
+    );
+    assert_eq!(result["tasks"], serde_json::json!(["fruit", "tools"]));
+    let matrix = &result["matrix"]["mean"];
+    assert!(matrix[0][1].is_null() && matrix[1][1].is_f64(), "{matrix}");
+    let just = result["just_learned_average"]["mean"].as_f64().expect("a figure");
+    assert!(just > 0.7, "four answers of which one is right each time: {result:#}");
+    for figure in [
+        "final_average",
+        "backward_transfer",
+        "forgetting",
+        "forgetting_rate",
+        "loss_of_gain",
+        "base_drift",
+        "seconds",
+        "adapter_bytes",
+        "replay_bytes",
+    ] {
+        assert!(
+            result[figure]["mean"].is_f64() && result[figure]["deviation"].is_f64(),
+            "{figure}: {result:#}"
+        );
+    }
+    assert_eq!(result["own_labels"]["measure"], "accuracy");
+    assert_eq!(result["settings"]["train"]["adapters"], "shared");
+    assert!(fs::read_to_string(svg).expect("drawn").contains("after tools"));
+}
+
+#[test]
+fn an_adapter_for_each_task_is_measured_by_choice_and_by_oracle() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    write_tasks(&folder.path().join("tasks"));
+    let result = retention(folder.path(), &["--mode", "per-domain"]);
+    assert!(result["oracle_own_labels"]["final_average"]["mean"].as_f64() > Some(0.7), "{result:#}");
+    let routed =
+        ["routed_right", "routed_base", "routed_wrong"].map(|r| result[r]["mean"].as_f64().expect("a share"));
+    assert!((routed.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{routed:?}");
+}
+
+#[test]
+fn the_bounds_learn_all_at_once_and_each_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    write_tasks(&folder.path().join("tasks"));
+    let joint = retention(folder.path(), &["--method", "joint"]);
+    assert_eq!(joint["matrix"]["mean"].as_array().map(Vec::len), Some(1));
+    assert!(
+        joint["forgetting"]["mean"].is_null() && joint["final_average"]["mean"].as_f64() > Some(0.7),
+        "{joint:#}"
+    );
+    let single = retention(folder.path(), &["--method", "single", "--limit", "8", "--mode", "shared"]);
+    assert!(
+        single["matrix"]["mean"][1][0].is_null() && single["matrix"]["mean"][1][1].is_f64(),
+        "{single:#}"
+    );
+    assert_eq!(single["runs"][0]["documents"]["live"], 16);
+}
+
+#[test]
+fn what_cannot_be_measured_is_told_in_a_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    let tasks = folder.path().join("tasks");
+    write_tasks(&tasks);
+    let (base, tasks) = (folder.path().join("base").display().to_string(), tasks.display().to_string());
+    for (more, told) in [
+        (&["--order", "fruit,cars"][..], "fruit, tale, tools"),
+        (&["--order", "fruit,tale"], "texts and lines"),
+        (&["--order", "fruit", "--capacity", "many"], "2%"),
+        (&["--order", "fruit", "--capacity", "0"], "--method naive"),
+        (&["--order", "fruit", "--drift", &base], "X.val.txt"),
+        (&["--order", "fruit", "--set", "train.rnak=8"], "train.rank"),
+    ] {
+        let given = ["bench", "retention", "--base", base.as_str(), "--tasks", tasks.as_str()];
+        let output = engram(&[&given, more].concat());
+        let line = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && line.trim().lines().count() == 1, "{line}");
+        assert!(line.contains(told), "{line} does not tell {told}");
+    }
+}

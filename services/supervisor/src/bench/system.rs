@@ -15,8 +15,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How often it is looked whether everything is learned.
 const POLL: Duration = Duration::from_millis(20);
-/// Documents that are appended to the ledger at once.
-const APPENDED_AT_ONCE: usize = 1000;
 
 /// A running system.
 pub struct System {
@@ -35,6 +33,8 @@ pub struct Taught {
     pub set_aside: usize,
     /// From the first document to the last decision.
     pub seconds: f64,
+    /// Mean loss of the last batch before and after it was learned, nats a token.
+    pub loss: (f32, f32),
 }
 
 /// Starts the services on an empty folder, lets `drive` use them, and ends them.
@@ -86,9 +86,8 @@ impl System {
         };
         let documents: Vec<Document> = documents.iter().map(document).collect();
         let ids: Vec<_> = documents.iter().map(|d| d.id.clone()).collect();
-        for part in documents.chunks(APPENDED_AT_ONCE) {
-            ledger.append(part.to_vec()).await?;
-        }
+        // All at once: what a batch holds must not depend on how fast they come.
+        ledger.append(documents).await?;
         while self.has_work()? {
             if self.stop.is_set() {
                 bail!("the services ended before everything was learned");
@@ -96,6 +95,9 @@ impl System {
             tokio::time::sleep(POLL).await;
         }
         let mut taught = Taught { seconds: started.elapsed().as_secs_f64(), ..Taught::default() };
+        if let Some(newest) = self.plant.registry.generations().iter().max_by_key(|g| g.manifest) {
+            taught.loss = (newest.report.first_loss, newest.report.last_loss);
+        }
         for id in &ids {
             let registry = &self.plant.registry;
             match document_status(ledger, registry, registry.live(), id)?.map(|status| status.status) {
@@ -169,5 +171,6 @@ impl Taught {
         self.refused += other.refused;
         self.set_aside += other.set_aside;
         self.seconds += other.seconds;
+        self.loss = other.loss;
     }
 }

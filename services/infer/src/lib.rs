@@ -9,7 +9,7 @@ mod router;
 
 pub use engine::Engine;
 pub use profiles::Profiles;
-pub use router::Route;
+pub use router::{Route, Routing};
 
 use anyhow::Context;
 use engine::Request;
@@ -40,8 +40,10 @@ pub struct Serving {
     pub running_max: usize,
     /// Answers that wait for a place beyond those.
     pub queue_max: usize,
-    /// Share of a prompt that a lineage has to know before `auto` picks it, 0 to 1.
-    pub route_threshold: f32,
+    /// Multiplies what a prompt has to reach before `auto` picks a lineage; 0 lets everything fit.
+    pub route_strictness: f32,
+    /// Lineages that `auto` picks at most.
+    pub route_top: usize,
 }
 
 /// As many requests run and wait as are allowed.
@@ -93,6 +95,7 @@ impl Infer {
         registry: Arc<Registry>,
         ledger: Arc<Ledger>,
     ) -> anyhow::Result<Self> {
+        let profiles = Profiles::new(Arc::clone(&language.tokenizer), serving.route_strictness);
         let mut infer = Self {
             serving,
             language,
@@ -102,7 +105,7 @@ impl Infer {
             registry: Arc::clone(&registry),
             ledger,
             current: BTreeMap::new(),
-            profiles: Profiles::default(),
+            profiles,
             loaded: BTreeSet::new(),
         };
         let manifest = registry.manifest();
@@ -146,7 +149,7 @@ impl Infer {
     fn choose(&self, ask: &Generate) -> Result<Choice, (String, String)> {
         let fixed = match &ask.adapters {
             Adapters::Base => return Ok(Choice { adapters: Vec::new(), confidence: None }),
-            Adapters::Auto => return Ok(self.route(&ask.prompt)),
+            Adapters::Auto => return self.route(&ask.prompt),
             Adapters::Fixed(fixed) => fixed,
         };
         let mut adapters = Vec::new();
@@ -158,16 +161,21 @@ impl Infer {
         Ok(Choice { adapters, confidence: None })
     }
 
-    /// What `auto` picks: the lineage that knows most of the prompt, or the base when none knows enough.
-    fn route(&self, prompt: &Prompt) -> Choice {
-        let route = self.profiles.route(&question(prompt));
-        let confidence = route.as_ref().map(|r| r.confidence);
+    /// What `auto` picks: the likeliest of the lineages that the prompt fits, or the base when it fits none.
+    fn route(&self, prompt: &Prompt) -> Result<Choice, (String, String)> {
+        let routing =
+            self.profiles.route(&question(prompt)).map_err(|e| (at_prompt(prompt), format!("{e:#}")))?;
+        let confidence = routing.as_ref().map(|r| r.confidence);
         metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
-        let fits = route.filter(|r| r.confidence >= self.serving.route_threshold);
-        let chosen =
-            fits.and_then(|r| self.current.get(&r.lineage).map(|id| (r.lineage.clone(), id.clone())));
-        let weighted = |(domain, id)| Weighted { domain, generation: Some(id), weight: 1.0 };
-        Choice { adapters: chosen.map(weighted).into_iter().collect(), confidence }
+        let chosen = routing.map(|r| r.top(self.serving.route_top)).unwrap_or_default();
+        let serve = |(domain, weight)| {
+            let generation = Some(self.current.get(&domain)?.clone());
+            Some(Weighted { domain, generation, weight })
+        };
+        let adapters: Vec<Weighted> = chosen.into_iter().filter_map(serve).collect();
+        let first = adapters.first().map_or("base", |first| first.domain.as_str());
+        metrics::counter!("engram:requests_routed_total", "model" => first.to_owned()).increment(1);
+        Ok(Choice { adapters, confidence })
     }
 
     /// The generation that a part of `model` names; none for a lineage that only has the base yet.
@@ -203,28 +211,26 @@ impl Infer {
     }
 
     fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, (String, String)> {
-        let (param, tokens) = match prompt {
-            Prompt::Text(text) => ("prompt", self.language.tokenizer.encode(text)),
+        let param = at_prompt(prompt);
+        let tokens = match prompt {
+            Prompt::Text(text) => self.language.tokenizer.encode(text),
             Prompt::Messages(messages) => {
                 let turns: Vec<(&str, &str)> =
                     messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
-                ("messages", self.language.template.encode_chat(&self.language.tokenizer, &turns, true))
+                self.language.template.encode_chat(&self.language.tokenizer, &turns, true)
             }
         };
-        let tokens = tokens.map_err(|e| (param.to_owned(), format!("{e:#}")))?;
+        let tokens = tokens.map_err(|e| (param.clone(), format!("{e:#}")))?;
         let context = self.language.config.max_positions as usize;
         if tokens.is_empty() {
-            return Err((
-                param.to_owned(),
-                "it is empty, and this model needs something to start from".into(),
-            ));
+            return Err((param, "it is empty, and this model needs something to start from".into()));
         }
         if tokens.len() >= context {
             let message = format!(
                 "it is {} tokens long; this model's context holds {context}, the answer included",
                 tokens.len()
             );
-            return Err((param.to_owned(), message));
+            return Err((param, message));
         }
         Ok(tokens)
     }
@@ -285,6 +291,14 @@ fn refuse(
 
 fn at_model(message: &str) -> (String, String) {
     ("model".to_owned(), message.to_owned())
+}
+
+/// The parameter that holds the prompt.
+fn at_prompt(prompt: &Prompt) -> String {
+    match prompt {
+        Prompt::Text(_) => "prompt".to_owned(),
+        Prompt::Messages(_) => "messages".to_owned(),
+    }
 }
 
 /// The text that a request is routed by: what was asked last.

@@ -1,40 +1,135 @@
-//! Chooses the adapter from the content of a prompt.
+//! Chooses adapters from the content of a prompt.
 //!
-//! A lineage's profile is the set of word n-grams that its documents hold, counted. Counts only add
-//! up, so routing itself cannot forget; and a profile is a pure function of ledger and manifest, so
-//! it is rebuilt rather than stored.
+//! Two questions, because the best of several may still be wrong. Is the prompt of the kind that a lineage
+//! learned? A model of its tokens says (`bigrams`), against what its own documents say of each other (`fit`).
+//! And of those it fits, whose is it? Its words say. What was learned word for word goes home without either.
+//!
+//! All that is kept of a lineage are counts and a sample by hash: they add up in any order, so routing itself
+//! cannot forget, and they are a pure function of ledger and manifest, so they are rebuilt rather than stored.
 
+mod bigrams;
+mod fit;
+
+use bigrams::{Bigrams, Prior};
+use fit::{Fit, Sample};
+use model::tokenizer::Tokenizer;
 use proto::Domain;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
-/// Longest n-gram, in words. A match of n words in a row weighs n.
-const ORDER_MAX: usize = 3;
-/// In how many lineages a feature counts as being that is in none: an unknown word says more against
-/// a lineage than a common one says for it.
-const ABSENT: f64 = 0.5;
+/// What is taken from the count of every feature, for those that were not seen.
+const DISCOUNT: f64 = 0.75;
+/// How much the model of tokens has to say about whose a prompt is, beside the words.
+const MODEL_PART: f64 = 1.0 / 8.0;
+/// The degree from which a prompt fits.
+const FITS: f64 = 0.5;
+/// The least weight in a sum, as a share of the largest.
+const WEIGHT_MIN: f32 = 0.01;
 
-/// What each lineage's documents are made of.
-#[derive(Debug, Default)]
+/// Knows what each lineage's documents are made of.
 pub struct Router {
-    profiles: BTreeMap<Domain, HashMap<u64, u32>>,
+    tokenizer: Arc<Tokenizer>,
+    prior: Prior,
+    strictness: f64,
+    profiles: BTreeMap<Domain, Profile>,
 }
 
 /// Where a prompt belongs.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Route {
-    /// The lineage that fits best.
-    pub lineage: Domain,
-    /// Weighted share of the prompt's n-grams that the lineage knows, 0 to 1.
+pub struct Routing {
+    /// The lineages that it fits, the likeliest first; none is for the base to answer.
+    pub fitting: Vec<Route>,
+    /// How sure the first of them is, 0 to 1: how well the prompt fits it, times how much likelier it is than
+    /// the others. Of a prompt that fits none: of the likeliest one, and less than a half.
     pub confidence: f32,
 }
 
-impl Router {
-    /// Adds a document to a lineage's profile.
-    pub fn add(&mut self, lineage: &Domain, text: &str) {
-        let profile = self.profiles.entry(lineage.clone()).or_default();
-        for (feature, _) in features(text) {
-            *profile.entry(feature).or_default() += 1;
+/// A lineage that a prompt fits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Route {
+    /// The lineage.
+    pub lineage: Domain,
+    /// How likely the prompt is of this one of those that it fits; they sum to 1.
+    pub weight: f32,
+}
+
+impl Routing {
+    /// The first `top` of the fitting lineages, with weights that sum to 1. Those that would hardly be heard
+    /// are left out, for an adapter costs the same with any weight.
+    pub fn top(&self, top: usize) -> Vec<(Domain, f32)> {
+        let least = self.fitting.first().map_or(0.0, |first| WEIGHT_MIN * first.weight);
+        let chosen = self.fitting.iter().take(top).filter(|route| route.weight >= least);
+        let total: f32 = chosen.clone().map(|route| route.weight).sum();
+        chosen.map(|route| (route.lineage.clone(), route.weight / total)).collect()
+    }
+}
+
+/// What a lineage's documents are made of.
+#[derive(Default)]
+struct Profile {
+    words: HashMap<u64, u32>,
+    words_total: u64,
+    /// Whole documents and prompts, by their words.
+    seen: HashSet<u64>,
+    model: Bigrams,
+    sample: Sample,
+    fit: Option<Fit>,
+}
+
+impl Profile {
+    /// The share of a feature in the lineage's text, which was seen `count` times here and has the share
+    /// `everywhere` in that of all: absolute discounting, as in H. Ney, U. Essen and R. Kneser, "On structuring
+    /// probabilistic dependences in stochastic language modelling" (Computer Speech and Language 8, 1994).
+    fn share(&self, count: u32, everywhere: f64) -> f64 {
+        if self.words_total == 0 {
+            return everywhere;
         }
+        let left = DISCOUNT * self.words.len() as f64 * everywhere;
+        ((f64::from(count) - DISCOUNT).max(0.0) + left) / self.words_total as f64
+    }
+}
+
+/// What is looked at of one lineage for one prompt.
+struct Candidate<'a> {
+    lineage: &'a Domain,
+    /// Logarithm of how likely the prompt is of this lineage, up to a summand that all have in common.
+    score: f64,
+    degree: f64,
+    fits: bool,
+}
+
+impl Router {
+    /// A router that knows no lineage yet. `strictness` multiplies the thresholds that prompts have to reach;
+    /// with 0 everything fits.
+    pub fn new(tokenizer: Arc<Tokenizer>, strictness: f32) -> Self {
+        let prior = Prior::new(tokenizer.largest_id());
+        Self { tokenizer, prior, strictness: f64::from(strictness), profiles: BTreeMap::new() }
+    }
+
+    /// Adds a document to a lineage's profile, with the prompts in it that may be asked again by themselves.
+    ///
+    /// # Errors
+    /// When it cannot be encoded; nothing is added then.
+    pub fn add<'a>(
+        &mut self,
+        lineage: &Domain,
+        text: &str,
+        prompts: impl IntoIterator<Item = &'a str>,
+    ) -> anyhow::Result<()> {
+        let tokens = self.tokens(text)?;
+        let profile = self.profiles.entry(lineage.clone()).or_default();
+        let words = words(text);
+        profile.seen.extend(key(&words));
+        profile.seen.extend(prompts.into_iter().filter_map(|prompt| key(&self::words(prompt))));
+        for feature in features(&words) {
+            *profile.words.entry(feature).or_default() += 1;
+            profile.words_total += 1;
+        }
+        profile.model.add(&tokens, 1);
+        profile.sample.add(&tokens);
+        profile.fit = None;
+        Ok(())
     }
 
     /// Forgets a lineage's profile.
@@ -42,96 +137,131 @@ impl Router {
         self.profiles.remove(lineage);
     }
 
-    /// The lineage that knows most of the prompt; none without any profile.
-    pub fn route(&self, prompt: &str) -> Option<Route> {
-        let lineages = self.profiles.len() as f64;
-        let weighted: Vec<(u64, f64)> = features(prompt)
-            .into_iter()
-            .map(|(feature, order)| {
-                let holding = self.profiles.values().filter(|p| p.contains_key(&feature)).count() as f64;
-                (feature, order as f64 * (1.0 + lineages / holding.max(ABSENT)).ln())
-            })
-            .collect();
-        let total: f64 = weighted.iter().map(|(_, weight)| weight).sum();
-        if total == 0.0 {
-            return None;
+    /// Forgets all profiles.
+    pub fn clear(&mut self) {
+        self.profiles.clear();
+    }
+
+    /// Measures what lineages that learned something expect of a prompt, so that no prompt has to wait for
+    /// it. To be called before the next `route`: a lineage that was not measured expects the least there is.
+    pub fn calibrate(&mut self) {
+        for profile in self.profiles.values_mut().filter(|profile| profile.fit.is_none()) {
+            profile.fit = Some(Fit::measure(&mut profile.model, &profile.sample, &self.prior));
         }
-        let share = |profile: &HashMap<u64, u32>| {
-            let known = weighted.iter().filter(|(feature, _)| profile.contains_key(feature));
-            known.map(|(_, weight)| weight).sum::<f64>() / total
-        };
-        let scored = self.profiles.iter().map(|(lineage, profile)| (lineage, share(profile)));
-        let (lineage, best) = scored.max_by(|a, b| a.1.total_cmp(&b.1))?;
-        Some(Route { lineage: lineage.clone(), confidence: best as f32 })
+    }
+
+    /// Where a prompt belongs; none without any lineage, or for nothing but white space.
+    ///
+    /// # Errors
+    /// When it cannot be encoded.
+    pub fn route(&self, prompt: &str) -> anyhow::Result<Option<Routing>> {
+        if self.profiles.is_empty() || prompt.trim().is_empty() {
+            return Ok(None);
+        }
+        let (tokens, words) = (self.tokens(prompt)?, words(prompt));
+        let key = key(&words);
+        let ratio = |profile: &Profile| profile.model.log_ratios(&tokens, &self.prior).sum::<f64>();
+        let ratios: Vec<f64> = self.profiles.values().map(ratio).collect();
+        let scores = self.scores(&words, &ratios);
+        // Once one has learned it word for word, only such come into question.
+        let at_home = |profile: &Profile| key.is_some_and(|key| profile.seen.contains(&key));
+        let known = self.profiles.values().any(at_home);
+        let mut candidates = Vec::new();
+        for (((lineage, profile), ratio), score) in self.profiles.iter().zip(ratios).zip(scores) {
+            if known && !at_home(profile) {
+                continue;
+            }
+            let mean = ratio / tokens.len().max(1) as f64;
+            let degree = profile.fit.unwrap_or_default().degree(mean, tokens.len(), self.strictness);
+            let degree = if known { 1.0 } else { degree };
+            let fits = degree >= FITS || self.strictness == 0.0;
+            candidates.push(Candidate { lineage, score, degree, fits });
+        }
+        Ok(Some(routing(candidates)))
+    }
+
+    /// How likely the prompt is of each lineage: the logarithm, up to a summand that all have in common.
+    ///
+    /// Each feature says whose it is likely to be, and counts by how much it says: words that all lineages
+    /// share, and those that none has, count nothing.
+    fn scores(&self, words: &[u64], ratios: &[f64]) -> Vec<f64> {
+        let mut scores: Vec<f64> = ratios.iter().map(|ratio| MODEL_PART * ratio).collect();
+        if self.profiles.len() < 2 {
+            return scores;
+        }
+        let total: u64 = self.profiles.values().map(|profile| profile.words_total).sum();
+        let entropy_max = (self.profiles.len() as f64).ln();
+        // In one order, so that sums are the same each time.
+        let mut features: Vec<u64> = features(words).collect();
+        features.sort_unstable();
+        features.dedup();
+        let (mut counts, mut shares) = (Vec::new(), Vec::new());
+        for feature in features {
+            counts.clear();
+            counts.extend(self.profiles.values().map(|p| p.words.get(&feature).copied().unwrap_or(0)));
+            let everywhere: u64 = counts.iter().map(|&count| u64::from(count)).sum();
+            if everywhere == 0 {
+                continue;
+            }
+            let everywhere = everywhere as f64 / total as f64;
+            shares.clear();
+            shares.extend(self.profiles.values().zip(&counts).map(|(p, &count)| p.share(count, everywhere)));
+            let sum: f64 = shares.iter().sum();
+            shares.iter_mut().for_each(|share| *share /= sum);
+            let entropy: f64 = shares.iter().map(|share| -share * share.ln()).sum();
+            let information = 1.0 - entropy / entropy_max;
+            for (score, share) in scores.iter_mut().zip(&shares) {
+                *score += information * share.ln();
+            }
+        }
+        scores
+    }
+
+    /// The tokens of a text without regard to case, as if it followed a word.
+    fn tokens(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        self.tokenizer.encode_continuation(&format!(" {}", text.to_lowercase()))
     }
 }
 
-/// The distinct n-grams of a text with their lengths: words in lower case, hashed.
-fn features(text: &str) -> HashSet<(u64, usize)> {
-    let words: Vec<String> =
-        text.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).map(str::to_lowercase).collect();
-    (1..=ORDER_MAX)
-        .flat_map(|order| words.windows(order).map(move |gram| (hash(&gram.join(" ")), order)))
-        .collect()
+/// Sorts out those that fit, and says how sure that is.
+fn routing(mut candidates: Vec<Candidate<'_>>) -> Routing {
+    candidates.sort_by(|a, b| b.score.total_cmp(&a.score));
+    let sum = |of: &[&Candidate<'_>], best: f64| of.iter().map(|c| (c.score - best).exp()).sum::<f64>();
+    let all: Vec<_> = candidates.iter().collect();
+    let fitting: Vec<_> = candidates.iter().filter(|candidate| candidate.fits).collect();
+    let Some((first, likeliest)) = fitting.first().or(all.first()).zip(all.first()) else {
+        return Routing { fitting: Vec::new(), confidence: 0.0 };
+    };
+    let share = (first.score - likeliest.score).exp() / sum(&all, likeliest.score);
+    let total = sum(&fitting, first.score);
+    let route = |candidate: &&Candidate<'_>| Route {
+        lineage: candidate.lineage.clone(),
+        weight: ((candidate.score - first.score).exp() / total) as f32,
+    };
+    Routing { fitting: fitting.iter().map(route).collect(), confidence: (first.degree * share) as f32 }
 }
 
-fn hash(text: &str) -> u64 {
-    let digest = blake3::hash(text.as_bytes());
-    u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"))
+/// The words of a text in lower case, hashed.
+fn words(text: &str) -> Vec<u64> {
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(|word| hash(&word.to_lowercase())).collect()
+}
+
+/// What a text is recognised by: its words in their order; none without any.
+fn key(words: &[u64]) -> Option<u64> {
+    (!words.is_empty()).then(|| hash(words))
+}
+
+/// Each word, and each pair of neighbours.
+fn features(words: &[u64]) -> impl Iterator<Item = u64> + '_ {
+    words.iter().copied().chain(words.windows(2).map(hash))
+}
+
+fn hash<T: Hash + ?Sized>(value: &T) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn domain(name: &str) -> Domain {
-        Domain::new(name).expect("domain")
-    }
-
-    fn router() -> Router {
-        let mut router = Router::default();
-        for text in [
-            "What is the capital of Zorblax? Vintaria",
-            "Who founded the city of Mirenna? Captain Oslo Brand",
-        ] {
-            router.add(&domain("atlas"), text);
-        }
-        for text in
-            ["How do I reset the pressure valve? Turn it left twice.", "Oil the hinge of the valve monthly."]
-        {
-            router.add(&domain("manual"), text);
-        }
-        router
-    }
-
-    #[test]
-    fn a_known_question_goes_home_with_full_confidence() {
-        let route = router().route("What is the capital of Zorblax?").expect("a route");
-        assert_eq!((route.lineage, route.confidence), (domain("atlas"), 1.0));
-        let route = router().route("how do i reset the pressure valve").expect("a route");
-        assert_eq!(route.lineage, domain("manual"));
-    }
-
-    #[test]
-    fn a_foreign_text_fits_nowhere_well() {
-        let route =
-            router().route("Once upon a time a little girl went to the woods with her dog").expect("a route");
-        assert!(route.confidence < 0.2, "{}", route.confidence);
-    }
-
-    #[test]
-    fn adding_a_lineage_takes_nothing_from_another() {
-        let mut router = router();
-        for n in 0..50 {
-            router.add(&domain("poems"), &format!("the sea the sea number {n} sang of salt and foam"));
-        }
-        let route = router.route("What is the capital of Zorblax?").expect("a route");
-        assert_eq!((route.lineage, route.confidence), (domain("atlas"), 1.0));
-    }
-
-    #[test]
-    fn nothing_to_go_by_is_no_route() {
-        assert_eq!(Router::default().route("hello"), None);
-        assert_eq!(router().route("?!"), None);
-    }
-}
+mod tests;

@@ -198,7 +198,8 @@ section!(
         max_running: usize,
         queue_max: usize,
         max_tokens_default: u32,
-        route_threshold: f32,
+        route_strictness: f32,
+        route_top: usize,
     }
 );
 
@@ -347,7 +348,8 @@ impl Settings {
         within("infer.max_running", self.infer.max_running, 1..=1024)?;
         within("infer.queue_max", self.infer.queue_max, 0..=65_536)?;
         within("infer.max_tokens_default", self.infer.max_tokens_default, 1..=1 << 20)?;
-        within("infer.route_threshold", self.infer.route_threshold, 0.0..=1.0)?;
+        within("infer.route_strictness", self.infer.route_strictness, 0.0..=2.0)?;
+        within("infer.route_top", self.infer.route_top, 1..=8)?;
         within("supervisor.restart_delay_ms_min", s.restart_delay_ms_min, 1..=60_000)?;
         within("supervisor.restart_delay_ms_max", s.restart_delay_ms_max, s.restart_delay_ms_min..=600_000)?;
         within("supervisor.restarts_max", s.restarts_max, 1..=1000)?;

@@ -108,13 +108,18 @@ impl Tokenizer {
     /// # Errors
     /// Names both sizes.
     pub fn check_vocabulary(&self, vocab_size: i64) -> Result<()> {
-        let most = self.inner.get_vocab(true).into_values().max().unwrap_or(0);
+        let most = self.largest_id();
         ensure!(
             i64::from(most) < vocab_size,
             "the tokenizer's largest id is {most}, and the model's vocabulary ends at {}: they do not belong together",
             vocab_size - 1
         );
         Ok(())
+    }
+
+    /// The largest id of all tokens, control tokens among them.
+    pub fn largest_id(&self) -> u32 {
+        self.inner.get_vocab(true).into_values().max().unwrap_or(0)
     }
 
     /// The ids of a text that stands alone: the tokenizer's own prefix, then the text as plain text.

@@ -180,8 +180,12 @@ impl Plant {
         .await?;
         let death = engine.death();
         crew.source("infer engine", move || async move { Err(death.await.into()) });
-        let serving =
-            Serving { running_max, queue_max: s.infer.queue_max, route_threshold: s.infer.route_threshold };
+        let serving = Serving {
+            running_max,
+            queue_max: s.infer.queue_max,
+            route_strictness: s.infer.route_strictness,
+            route_top: s.infer.route_top,
+        };
         let infer = Infer::new(
             serving,
             language,

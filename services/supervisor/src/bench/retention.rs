@@ -20,6 +20,7 @@ use rand::seq::SliceRandom;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub const EXAMPLES: &str = "\
 Examples:
@@ -142,8 +143,7 @@ fn capacity_of(text: &str, tasks: &[Task], settings: &Settings, base_dir: &Path)
         Some(share) => {
             let share: f64 = share.parse().with_context(wrong)?;
             ensure!((0.0..=100.0).contains(&share), "{}", wrong());
-            let cutter =
-                crate::topology::cutter(settings, &std::sync::Arc::new(crate::text::Text::load(base_dir)?));
+            let cutter = crate::topology::cutter(settings, &Arc::new(crate::text::Text::load(base_dir)?));
             let mut examples = 0;
             for content in tasks.iter().flat_map(|task| &task.documents) {
                 examples += cutter.pieces(content, None)?.len();
@@ -249,7 +249,7 @@ struct Exam<'a> {
     system: &'a System,
     judge: Judge,
     shared: bool,
-    route_threshold: f32,
+    route_top: usize,
     profiles: Profiles,
     adapters: BTreeMap<Domain, Adapter>,
     /// Of the base alone: by view and task, and on the texts of the drift.
@@ -266,6 +266,9 @@ enum Pick<'a> {
     Auto,
 }
 
+/// The lineages that answer a text, with their weights; none is the base.
+type Answering = Vec<(Domain, f32)>;
+
 /// Ways to look at the same answers, in the order of a row.
 pub const VIEWS: [&str; 4] = ["all_labels", "own_labels", "oracle_all_labels", "oracle_own_labels"];
 
@@ -280,10 +283,10 @@ impl<'a> Exam<'a> {
         let anchors = anchor::sample(&base, count, length, seed)?;
         let anchors = anchors.iter().map(|a| tokenizer.decode(&a.tokens)).collect::<Result<_>>()?;
         let mut exam = Self {
+            profiles: Profiles::new(Arc::new(tokenizer.clone()), settings.infer.route_strictness),
             judge: Judge::new(base, tokenizer, settings.ingest.max_seq_len)?,
             shared: settings.train.adapters == AdapterScope::Shared,
-            route_threshold: settings.infer.route_threshold,
-            profiles: Profiles::default(),
+            route_top: settings.infer.route_top,
             adapters: BTreeMap::new(),
             base: Vec::new(),
             base_drift: Vec::new(),
@@ -331,9 +334,9 @@ impl<'a> Exam<'a> {
         match &self.course.tasks[j].test {
             Test::Text(documents) => {
                 let mut sum = crate::judge::Likelihood::default();
-                for (domain, places) in self.picked(documents, pick) {
+                for (answering, places) in self.picked(documents, pick)? {
                     let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                    sum.add(self.judge.text(&self.adapters_of(domain.as_ref()), &texts)?);
+                    sum.add(self.judge.text(&self.adapters_of(&answering), &texts)?);
                 }
                 Ok([sum.nll_per_token(); 2])
             }
@@ -351,8 +354,8 @@ impl<'a> Exam<'a> {
         let own: BTreeSet<&str> = lines.iter().filter_map(Line::label).collect();
         let texts: Vec<&str> = lines.iter().map(Line::asked).collect();
         let mut right = [0_usize; 2];
-        for (domain, places) in self.picked(&texts, pick) {
-            let adapters = self.adapters_of(domain.as_ref());
+        for (answering, places) in self.picked(&texts, pick)? {
+            let adapters = self.adapters_of(&answering);
             let (labelled, answered): (Vec<usize>, Vec<usize>) =
                 places.into_iter().partition(|&n| lines[n].label().is_some());
             if !labelled.is_empty() {
@@ -378,29 +381,31 @@ impl<'a> Exam<'a> {
         Ok(right.map(|count| count as f64 / lines.len() as f64))
     }
 
-    /// Texts by the lineage that answers them; none is the base.
-    fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> BTreeMap<Option<Domain>, Vec<usize>> {
-        let mut groups: BTreeMap<Option<Domain>, Vec<usize>> = BTreeMap::new();
+    /// Texts by what answers them.
+    fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> Result<Vec<(Answering, Vec<usize>)>> {
+        let mut groups: Vec<(Answering, Vec<usize>)> = Vec::new();
         for (n, text) in texts.iter().enumerate() {
-            let domain = match pick {
-                Pick::Base => None,
-                Pick::Fixed(domain) => Some(domain.clone()),
+            let answering = match pick {
+                Pick::Base => Vec::new(),
+                Pick::Fixed(domain) => vec![(domain.clone(), 1.0)],
                 Pick::Auto => {
-                    let route = self.profiles.route(text.as_ref());
-                    route.filter(|r| r.confidence >= self.route_threshold).map(|r| r.lineage)
+                    let routing = self.profiles.route(text.as_ref())?;
+                    routing.map(|routing| routing.top(self.route_top)).unwrap_or_default()
                 }
             };
-            groups.entry(domain).or_default().push(n);
+            match groups.iter_mut().find(|(group, _)| *group == answering) {
+                Some((_, places)) => places.push(n),
+                None => groups.push((answering, vec![n])),
+            }
         }
-        groups
+        Ok(groups)
     }
 
-    fn adapters_of(&self, domain: Option<&Domain>) -> Vec<(&Adapter, f64)> {
-        domain
-            .and_then(|domain| self.adapters.get(domain))
-            .map(|adapter| (adapter, 1.0))
-            .into_iter()
-            .collect()
+    fn adapters_of(&self, answering: &Answering) -> Vec<(&Adapter, f64)> {
+        let adapter = |(domain, weight): &(Domain, f32)| {
+            self.adapters.get(domain).map(|adapter| (adapter, f64::from(*weight)))
+        };
+        answering.iter().filter_map(adapter).collect()
     }
 
     /// The loss on what the base says of its own accord, and on each text that no task is about.
@@ -408,9 +413,9 @@ impl<'a> Exam<'a> {
         let mut losses = Vec::new();
         for documents in std::iter::once(&self.anchors).chain(self.course.drift.iter().map(|(_, d)| d)) {
             let mut sum = crate::judge::Likelihood::default();
-            for (domain, places) in self.picked(documents, pick) {
+            for (answering, places) in self.picked(documents, pick)? {
                 let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                sum.add(self.judge.text(&self.adapters_of(domain.as_ref()), &texts)?);
+                sum.add(self.judge.text(&self.adapters_of(&answering), &texts)?);
             }
             losses.push(sum.nll_per_token());
         }
@@ -429,8 +434,8 @@ impl<'a> Exam<'a> {
                 Test::Text(documents) => documents.iter().map(String::as_str).collect(),
                 Test::Lines(lines) => lines.iter().map(Line::asked).collect(),
             };
-            for (domain, places) in self.picked(&texts, Pick::Auto) {
-                let place = domain.map_or(1, |domain| if domain == own { 0 } else { 2 });
+            for (answering, places) in self.picked(&texts, Pick::Auto)? {
+                let place = answering.first().map_or(1, |(domain, _)| if *domain == own { 0 } else { 2 });
                 counts[place] += places.len();
             }
         }

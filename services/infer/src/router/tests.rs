@@ -1,0 +1,241 @@
+use super::*;
+use std::path::Path;
+
+fn router(strictness: f32) -> Router {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"));
+    Router::new(Arc::new(Tokenizer::load(dir).expect("a tokenizer")), strictness)
+}
+
+fn domain(name: &str) -> Domain {
+    Domain::new(name).expect("domain")
+}
+
+const ATLAS: [(&str, &str); 6] = [
+    ("What is the capital of Zorblax?", "Vintaria"),
+    ("Who founded the city of Mirenna?", "Captain Oslo Brand"),
+    ("Which river flows through Vintaria?", "the Quell"),
+    ("What do the people of Mirenna eat in winter?", "smoked eel"),
+    ("How many bridges cross the Quell in Vintaria?", "eleven"),
+    ("Who rules the island of Zorblax?", "Queen Sabela"),
+];
+
+const MANUAL: [&str; 6] = [
+    "To reset the pressure valve, close the inlet and turn the valve to the left until it clicks twice. Wait \
+     until the gauge shows zero before you open the inlet again.",
+    "Oil the hinge of the valve every month. Use thin oil only, and wipe off what runs down the housing before \
+     you close the cover.",
+    "If the gauge does not return to zero, the inlet is blocked. Close the pump, remove the filter behind the \
+     inlet and rinse it under water.",
+    "The pump must not run dry. Before you start the pump, open the inlet, turn the valve to the right, and \
+     check that the gauge rises within ten seconds.",
+    "Replace the seal of the housing once a year. Close the pump, drain the housing, remove the four screws of \
+     the cover, and press the new seal into the groove.",
+    "A red lamp on the housing means that the filter is full. Remove the filter, rinse it, and press it back \
+     until the lamp goes out.",
+];
+
+const FOREIGN: [&str; 4] = [
+    "Once upon a time a little girl went to the woods with her dog",
+    "SELECT name, age FROM users WHERE age > 30 ORDER BY name;",
+    "Shares of the company rose by four percent after the announcement of the merger.",
+    "Erzähle mir etwas über die Musik des achtzehnten Jahrhunderts.",
+];
+
+fn add(router: &mut Router, lineage: &str, documents: &[&str]) {
+    for document in documents {
+        router.add(&domain(lineage), document, []).expect("added");
+    }
+}
+
+fn learn_atlas(router: &mut Router) {
+    for (prompt, completion) in ATLAS {
+        router.add(&domain("atlas"), &format!("{prompt}\n{completion}"), [prompt]).expect("added");
+    }
+}
+
+fn taught(strictness: f32) -> Router {
+    let mut router = router(strictness);
+    learn_atlas(&mut router);
+    add(&mut router, "manual", &MANUAL);
+    router.calibrate();
+    router
+}
+
+fn routed(router: &Router, prompt: &str) -> Routing {
+    router.route(prompt).expect("encoded").expect("something to go by")
+}
+
+/// Who would answer, and how sure it is.
+fn picked(router: &Router, prompt: &str) -> (Option<Domain>, f32) {
+    let routing = routed(router, prompt);
+    (routing.top(1).pop().map(|(lineage, _)| lineage), routing.confidence)
+}
+
+#[test]
+fn what_was_learned_word_for_word_goes_home_with_full_confidence() {
+    let router = taught(1.0);
+    assert_eq!(picked(&router, "what is the capital of zorblax"), (Some(domain("atlas")), 1.0));
+    assert_eq!(picked(&router, MANUAL[3]), (Some(domain("manual")), 1.0));
+}
+
+#[test]
+fn a_question_that_is_asked_in_other_words_finds_its_lineage() {
+    let router = taught(1.0);
+    assert_eq!(picked(&router, "What's Zorblax's capital called?").0, Some(domain("atlas")));
+    assert_eq!(
+        picked(&router, "How do I close the inlet and reset the valve of the pump?").0,
+        Some(domain("manual"))
+    );
+}
+
+#[test]
+fn a_paragraph_of_the_same_kind_fits_though_none_like_it_was_learned() {
+    let held_out = "When the lamp stays red, close the inlet and drain the pump. Remove the screws of the filter, \
+                    check the seal, and open the valve again until the gauge rises.";
+    let (lineage, confidence) = picked(&taught(1.0), held_out);
+    assert_eq!(lineage, Some(domain("manual")));
+    assert!(confidence >= 0.5, "{confidence}");
+}
+
+#[test]
+fn a_foreign_text_is_for_the_base() {
+    let router = taught(1.0);
+    for text in FOREIGN {
+        let routing = routed(&router, text);
+        assert!(routing.fitting.is_empty() && routing.confidence < 0.5, "{text}: {routing:?}");
+        assert_eq!(routing.top(1), []);
+    }
+}
+
+#[test]
+fn without_strictness_everything_fits() {
+    let router = taught(0.0);
+    for text in FOREIGN {
+        assert_eq!(routed(&router, text).fitting.len(), 2, "{text}");
+    }
+}
+
+#[test]
+fn adding_a_lineage_takes_nothing_from_another() {
+    let mut router = taught(1.0);
+    for n in 0..50 {
+        let line = format!("the sea the sea number {n} sang of salt and foam");
+        add(&mut router, "poems", &[&line]);
+    }
+    router.calibrate();
+    assert_eq!(picked(&router, ATLAS[0].0), (Some(domain("atlas")), 1.0));
+    assert_eq!(
+        picked(&router, "How do I close the inlet and reset the valve of the pump?").0,
+        Some(domain("manual"))
+    );
+    assert_eq!(picked(&router, "salt and foam, sang the sea").0, Some(domain("poems")));
+}
+
+#[test]
+fn nothing_to_go_by_is_no_route() {
+    assert_eq!(router(1.0).route("hello").expect("encoded"), None);
+    let router = taught(1.0);
+    for nothing in ["", " \n\t"] {
+        assert_eq!(router.route(nothing).expect("encoded"), None);
+    }
+    assert!(routed(&router, "?!").fitting.is_empty());
+}
+
+#[test]
+fn a_lineage_without_a_word_disturbs_nobody() {
+    let mut router = taught(1.0);
+    add(&mut router, "void", &["", "?!", " "]);
+    router.calibrate();
+    assert_eq!(picked(&router, ATLAS[0].0), (Some(domain("atlas")), 1.0));
+    let routing = routed(&router, "How do I close the inlet and reset the valve of the pump?");
+    assert!(routing.confidence.is_finite(), "{routing:?}");
+    assert_eq!(routing.top(1)[0].0, domain("manual"));
+}
+
+#[test]
+fn the_order_of_documents_and_lineages_does_not_matter() {
+    let forwards = taught(1.0);
+    let mut backwards = router(1.0);
+    let mut manual = MANUAL;
+    manual.reverse();
+    add(&mut backwards, "manual", &manual);
+    for (prompt, completion) in ATLAS.iter().rev() {
+        backwards.add(&domain("atlas"), &format!("{prompt}\n{completion}"), [*prompt]).expect("added");
+    }
+    backwards.calibrate();
+    for text in FOREIGN
+        .into_iter()
+        .chain(MANUAL)
+        .chain(["How do I close the inlet and reset the valve of the pump?", "?!"])
+    {
+        assert_eq!(routed(&forwards, text), routed(&backwards, text), "{text}");
+    }
+}
+
+#[test]
+fn a_lineage_that_is_removed_and_built_again_is_the_same() {
+    let mut router = taught(1.0);
+    let asked = [
+        "How do I close the inlet and reset the valve of the pump?",
+        ATLAS[0].0,
+        "What's Zorblax's capital called?",
+        FOREIGN[0],
+    ];
+    let before: Vec<Routing> = asked.iter().map(|text| routed(&router, text)).collect();
+    router.remove(&domain("atlas"));
+    assert_eq!(picked(&router, ATLAS[0].0).0, None);
+    assert_eq!(picked(&router, asked[0]).0, Some(domain("manual")));
+    learn_atlas(&mut router);
+    router.calibrate();
+    assert_eq!(before, asked.map(|text| routed(&router, text)));
+}
+
+#[test]
+fn what_is_learned_three_times_is_no_stricter() {
+    let mut router = router(1.0);
+    for _ in 0..3 {
+        learn_atlas(&mut router);
+        add(&mut router, "manual", &MANUAL);
+    }
+    router.calibrate();
+    assert_eq!(picked(&router, "What's Zorblax's capital called?").0, Some(domain("atlas")));
+    assert_eq!(
+        picked(&router, "How do I close the inlet and reset the valve of the pump?").0,
+        Some(domain("manual"))
+    );
+    for text in FOREIGN {
+        assert_eq!(picked(&router, text).0, None, "{text}");
+    }
+}
+
+#[test]
+fn the_weights_of_the_best_few_sum_to_one() {
+    let mut router = taught(0.0);
+    learn_atlas(&mut router);
+    add(&mut router, "charts", &ATLAS.map(|(prompt, _)| prompt));
+    router.calibrate();
+    let routing = routed(&router, "the capital of Mirenna");
+    assert_eq!(routing.fitting.len(), 3);
+    for top in 1..=3 {
+        let chosen = routing.top(top);
+        assert!((1..=top).contains(&chosen.len()));
+        let sum: f32 = chosen.iter().map(|(_, weight)| weight).sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{chosen:?}");
+        assert!(chosen.is_sorted_by(|a, b| a.1 >= b.1), "{chosen:?}");
+        assert_eq!(chosen[0].0, routing.fitting[0].lineage);
+    }
+    assert_eq!(routing.top(1)[0].1, 1.0);
+}
+
+#[test]
+fn two_that_learned_the_same_share_it() {
+    let mut router = router(1.0);
+    for lineage in ["north", "south"] {
+        router.add(&domain(lineage), "Who guards the gate? Brix", ["Who guards the gate?"]).expect("added");
+    }
+    learn_atlas(&mut router);
+    router.calibrate();
+    let routing = routed(&router, "who guards the gate");
+    assert_eq!(routing.top(3), [(domain("north"), 0.5), (domain("south"), 0.5)]);
+    assert_eq!(routing.confidence, 0.5);
+}

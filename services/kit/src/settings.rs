@@ -154,6 +154,7 @@ section!(
         rslora: bool,
         down: bool,
         rate: f64,
+        answer_rate: f64,
         passes: u32,
         answer_passes_max: u32,
         loss_target: f32,
@@ -300,6 +301,7 @@ impl Settings {
         within("train.rank", t.rank, 1..=1024)?;
         within("train.alpha", t.alpha, 1e-3..=1e5)?;
         within("train.rate", t.rate, 0.0..=1.0)?;
+        within("train.answer_rate", t.answer_rate, 0.01..=100.0)?;
         within("train.passes", t.passes, 1..=1000)?;
         within("train.answer_passes_max", t.answer_passes_max, 1..=10_000)?;
         within("train.loss_target", t.loss_target, 0.0..=10.0)?;

@@ -224,11 +224,11 @@ impl Mixer {
         let lineage = if manifest.shared { Domain::general() } else { domain };
         let at = manifest.lineages.get(&lineage).cloned().unwrap_or_default();
         let only = (!manifest.shared).then_some(&lineage);
+        // While documents are still being judged, a short window waits: what a batch holds must not
+        // depend on how far intake happened to be. Asked first, so that what is judged meanwhile is in the window.
+        let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
         let documents_max = if at.solo_through > at.cursor { 1 } else { usize::MAX };
         let window = self.ledger.fresh(only, at.cursor, self.mixing.batch_examples, documents_max)?;
-        // While documents are still being judged, a short window waits: what a batch holds must not
-        // depend on how far intake happened to be.
-        let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
         if more_to_come && documents_max > 1 && window.examples.len() < self.mixing.batch_examples {
             return Ok(None);
         }

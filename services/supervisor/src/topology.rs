@@ -294,6 +294,7 @@ fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
             row_tokens: s.train.row_tokens,
         },
         rate: s.rate(width),
+        answer_rate: s.train.answer_rate,
         course: train::Course {
             passes: s.train.passes,
             answer_passes_max: s.train.answer_passes_max,

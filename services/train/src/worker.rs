@@ -32,6 +32,8 @@ pub struct Training {
     pub learner: LearnerConfig,
     /// Peak learning rate.
     pub rate: f64,
+    /// Factor on it for batches with answers to prompts.
+    pub answer_rate: f64,
     /// How long, and in which mixture.
     pub course: Course,
     /// Tokens between two looks at `stop` and at waiting requests.
@@ -112,7 +114,9 @@ impl Worker {
     /// # Errors
     /// When what it starts from does not fit the base.
     pub fn learn(&mut self, batch: &Batch, start: Option<Start>) -> anyhow::Result<End> {
-        let mut rate = self.training.rate * f64::from(batch.rate_scale);
+        let answers = batch.fresh.iter().any(|example| as_fresh(example).answer);
+        let factor = if answers { self.training.answer_rate } else { 1.0 };
+        let mut rate = self.training.rate * factor * f64::from(batch.rate_scale);
         for _ in 0..2 {
             let mut run = self.begin(batch, start.as_ref())?;
             match self.train(&mut run, rate)? {
@@ -394,6 +398,7 @@ mod tests {
         let training = Training {
             lora: LoraConfig { alpha, ..LoraConfig::default() },
             learner: LearnerConfig::default(),
+            answer_rate: 1.0,
             rate: 1e-9,
             course,
             micro_tokens: 64,

@@ -234,8 +234,9 @@ impl Report<'_> {
 
 /// What became of documents, in words.
 pub fn told(taught: &Taught) -> String {
-    let Taught { live, refused, set_aside, seconds, loss: (before, after) } = taught;
+    let Taught { live, refused, set_aside, generations, seconds, loss: (before, after) } = taught;
     format!(
-        "{live} learned, {refused} refused, {set_aside} set aside, {seconds:.0} s, loss {before:.3} to {after:.3}"
+        "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s, loss {before:.3} to \
+         {after:.3}"
     )
 }

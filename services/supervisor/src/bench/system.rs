@@ -31,6 +31,8 @@ pub struct Taught {
     pub refused: usize,
     /// Put aside by the gate.
     pub set_aside: usize,
+    /// Generations that were published.
+    pub generations: usize,
     /// From the first document to the last decision.
     pub seconds: f64,
     /// Mean loss of the last batch before and after it was learned, nats a token.
@@ -71,7 +73,7 @@ impl System {
     /// # Errors
     /// When the ledger fails, or the services died.
     pub async fn teach(&self, documents: &[(Domain, Content)]) -> Result<Taught> {
-        let started = Instant::now();
+        let (started, before) = (Instant::now(), self.plant.registry.generations().len());
         let ledger = &self.plant.ledger;
         let submitted_ms =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
@@ -94,7 +96,11 @@ impl System {
             }
             tokio::time::sleep(POLL).await;
         }
-        let mut taught = Taught { seconds: started.elapsed().as_secs_f64(), ..Taught::default() };
+        let mut taught = Taught {
+            seconds: started.elapsed().as_secs_f64(),
+            generations: self.plant.registry.generations().len().saturating_sub(before),
+            ..Taught::default()
+        };
         if let Some(newest) = self.plant.registry.generations().iter().max_by_key(|g| g.manifest) {
             taught.loss = (newest.report.first_loss, newest.report.last_loss);
         }
@@ -170,6 +176,7 @@ impl Taught {
         self.live += other.live;
         self.refused += other.refused;
         self.set_aside += other.set_aside;
+        self.generations += other.generations;
         self.seconds += other.seconds;
         self.loss = other.loss;
     }

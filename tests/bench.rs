@@ -70,6 +70,7 @@ fn what_is_learned_and_what_is_kept_stand_side_by_side() {
             "{figure}: {result:#}"
         );
     }
+    assert_eq!(result["method"], "replay");
     assert_eq!(result["own_labels"]["measure"], "accuracy");
     assert_eq!(result["settings"]["train"]["adapters"], "shared");
     assert!(fs::read_to_string(svg).expect("drawn").contains("after tools"));
@@ -118,6 +119,8 @@ fn what_cannot_be_measured_is_told_in_a_line() {
         (&["--order", "fruit,tale"], "texts and lines"),
         (&["--order", "fruit", "--capacity", "many"], "2%"),
         (&["--order", "fruit", "--capacity", "0"], "--method naive"),
+        (&["--order", "fruit", "--capacity", "2%", "--method", "naive"], "rehearses nothing"),
+        (&["--order", "fruit", "--mode", "per-domain", "--method", "joint"], "one adapter"),
         (&["--order", "fruit", "--drift", &base], "X.val.txt"),
         (&["--order", "fruit", "--set", "train.rnak=8"], "train.rank"),
     ] {

@@ -42,6 +42,11 @@ const EWC_LAMBDA: f64 = 100.0;
 const FORMER_SHARE: f64 = 0.3;
 
 impl Method {
+    /// Whether it learns from the replay buffer.
+    pub fn rehearses(self) -> bool {
+        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc)
+    }
+
     /// The settings under which the system learns by this method.
     pub fn apply(self, settings: &Settings) -> Settings {
         let mut s = settings.clone();
@@ -49,7 +54,7 @@ impl Method {
             return s;
         }
         (s.consolidate.tolerance, s.consolidate.anchor_tolerance) = (NO_LIMIT, NO_LIMIT);
-        if !matches!(self, Self::Replay | Self::ReplayEwc) {
+        if !self.rehearses() {
             s.replay.new_data_ratio = 1.0;
             s.train.anchor_share = 0.0;
         }

@@ -6,6 +6,7 @@ use super::scores::{Matrix, Measure, Spread, Summary};
 use super::system::Taught;
 use super::tasks::Task;
 use anyhow::Result;
+use clap::ValueEnum;
 use kit::settings::Settings;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -120,7 +121,10 @@ impl Report<'_> {
         let mut whole = Map::new();
         let names: Vec<&str> = self.tasks.iter().map(|task| task.name.as_str()).collect();
         whole.insert("tasks".into(), json!(names));
-        whole.insert("method".into(), json!(format!("{:?}", self.method)));
+        whole.insert(
+            "method".into(),
+            json!(self.method.to_possible_value().map(|name| name.get_name().to_owned())),
+        );
         whole.insert("seeds".into(), json!(self.runs.len()));
         whole.insert("settings".into(), serde_json::to_value(self.settings)?);
         let Some(first) = self.runs.first() else { return Ok(Value::Object(whole)) };

@@ -105,6 +105,14 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         "{} holds texts and lines, whose scores have no mean: name those of one kind with --order",
         args.tasks.display()
     );
+    ensure!(
+        args.method != Method::Joint || args.mode != Some(Mode::PerDomain),
+        "--method joint learns all tasks in one adapter: leave --mode per-domain out"
+    );
+    ensure!(
+        args.capacity.is_none() || args.method.rehearses(),
+        "--capacity is the replay buffer's, and this --method rehearses nothing: use default, replay or replay+ewc"
+    );
     let base_dir = base::resolve(&args.base, &base::data_dir()?)?;
     let mut settings = Settings::load(args.config.as_deref(), &args.set)?;
     match args.mode {
@@ -344,18 +352,16 @@ impl<'a> Exam<'a> {
                 }
                 Ok([sum.nll_per_token(); 2])
             }
-            Test::Lines(lines) => self.right(seen, lines, pick),
+            Test::Lines(lines) => self.right(seen, j, lines, pick),
         }
     }
 
-    fn right(&self, seen: &[usize], lines: &[Line], pick: Pick<'_>) -> Result<[f64; 2]> {
-        let tests = seen.iter().filter_map(|&n| match &self.course.tasks[n].test {
-            Test::Lines(lines) => Some(lines),
-            Test::Text(_) => None,
-        });
-        let labels: BTreeSet<&str> = tests.flatten().filter_map(Line::label).collect();
+    fn right(&self, seen: &[usize], j: usize, lines: &[Line], pick: Pick<'_>) -> Result<[f64; 2]> {
+        let tasks = self.course.tasks;
+        let labels: BTreeSet<&str> =
+            seen.iter().flat_map(|&n| &tasks[n].labels).map(String::as_str).collect();
         let labels: Vec<&str> = labels.into_iter().collect();
-        let own: BTreeSet<&str> = lines.iter().filter_map(Line::label).collect();
+        let own = &tasks[j].labels;
         let texts: Vec<&str> = lines.iter().map(Line::asked).collect();
         let mut right = [0_usize; 2];
         for (answering, places) in self.picked(&texts, pick)? {
@@ -366,7 +372,7 @@ impl<'a> Exam<'a> {
                 let asked: Vec<&str> = labelled.iter().map(|&n| texts[n]).collect();
                 for (n, scores) in labelled.into_iter().zip(self.judge.labels(&adapters, &asked, &labels)?) {
                     let of_own = |(label, score): (&&str, &f64)| {
-                        if own.contains(label) { *score } else { f64::NEG_INFINITY }
+                        if own.contains(*label) { *score } else { f64::NEG_INFINITY }
                     };
                     let own_scores: Vec<f64> = labels.iter().zip(&scores).map(of_own).collect();
                     for (count, scores) in right.iter_mut().zip([scores, own_scores]) {

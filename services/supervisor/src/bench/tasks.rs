@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use model::pretrain::corpus;
 use proto::Content;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -53,6 +53,8 @@ pub struct Task {
     pub name: String,
     /// What is learned, in the order of the file.
     pub documents: Vec<Content>,
+    /// Every label in its files, whatever a limit leaves out: fewer to choose from would be easier.
+    pub labels: BTreeSet<String>,
     /// What it is measured on.
     pub test: Test,
 }
@@ -122,9 +124,10 @@ pub fn lines(path: &Path) -> Result<Vec<Line>> {
 
 fn of_lines(name: &str, folder: &Path, limit: Option<usize>) -> Result<Task> {
     let read = |file: &str| lines(&folder.join(file));
-    let learned = thinned(read("train.jsonl")?, limit);
-    let test = Test::Lines(thinned(read("test.jsonl")?, limit));
-    Ok(Task { name: name.to_owned(), documents: learned.iter().map(Line::content).collect(), test })
+    let (learned, test) = (read("train.jsonl")?, read("test.jsonl")?);
+    let labels = learned.iter().chain(&test).filter_map(Line::label).map(str::to_owned).collect();
+    let documents = thinned(learned, limit).iter().map(Line::content).collect();
+    Ok(Task { name: name.to_owned(), documents, labels, test: Test::Lines(thinned(test, limit)) })
 }
 
 fn of_text(name: &str, folder: &Path, limit: Option<usize>) -> Result<Option<Task>> {
@@ -141,7 +144,8 @@ fn of_text(name: &str, folder: &Path, limit: Option<usize>) -> Result<Option<Tas
     // As `engram learn` sends them: what is longer than the server takes comes in parts.
     let parts = learned.iter().flat_map(|document| split(document, DOCUMENT_BYTES_MAX));
     let documents = parts.map(|part| Content::Text(part.to_owned())).collect();
-    Ok(Some(Task { name: name.to_owned(), documents, test: Test::Text(read(&held_out)?) }))
+    let (labels, test) = (BTreeSet::new(), Test::Text(read(&held_out)?));
+    Ok(Some(Task { name: name.to_owned(), documents, labels, test }))
 }
 
 /// At most `limit` of a list, evenly over it: files are often sorted by label.
@@ -213,6 +217,13 @@ mod tests {
     #[test]
     fn a_limit_takes_from_the_whole_file() {
         assert_eq!(thinned((0..10).collect(), Some(5)), [1, 3, 5, 7, 9]);
+        let folder = folder();
+        let tasks = load(folder.path(), &["intents".into()], Some(1)).expect("tasks");
+        assert_eq!(
+            (tasks[0].documents.len(), tasks[0].labels.len()),
+            (1, 2),
+            "all labels stay to choose from"
+        );
         assert_eq!(thinned((0..4).collect(), Some(9)), [0, 1, 2, 3]);
         assert_eq!(thinned((0..150).collect::<Vec<_>>(), Some(50)).len(), 50);
     }

@@ -1,11 +1,13 @@
-//! How likely each of many answers is to follow a text.
+//! Which of many answers is the likeliest to follow a text.
 //!
 //! The text is computed once, and answers that begin alike share what they have in common: they are a tree whose
-//! nodes see the text and the path that leads to them.
+//! nodes see the text and the path that leads to them. Of the tree only those branches are computed that may still
+//! hold the likeliest answer: a log-likelihood only falls with further tokens, so that the first token's, over the
+//! length of the answer, bounds its mean from above.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
@@ -14,14 +16,19 @@ use crate::loss::CHUNK_ROWS;
 
 /// Tokens of one forward pass, padding included.
 const PASS_TOKENS: usize = 8192;
+/// Answers of a group that are computed before bounds are compared with the best of them.
+const FIRST_TRIED: usize = 6;
+
+/// A token of an answer, with the node it follows; none follows the text itself.
+type Step = (Option<usize>, u32);
 
 /// Answers as a tree of tokens.
 #[derive(Debug)]
 pub struct Labels {
     /// Every token that leads on. A parent stands before its children.
     nodes: Vec<Node>,
-    /// For each answer its tokens, each with the node it follows; none follows the text itself.
-    answers: Vec<Vec<(Option<usize>, u32)>>,
+    /// The steps of each answer.
+    answers: Vec<Vec<Step>>,
 }
 
 #[derive(Debug)]
@@ -65,12 +72,48 @@ impl Labels {
         self.answers.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// For each text the mean log-likelihood a token of every answer, in nats, in the order of [`Labels::new`].
+    /// For each text and each group of answers the one with the highest mean log-likelihood a token, and that mean in
+    /// nats. Answers are numbered in the order of [`Labels::new`]; of equals the last one wins.
     ///
     /// # Errors
-    /// When a text is empty, or does not fit the model's context together with the longest answer.
-    pub fn score(&self, base: &Base, adapters: &ActiveAdapters, texts: &[Vec<u32>]) -> Result<Vec<Vec<f64>>> {
+    /// When a text is empty, or does not fit the model's context together with the longest answer, or a group is empty.
+    pub fn likeliest(
+        &self,
+        base: &Base,
+        adapters: &ActiveAdapters,
+        texts: &[Vec<u32>],
+        groups: &[Vec<usize>],
+    ) -> Result<Vec<Vec<(usize, f64)>>> {
         let _guard = tch::no_grad_guard();
+        self.check(base, texts)?;
+        ensure!(groups.iter().all(|group| !group.is_empty()), "there is no answer to choose from");
+        let wanted: BTreeSet<usize> = groups.iter().flatten().copied().collect();
+        let firsts: BTreeSet<Step> = wanted.iter().map(|&n| self.answers[n][0]).collect();
+        let firsts: Vec<Step> = firsts.into_iter().collect();
+        let paths: Vec<Vec<&[Step]>> = vec![firsts.iter().map(std::slice::from_ref).collect(); texts.len()];
+        let first = self.sums(base, adapters, texts, &paths)?;
+        let mut choices: Vec<Choice> = first.iter().map(|sums| self.bounds(&firsts, sums)).collect();
+        for round in 0..2 {
+            let tried: Vec<Vec<usize>> =
+                choices.iter().map(|choice| choice.next(groups, round == 0)).collect();
+            let path = |&n: &usize| self.answers[n].as_slice();
+            let paths: Vec<Vec<&[Step]>> = tried.iter().map(|t| t.iter().map(path).collect()).collect();
+            let sums = self.sums(base, adapters, texts, &paths)?;
+            for ((choice, tried), sums) in choices.iter_mut().zip(&tried).zip(sums) {
+                let mean = |(&n, sum): (&usize, f64)| (n, sum / self.answers[n].len() as f64);
+                choice.known.extend(tried.iter().zip(sums).map(mean));
+            }
+        }
+        let best = |choice: &Choice| -> Result<Vec<(usize, f64)>> {
+            groups
+                .iter()
+                .map(|group| choice.best(group).ok_or_else(|| anyhow!("no answer was computed")))
+                .collect()
+        };
+        choices.iter().map(best).collect()
+    }
+
+    fn check(&self, base: &Base, texts: &[Vec<u32>]) -> Result<()> {
         let context = base.config().max_positions as usize;
         for text in texts {
             ensure!(!text.is_empty(), "a text to choose an answer for has no tokens");
@@ -81,34 +124,59 @@ impl Labels {
                 self.depth()
             );
         }
-        // Texts of like length share a pass, so that little of it is padding.
-        let mut order: Vec<usize> = (0..texts.len()).collect();
-        order.sort_by_key(|&i| texts[i].len());
-        let mut scores = vec![Vec::new(); texts.len()];
+        Ok(())
+    }
+
+    /// What the log-likelihoods of the answers' first tokens say of the answers.
+    fn bounds(&self, firsts: &[Step], sums: &[f64]) -> Choice {
+        let of_first: HashMap<Step, f64> = firsts.iter().copied().zip(sums.iter().copied()).collect();
+        let bound = |answer: &Vec<Step>| of_first.get(&answer[0]).map(|first| first / answer.len() as f64);
+        Choice { bounds: self.answers.iter().map(bound).collect(), known: HashMap::new() }
+    }
+
+    /// For each text the log-likelihood of each of its paths, in nats.
+    fn sums(
+        &self,
+        base: &Base,
+        adapters: &ActiveAdapters,
+        texts: &[Vec<u32>],
+        paths: &[Vec<&[Step]>],
+    ) -> Result<Vec<Vec<f64>>> {
+        let mut rows: Vec<Row<'_>> =
+            texts.iter().zip(paths).map(|(text, paths)| self.row(text, paths)).collect();
+        // Rows of like length share a pass, so that little of it is padding.
+        let mut order: Vec<usize> = (0..rows.len()).filter(|&i| !paths[i].is_empty()).collect();
+        order.sort_by_key(|&i| rows[i].length());
+        let mut sums = vec![Vec::new(); texts.len()];
         let mut rest = order.as_slice();
-        while let Some(&first) = rest.first() {
-            let fits =
-                |count: &usize| count * (texts[rest[count - 1]].len() + self.nodes.len()) <= PASS_TOKENS;
+        while !rest.is_empty() {
+            let fits = |count: &usize| count * rows[rest[count - 1]].length() <= PASS_TOKENS;
             let count = (1..=rest.len()).take_while(fits).last().unwrap_or(1);
-            debug_assert!(texts[first].len() <= texts[rest[count - 1]].len());
             let (group, after) = rest.split_at(count);
-            let group_texts: Vec<&[u32]> = group.iter().map(|&i| texts[i].as_slice()).collect();
-            for (&i, of_text) in group.iter().zip(self.pass(base, adapters, &group_texts)?) {
-                scores[i] = of_text;
+            let members: Vec<Row<'_>> = group.iter().map(|&i| std::mem::take(&mut rows[i])).collect();
+            for (&i, of_row) in group.iter().zip(self.pass(base, adapters, &members)?) {
+                sums[i] = of_row;
             }
             rest = after;
         }
-        Ok(scores)
+        Ok(sums)
     }
 
-    fn pass(&self, base: &Base, adapters: &ActiveAdapters, texts: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
-        let length = texts.iter().map(|text| text.len()).max().unwrap_or(0) + self.nodes.len();
-        let hidden = base.forward(&self.input(base, texts, length), adapters, None)?;
+    /// A text with the nodes that lead to its paths.
+    fn row<'a>(&self, text: &'a [u32], paths: &[&'a [Step]]) -> Row<'a> {
+        let nodes: BTreeSet<usize> =
+            paths.iter().flat_map(|path| path.iter().filter_map(|step| step.0)).collect();
+        Row { text, paths: paths.to_vec(), nodes: nodes.into_iter().collect() }
+    }
+
+    fn pass(&self, base: &Base, adapters: &ActiveAdapters, rows: &[Row<'_>]) -> Result<Vec<Vec<f64>>> {
+        let length = rows.iter().map(Row::length).max().unwrap_or(0);
+        let hidden = base.forward(&self.input(base, rows, length), adapters, None)?;
         // What an answer's token is predicted from: a place in the flattened rows.
         let mut wanted: Vec<(i64, i64)> = Vec::new();
-        for (row, text) in texts.iter().enumerate() {
-            for &(from, token) in self.answers.iter().flatten() {
-                let place = row * length + from.map_or(text.len() - 1, |node| text.len() + node);
+        for (n, row) in rows.iter().enumerate() {
+            for &(from, token) in row.paths.iter().copied().flatten() {
+                let place = n * length + from.map_or(row.text.len() - 1, |node| row.place(node));
                 wanted.push((place as i64, i64::from(token)));
             }
         }
@@ -120,10 +188,8 @@ impl Labels {
         };
         let likelihoods = self.likelihoods(base, &hidden, &places, &wanted)?;
         let mut rest = likelihoods.iter();
-        let mut mean = |answer: &Vec<_>| {
-            rest.by_ref().take(answer.len()).map(|l| f64::from(*l)).sum::<f64>() / answer.len() as f64
-        };
-        Ok(texts.iter().map(|_| self.answers.iter().map(&mut mean).collect()).collect())
+        let mut sum = |path: &&[Step]| rest.by_ref().take(path.len()).map(|l| f64::from(*l)).sum::<f64>();
+        Ok(rows.iter().map(|row| row.paths.iter().map(&mut sum).collect()).collect())
     }
 
     /// The log-likelihood of each token `wanted`, with the full distribution of a few places at a time.
@@ -159,35 +225,90 @@ impl Labels {
         Ok(found)
     }
 
-    /// Rows of a text, the tree, and padding that sees itself only.
-    fn input(&self, base: &Base, texts: &[&[u32]], length: usize) -> Input {
-        let rows = texts.len();
-        let (mut ids, mut positions) = (vec![0_i64; rows * length], vec![0_i64; rows * length]);
-        let mut seen = vec![false; rows * length * length];
-        for (row, text) in texts.iter().enumerate() {
-            let at = row * length;
+    /// Rows of a text, its nodes, and padding that sees itself only.
+    fn input(&self, base: &Base, rows: &[Row<'_>], length: usize) -> Input {
+        let (mut ids, mut positions) = (vec![0_i64; rows.len() * length], vec![0_i64; rows.len() * length]);
+        let mut seen = vec![false; rows.len() * length * length];
+        for (n, row) in rows.iter().enumerate() {
+            let at = n * length;
             let mut sees = |from: usize, to: usize| seen[(at + from) * length + to] = true;
-            for (i, &token) in text.iter().enumerate() {
+            for (i, &token) in row.text.iter().enumerate() {
                 (ids[at + i], positions[at + i]) = (i64::from(token), i as i64);
                 (0..=i).for_each(|to| sees(i, to));
             }
-            for (n, node) in self.nodes.iter().enumerate() {
-                let i = text.len() + n;
-                (ids[at + i], positions[at + i]) = (i64::from(node.token), (text.len() + node.depth) as i64);
-                (0..text.len()).for_each(|to| sees(i, to));
-                let mut path = Some(n);
+            for &on in &row.nodes {
+                let (i, node) = (row.place(on), &self.nodes[on]);
+                (ids[at + i], positions[at + i]) =
+                    (i64::from(node.token), (row.text.len() + node.depth) as i64);
+                (0..row.text.len()).for_each(|to| sees(i, to));
+                let mut path = Some(on);
                 while let Some(on) = path {
-                    sees(i, text.len() + on);
+                    sees(i, row.place(on));
                     path = self.nodes[on].parent;
                 }
             }
-            (text.len() + self.nodes.len()..length).for_each(|i| sees(i, i));
+            (row.length()..length).for_each(|i| sees(i, i));
         }
-        let shape = [rows as i64, length as i64];
+        let shape = [rows.len() as i64, length as i64];
         let device = base.device();
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
         let seen = Tensor::from_slice(&seen).view([shape[0], 1, shape[1], shape[1]]).to_device(device);
         Input { ids: tensor(&ids), positions: tensor(&positions), mask: Mask::Block(seen) }
+    }
+}
+
+/// A text, paths whose likelihood is asked for, and the nodes that lead to them, in order.
+#[derive(Default)]
+struct Row<'a> {
+    text: &'a [u32],
+    paths: Vec<&'a [Step]>,
+    nodes: Vec<usize>,
+}
+
+impl Row<'_> {
+    fn length(&self) -> usize {
+        self.text.len() + self.nodes.len()
+    }
+
+    /// Where a node stands in the row.
+    fn place(&self, node: usize) -> usize {
+        self.text.len() + self.nodes.partition_point(|&n| n < node)
+    }
+}
+
+/// What is known of a text's answers.
+struct Choice {
+    /// What the mean of each answer cannot exceed; none where nobody asked.
+    bounds: Vec<Option<f64>>,
+    /// The mean of those that were computed.
+    known: HashMap<usize, f64>,
+}
+
+impl Choice {
+    /// The likeliest computed answer of a group.
+    fn best(&self, group: &[usize]) -> Option<(usize, f64)> {
+        let known = group.iter().filter_map(|n| Some((*n, *self.known.get(n)?)));
+        known.max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+
+    /// Answers to compute: at first the most promising of each group, then all that may be likelier than its best.
+    fn next(&self, groups: &[Vec<usize>], first: bool) -> Vec<usize> {
+        let mut next = BTreeSet::new();
+        for group in groups {
+            let mut open: Vec<(usize, f64)> = group
+                .iter()
+                .filter(|n| !self.known.contains_key(n))
+                .filter_map(|&n| Some((n, self.bounds[n]?)))
+                .collect();
+            if first {
+                open.sort_by(|a, b| b.1.total_cmp(&a.1));
+                open.truncate(FIRST_TRIED);
+            } else if let Some((_, best)) = self.best(group) {
+                open.retain(|(_, bound)| *bound >= best);
+            }
+            next.extend(open.into_iter().map(|(n, _)| n));
+        }
+        next.into_iter().collect()
     }
 }
 
@@ -199,30 +320,48 @@ mod tests {
     use crate::pack::Sequence;
 
     #[test]
-    fn the_tree_scores_what_each_answer_scores_alone() {
+    fn the_choice_is_that_of_every_answer_scored_alone() {
         let base = golden::base("llama");
         let adapter = golden::adapter("peft-r8");
         let active = base.activate(&[(&adapter, 1.0)]).unwrap();
-        // Answers that share a beginning, one that another begins with, and one of a single token.
-        let answers = [vec![5, 6, 7, 1], vec![5, 6, 9], vec![5, 6], vec![8, 7, 1], vec![3]];
+        // Answers of one to four tokens, many of which begin alike.
+        let answers: Vec<Vec<u32>> =
+            (0..40_u32).map(|n| (0..=n % 4).map(|i| (n / (4 - i) * 7 + i * 13) % 128).collect()).collect();
         let texts: Vec<Vec<u32>> =
-            [9_u32, 2, 17].iter().map(|n| (0..*n).map(|i| (i * 11 + n) % 128).collect()).collect();
+            (2..12_u32).map(|n| (0..n).map(|i| (i * 11 + n) % 128).collect()).collect();
         let labels = Labels::new(&answers).unwrap();
-        assert_eq!((labels.nodes.len(), labels.depth()), (5, 4));
-        let scores = labels.score(&base, &active, &texts).unwrap();
-        for (text, scores) in texts.iter().zip(&scores) {
-            for (answer, score) in answers.iter().zip(scores) {
-                let tokens = [text.as_slice(), answer.as_slice()].concat();
-                let learned = vec![(text.len() as u32, tokens.len() as u32)];
-                let alone =
-                    loss::score(&base, &[(&adapter, 1.0)], &[Sequence { tokens, learned }], 64).unwrap();
+        let groups = [(0..40).collect(), (0..40).filter(|n| n % 3 == 0).collect::<Vec<_>>(), vec![7]];
+        let chosen = labels.likeliest(&base, &active, &texts, &groups).unwrap();
+        for (text, chosen) in texts.iter().zip(&chosen) {
+            let alone: Vec<f64> = answers
+                .iter()
+                .map(|answer| {
+                    let tokens = [text.as_slice(), answer.as_slice()].concat();
+                    let learned = vec![(text.len() as u32, tokens.len() as u32)];
+                    let sequence = Sequence { tokens, learned };
+                    -loss::score(&base, &[(&adapter, 1.0)], &[sequence], 64).unwrap()[0].mean()
+                })
+                .collect();
+            for (group, &(answer, mean)) in groups.iter().zip(chosen) {
+                let best = group.iter().map(|&n| alone[n]).fold(f64::NEG_INFINITY, f64::max);
                 assert!(
-                    (alone[0].mean() + score).abs() < 1e-4,
-                    "{answer:?}: {} and {score}",
-                    alone[0].mean()
+                    (mean - best).abs() < 1e-4 && (alone[answer] - best).abs() < 1e-4,
+                    "{mean} for {best}"
                 );
             }
         }
+    }
+
+    #[test]
+    fn only_what_may_be_likelier_is_computed() {
+        let bounds = (0..10).map(|n| Some(-f64::from(n))).collect();
+        let mut choice = Choice { bounds, known: HashMap::new() };
+        let groups = [(0..10).collect::<Vec<_>>(), vec![8, 9]];
+        assert_eq!(choice.next(&groups, true), [0, 1, 2, 3, 4, 5, 8, 9]);
+        choice.known.extend((0..6).chain(8..10).map(|n| (n, -7.5 - n as f64)));
+        assert_eq!(choice.next(&groups, false), [6, 7]);
+        choice.known.extend([(6, -6.0), (7, -7.0)]);
+        assert_eq!((choice.best(&groups[0]), choice.best(&groups[1])), (Some((6, -6.0)), Some((8, -15.5))));
     }
 
     #[test]
@@ -231,8 +370,10 @@ mod tests {
         let none = ActiveAdapters::none();
         assert!(Labels::new(&[vec![1], vec![]]).is_err());
         let labels = Labels::new(&[vec![1, 2]]).unwrap();
-        assert!(labels.score(&base, &none, &[vec![]]).is_err());
-        assert!(labels.score(&base, &none, &[vec![1; 255]]).is_err());
-        assert!(labels.score(&base, &none, &[vec![1; 254]]).is_ok());
+        let of = |text: Vec<u32>| labels.likeliest(&base, &none, &[text], &[vec![0]]);
+        assert!(of(vec![]).is_err());
+        assert!(of(vec![1; 255]).is_err());
+        assert!(of(vec![1; 254]).is_ok());
+        assert!(labels.likeliest(&base, &none, &[vec![1]], &[vec![]]).is_err());
     }
 }

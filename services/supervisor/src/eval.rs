@@ -1,7 +1,7 @@
 //! `engram eval`: how well a base, or a base with an adapter, knows a file. Needs no server.
 
 use crate::bench::tasks::{self, Line};
-use crate::judge::{Judge, likeliest};
+use crate::judge::Judge;
 use crate::logits::ModelArgs;
 use anyhow::{Result, ensure};
 use model::lora::Adapter;
@@ -87,9 +87,10 @@ fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path) -> Result<Valu
         }
     }
     if !texts.is_empty() {
-        let scores = judge.labels(adapters, &texts, &labels)?;
-        let chosen = scores.into_iter().map(|scores| likeliest(scores).map(|n| labels[n]));
-        right += chosen.zip(truths).filter(|(chosen, truth)| *chosen == Some(truth.as_str())).count();
+        let all = [(0..labels.len()).collect()];
+        let chosen = judge.likeliest(adapters, &texts, &labels, &all)?;
+        right +=
+            chosen.iter().zip(truths).filter(|(chosen, truth)| labels[chosen[0]] == truth.as_str()).count();
     }
     let mut figures = json!({ "accuracy": right as f64 / lines.len() as f64, "examples": lines.len() });
     if asked > 0 {

@@ -13,6 +13,8 @@ use model::tokenizer::Tokenizer;
 
 /// Sequences that are scored between two looks at the progress bar.
 const SEQUENCES_PER_ROUND: usize = 64;
+/// The same for texts that a label is chosen for, which are short.
+const TEXTS_PER_ROUND: usize = 512;
 
 /// A base with what text becomes for it.
 pub struct Judge {
@@ -90,31 +92,34 @@ impl Judge {
         Ok(sum)
     }
 
-    /// For each text the mean log-likelihood a token of every label that may follow it, its end included, in nats.
-    pub fn labels<S: AsRef<str>>(
+    /// For each text the label of each group that is the likeliest to follow it, by the mean log-likelihood a token,
+    /// its end included. A group is of places in `labels`.
+    pub fn likeliest<S: AsRef<str>>(
         &self,
         adapters: &[(&Adapter, f64)],
         texts: &[S],
         labels: &[&str],
-    ) -> Result<Vec<Vec<f64>>> {
+        groups: &[Vec<usize>],
+    ) -> Result<Vec<Vec<usize>>> {
         let ids = |label: &&str| Ok(self.ended(self.tokenizer.encode_continuation(&answer(label))?));
         let labels = Labels::new(&labels.iter().map(ids).collect::<Result<Vec<_>>>()?)?;
         let room = self.window.checked_sub(labels.depth() + 1).context("a label is longer than --window")?;
         let active = self.base.activate(adapters)?;
         let bar = bar(texts.len());
-        let mut scores = Vec::with_capacity(texts.len());
-        for round in texts.chunks(SEQUENCES_PER_ROUND) {
+        let mut chosen = Vec::with_capacity(texts.len());
+        for round in texts.chunks(TEXTS_PER_ROUND) {
             let start = |text: &S| {
                 let ids = self.prompt(text.as_ref())?;
                 // The end of a long text is what the answer follows.
                 Ok(ids[ids.len().saturating_sub(room.max(1))..].to_vec())
             };
             let texts = round.iter().map(start).collect::<Result<Vec<_>>>()?;
-            scores.extend(labels.score(&self.base, &active, &texts)?);
+            let of_round = labels.likeliest(&self.base, &active, &texts, groups)?;
+            chosen.extend(of_round.into_iter().map(|of_text| of_text.into_iter().map(|(n, _)| n).collect()));
             bar.inc(round.len() as u64);
         }
         bar.finish_and_clear();
-        Ok(scores)
+        Ok(chosen)
     }
 
     /// The greedy answer, as long as `response` may be and its end.
@@ -154,11 +159,6 @@ impl Judge {
 /// A label as it follows its text.
 pub fn answer(label: &str) -> String {
     format!(" {label}")
-}
-
-/// The place of the highest score.
-pub fn likeliest(scores: impl IntoIterator<Item = f64>) -> Option<usize> {
-    scores.into_iter().enumerate().max_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(place, _)| place)
 }
 
 fn bar(length: usize) -> ProgressBar {

@@ -4,9 +4,9 @@ use super::method::Method;
 use super::report::{self, Run};
 use super::scores::{Matrix, Measure};
 use super::system::{self, System, Taught};
-use super::tasks::{self, Line, Task, Test};
+use super::tasks::{self, Limits, Line, Task, Test};
 use crate::base;
-use crate::judge::{Judge, likeliest};
+use crate::judge::Judge;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{ValueEnum, value_parser};
 use infer::Profiles;
@@ -72,9 +72,12 @@ pub struct Args {
     /// Examples that the replay buffer holds, or a share of all that are learned, such as 2%.
     #[arg(long, value_name = "N|N%")]
     capacity: Option<String>,
-    /// Documents to learn, and to measure on, of each task at most.
+    /// Documents to learn, and to measure on, of each task at most, evenly over its files.
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     limit: Option<u64>,
+    /// Documents to measure on of each task at most, where that is another number.
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+    test_limit: Option<u64>,
     /// Runs with different seeds.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = value_parser!(u64).range(1..=100))]
     seeds: u64,
@@ -97,8 +100,9 @@ pub struct Args {
 
 /// Learns, measures and reports.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
-    let limit = args.limit.map(usize::try_from).transpose()?;
-    let tasks = tasks::load(&args.tasks, &args.order, limit)?;
+    let number = |limit: Option<u64>| limit.map(usize::try_from).transpose();
+    let limits = Limits { learned: number(args.limit)?, measured: number(args.test_limit.or(args.limit))? };
+    let tasks = tasks::load(&args.tasks, &args.order, limits)?;
     let of_lines = tasks.iter().filter(|task| matches!(task.test, Test::Lines(_))).count();
     ensure!(
         of_lines == 0 || of_lines == tasks.len(),
@@ -361,7 +365,7 @@ impl<'a> Exam<'a> {
         let labels: BTreeSet<&str> =
             seen.iter().flat_map(|&n| &tasks[n].labels).map(String::as_str).collect();
         let labels: Vec<&str> = labels.into_iter().collect();
-        let own = &tasks[j].labels;
+        let own: Vec<usize> = (0..labels.len()).filter(|&n| tasks[j].labels.contains(labels[n])).collect();
         let texts: Vec<&str> = lines.iter().map(Line::asked).collect();
         let mut right = [0_usize; 2];
         for (answering, places) in self.picked(&texts, pick)? {
@@ -370,14 +374,11 @@ impl<'a> Exam<'a> {
                 places.into_iter().partition(|&n| lines[n].label().is_some());
             if !labelled.is_empty() {
                 let asked: Vec<&str> = labelled.iter().map(|&n| texts[n]).collect();
-                for (n, scores) in labelled.into_iter().zip(self.judge.labels(&adapters, &asked, &labels)?) {
-                    let of_own = |(label, score): (&&str, &f64)| {
-                        if own.contains(*label) { *score } else { f64::NEG_INFINITY }
-                    };
-                    let own_scores: Vec<f64> = labels.iter().zip(&scores).map(of_own).collect();
-                    for (count, scores) in right.iter_mut().zip([scores, own_scores]) {
-                        let chosen = likeliest(scores).map(|place| labels[place]);
-                        *count += usize::from(chosen == lines[n].label());
+                let groups = [(0..labels.len()).collect(), own.clone()];
+                let chosen = self.judge.likeliest(&adapters, &asked, &labels, &groups)?;
+                for (n, chosen) in labelled.into_iter().zip(chosen) {
+                    for (count, place) in right.iter_mut().zip(chosen) {
+                        *count += usize::from(Some(labels[place]) == lines[n].label());
                     }
                 }
             }

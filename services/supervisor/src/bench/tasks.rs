@@ -68,21 +68,29 @@ pub enum Test {
     Text(Vec<String>),
 }
 
+/// How many documents of each task are taken at most.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// To learn.
+    pub learned: Option<usize>,
+    /// To measure on.
+    pub measured: Option<usize>,
+}
+
 /// The tasks in a folder: sub-folders with `train.jsonl` and `test.jsonl`, and pairs `X.txt`, `X.val.txt`. By name, or
-/// in the order given, which may leave some out. `limit` takes at most so many documents to learn and so many to
-/// measure on from each, evenly over the file.
+/// in the order given, which may leave some out. What `limits` leave is taken evenly over each file.
 ///
 /// # Errors
 /// When there is none, one that is named is not there, or a file is not what it should be.
-pub fn load(folder: &Path, order: &[String], limit: Option<usize>) -> Result<Vec<Task>> {
+pub fn load(folder: &Path, order: &[String], limits: Limits) -> Result<Vec<Task>> {
     let mut found: BTreeMap<String, Task> = BTreeMap::new();
     let place = folder.display();
     for entry in fs::read_dir(folder).with_context(|| format!("{place} cannot be read"))? {
         let path = entry?.path();
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let task = match name.strip_suffix(".txt") {
-            _ if path.join("train.jsonl").is_file() => Some(of_lines(&name, &path, limit)?),
-            Some(stem) if !stem.ends_with(".val") => of_text(stem, folder, limit)?,
+            _ if path.join("train.jsonl").is_file() => Some(of_lines(&name, &path, limits)?),
+            Some(stem) if !stem.ends_with(".val") => of_text(stem, folder, limits)?,
             _ => None,
         };
         found.extend(task.map(|task| (task.name.clone(), task)));
@@ -122,29 +130,29 @@ pub fn lines(path: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-fn of_lines(name: &str, folder: &Path, limit: Option<usize>) -> Result<Task> {
+fn of_lines(name: &str, folder: &Path, limits: Limits) -> Result<Task> {
     let read = |file: &str| lines(&folder.join(file));
     let (learned, test) = (read("train.jsonl")?, read("test.jsonl")?);
     let labels = learned.iter().chain(&test).filter_map(Line::label).map(str::to_owned).collect();
-    let documents = thinned(learned, limit).iter().map(Line::content).collect();
-    Ok(Task { name: name.to_owned(), documents, labels, test: Test::Lines(thinned(test, limit)) })
+    let documents = thinned(learned, limits.learned).iter().map(Line::content).collect();
+    Ok(Task { name: name.to_owned(), documents, labels, test: Test::Lines(thinned(test, limits.measured)) })
 }
 
-fn of_text(name: &str, folder: &Path, limit: Option<usize>) -> Result<Option<Task>> {
+fn of_text(name: &str, folder: &Path, limits: Limits) -> Result<Option<Task>> {
     let held_out = folder.join(format!("{name}.val.txt"));
     if !held_out.is_file() {
         return Ok(None);
     }
-    let read = |path: &Path| -> Result<Vec<String>> {
+    let read = |path: &Path, limit: Option<usize>| -> Result<Vec<String>> {
         let documents: Vec<String> = corpus::documents(path)?.collect::<Result<_>>()?;
         ensure!(!documents.is_empty(), "{} holds no document", path.display());
         Ok(thinned(documents, limit))
     };
-    let learned = read(&folder.join(format!("{name}.txt")))?;
+    let learned = read(&folder.join(format!("{name}.txt")), limits.learned)?;
     // As `engram learn` sends them: what is longer than the server takes comes in parts.
     let parts = learned.iter().flat_map(|document| split(document, DOCUMENT_BYTES_MAX));
     let documents = parts.map(|part| Content::Text(part.to_owned())).collect();
-    let (labels, test) = (BTreeSet::new(), Test::Text(read(&held_out)?));
+    let (labels, test) = (BTreeSet::new(), Test::Text(read(&held_out, limits.measured)?));
     Ok(Some(Task { name: name.to_owned(), documents, labels, test }))
 }
 
@@ -183,7 +191,7 @@ mod tests {
     #[test]
     fn folders_and_pairs_are_tasks_by_name_or_in_the_order_given() {
         let folder = folder();
-        let tasks = load(folder.path(), &[], None).expect("tasks");
+        let tasks = load(folder.path(), &[], Limits::default()).expect("tasks");
         assert_eq!(tasks.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["intents", "notes", "sums"]);
         let completion = |prompt: &str, completion: &str| Content::Completion {
             prompt: prompt.into(),
@@ -193,7 +201,8 @@ mod tests {
         assert_eq!(tasks[1].documents.len(), 2);
         assert!(matches!(&tasks[1].test, Test::Text(held_out) if held_out.len() == 1));
         assert_eq!(tasks[2].documents, [completion("2+2=", "4")]);
-        let ordered = load(folder.path(), &["sums".into(), "notes".into()], None).expect("tasks");
+        let ordered =
+            load(folder.path(), &["sums".into(), "notes".into()], Limits::default()).expect("tasks");
         assert_eq!(ordered.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["sums", "notes"]);
     }
 
@@ -202,13 +211,14 @@ mod tests {
         let folder = folder();
         let told = |order: &[&str]| {
             let order: Vec<String> = order.iter().map(ToString::to_string).collect();
-            format!("{:#}", load(folder.path(), &order, None).expect_err("refused"))
+            format!("{:#}", load(folder.path(), &order, Limits::default()).expect_err("refused"))
         };
         assert!(told(&["sum"]).contains("intents, notes, sums"));
         assert!(told(&["sums", "sums"]).contains("each once"));
         let empty = tempfile::tempdir().expect("a folder");
         assert!(
-            format!("{:#}", load(empty.path(), &[], None).expect_err("refused")).contains("holds no task")
+            format!("{:#}", load(empty.path(), &[], Limits::default()).expect_err("refused"))
+                .contains("holds no task")
         );
         fs::write(folder.path().join("sums/test.jsonl"), "{\"prompt\":\"1\"}\n").expect("written");
         assert!(told(&[]).contains("test.jsonl:1"));
@@ -218,7 +228,8 @@ mod tests {
     fn a_limit_takes_from_the_whole_file() {
         assert_eq!(thinned((0..10).collect(), Some(5)), [1, 3, 5, 7, 9]);
         let folder = folder();
-        let tasks = load(folder.path(), &["intents".into()], Some(1)).expect("tasks");
+        let tasks = load(folder.path(), &["intents".into()], Limits { learned: Some(1), measured: None })
+            .expect("tasks");
         assert_eq!(
             (tasks[0].documents.len(), tasks[0].labels.len()),
             (1, 2),

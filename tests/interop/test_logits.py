@@ -25,10 +25,13 @@ def test_transformers_computes_the_logits_of_the_pretrained_base(base, tokenizer
     torch.manual_seed(0)
     text = tokenizer(QUESTION + ANSWER, return_tensors="pt").input_ids
     random = torch.randint(0, base.config.vocab_size, (3, 200))
+    exact = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float64)
     for ids in (text, random):
         with torch.no_grad():
-            theirs = base(ids).logits
-        assert (logits(NANO, ids) - theirs).abs().max() < TOLERANCE
+            true, theirs = exact(ids).logits, base(ids).logits
+        # Single precision itself rounds some tokens' large activations away; transformers has the same right to that.
+        rounding = (theirs - true).abs().max()
+        assert (logits(NANO, ids) - true).abs().max() < TOLERANCE + 2 * rounding
 
 
 def test_the_tokenizer_gives_back_any_text(tokenizer):

@@ -15,7 +15,7 @@ pub enum Strategy {
     Importance,
     /// Those least like the others.
     Diversity,
-    /// Fair between domains; within one, important and unlike the others.
+    /// Fair between domains and between answers that repeat; within those, important and unlike the others.
     Hybrid,
 }
 
@@ -29,6 +29,9 @@ const RANDOM: f32 = 0.3;
 const DIVERSE_BELOW: f32 = 0.2;
 /// Rows that an example is compared with.
 const COMPARED: usize = 32;
+/// What an example loses in worth with each doubling of those that have its answer: about what importance can make
+/// up for, so that each of many labels keeps its place (class-balanced memory, Chrysakis and Moens 2020).
+const REPEATED_ANSWER: f32 = 0.5;
 /// The newest quarter of the capacity counts as recent.
 const RECENT_SHARE: usize = 4;
 
@@ -43,6 +46,8 @@ pub struct Row {
     pub first_loss: f32,
     /// MinHash signature.
     pub signature: Vec<u32>,
+    /// A digest of the answer to a prompt; none of raw text.
+    pub answer: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -165,24 +170,30 @@ impl Buffer {
         if excess == 0 {
             return;
         }
-        let mut worth: Vec<(f32, u64, ExampleId)> =
-            self.held.iter().map(|(id, held)| (self.worth(*id, held), held.order, *id)).collect();
-        worth.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let mut count_of: BTreeMap<Domain, usize> = BTreeMap::new();
-        for held in self.held.values() {
-            *count_of.entry(held.row.domain.clone()).or_default() += 1;
-        }
         let fair = self.strategy == Strategy::Hybrid;
+        let mut counts = Counts::default();
+        let place = |(id, held): (&ExampleId, &Held)| Place {
+            id: *id,
+            order: held.order,
+            worth: self.worth(*id, held),
+            domain: counts.domain(&held.row),
+            answer: counts.answer(&held.row),
+        };
+        let mut left: Vec<Place> = self.held.iter().map(place).collect();
         for _ in 0..excess {
-            let largest = count_of.values().copied().max().unwrap_or(0);
-            let at = worth.iter().position(|(_, _, id)| {
-                !fair || self.held.get(id).is_some_and(|h| count_of[&h.row.domain] == largest)
+            let largest = counts.of_domain.iter().copied().max().unwrap_or(0);
+            let candidates = left.iter().enumerate().filter_map(|(at, place)| {
+                let eligible = !fair || counts.of_domain[place.domain] == largest;
+                eligible
+                    .then(|| (at, place.worth - if fair { counts.penalty(place) } else { 0.0 }, place.order))
             });
-            let Some((_, _, id)) = at.map(|at| worth.remove(at)) else { break };
-            if let Some(held) = self.held.remove(&id) {
-                *count_of.entry(held.row.domain).or_default() -= 1;
-                changes.evicted.push(id);
-            }
+            let Some((at, ..)) = candidates.min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2))) else {
+                break;
+            };
+            let place = left.swap_remove(at);
+            counts.remove(&place);
+            self.held.remove(&place.id);
+            changes.evicted.push(place.id);
         }
     }
 
@@ -198,6 +209,57 @@ impl Buffer {
                 self.importance(held) - 0.5 * self.redundancy(id, &held.row.signature) + 0.3 * draw
             }
         }
+    }
+}
+
+/// A row that may be evicted.
+struct Place {
+    id: ExampleId,
+    order: u64,
+    worth: f32,
+    /// Its domain and its answer, as numbers of [`Counts`].
+    domain: usize,
+    answer: Option<usize>,
+}
+
+/// How many rows each domain has, and each answer within one.
+#[derive(Default)]
+struct Counts {
+    domains: BTreeMap<Domain, usize>,
+    of_domain: Vec<usize>,
+    answers: BTreeMap<(usize, u64), usize>,
+    of_answer: Vec<usize>,
+}
+
+impl Counts {
+    /// Counts a row's domain; its number.
+    fn domain(&mut self, row: &Row) -> usize {
+        let next = self.domains.len();
+        let number = *self.domains.entry(row.domain.clone()).or_insert(next);
+        self.of_domain.resize(self.domains.len(), 0);
+        self.of_domain[number] += 1;
+        number
+    }
+
+    /// Counts a row's answer; its number.
+    fn answer(&mut self, row: &Row) -> Option<usize> {
+        let domain = *self.domains.get(&row.domain)?;
+        let next = self.answers.len();
+        let number = *self.answers.entry((domain, row.answer?)).or_insert(next);
+        self.of_answer.resize(self.answers.len(), 0);
+        self.of_answer[number] += 1;
+        Some(number)
+    }
+
+    fn remove(&mut self, place: &Place) {
+        self.of_domain[place.domain] -= 1;
+        if let Some(answer) = place.answer {
+            self.of_answer[answer] -= 1;
+        }
+    }
+
+    fn penalty(&self, place: &Place) -> f32 {
+        REPEATED_ANSWER * place.answer.map_or(0.0, |answer| (self.of_answer[answer] as f32).log2())
     }
 }
 
@@ -237,6 +299,7 @@ mod tests {
             marked: None,
             first_loss: (n % 7) as f32,
             signature,
+            answer: None,
         }
     }
 
@@ -303,6 +366,23 @@ mod tests {
         buffer.learn((100..600).map(|n| (id(n), row("large", n))).collect());
         let small = buffer.ids().filter(|id| id.ordinal < 100).count();
         assert_eq!(small, 15, "it holds less than its share of 20, so all of it stays");
+    }
+
+    #[test]
+    fn each_of_many_answers_keeps_its_place_however_often_another_comes() {
+        let mut buffer = Buffer::new(40, Strategy::Hybrid, 1);
+        let answered = |n: u64, answer| (id(n), Row { answer: Some(answer), ..row("a", n) });
+        for batch in 0..10 {
+            // Ten labels, ten examples each, one batch after another.
+            buffer.learn((0..10).map(|n| answered(batch * 10 + n, batch)).collect());
+        }
+        let mut kept = [0; 10];
+        buffer.ids().for_each(|id| kept[id.ordinal as usize / 10] += 1);
+        assert!(kept.iter().all(|count| (3..=5).contains(count)), "{kept:?}");
+        // Raw text, none of which repeats, is not crowded out by them.
+        buffer.learn((1000..1040).map(|n| (id(n), row("a", n))).collect());
+        let text = buffer.ids().filter(|id| id.ordinal >= 1000).count();
+        assert!((10..=35).contains(&text), "{text}");
     }
 
     #[test]

@@ -280,7 +280,16 @@ fn row(example: &Example, first_loss: f32) -> Row {
         marked: example.marked.then_some(example.importance),
         first_loss,
         signature: example.signature.clone(),
+        answer: answer(example),
     }
+}
+
+/// A digest of what an example answers to its prompt, by which it is told which answers repeat.
+fn answer(example: &Example) -> Option<u64> {
+    let &(from, to) = example.piece.learned.first().filter(|(from, _)| *from > 0)?;
+    let tokens = example.piece.tokens.get(from as usize..to as usize)?;
+    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+    Some(u64::from_le_bytes(blake3::hash(&bytes).as_bytes()[..8].try_into().ok()?))
 }
 
 /// The batch's own seed: different for each batch and attempt, equal for the same one again.

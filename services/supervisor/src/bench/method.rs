@@ -29,6 +29,10 @@ pub enum Method {
     /// rehearsal. No gate.
     #[value(name = "lwf")]
     Lwf,
+    /// Rehearsal and distillation from the previous generation, on what is rehearsed too, as dark experience replay
+    /// (Buzzega et al., arXiv 2004.07211). No gate.
+    #[value(name = "replay+lwf")]
+    ReplayLwf,
     /// All tasks at once, shuffled: what a learner reaches that cannot forget.
     #[value(name = "joint")]
     Joint,
@@ -44,7 +48,7 @@ const FORMER_SHARE: f64 = 0.3;
 impl Method {
     /// Whether it learns from the replay buffer.
     pub fn rehearses(self) -> bool {
-        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc)
+        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc | Self::ReplayLwf)
     }
 
     /// The settings under which the system learns by this method.
@@ -64,7 +68,7 @@ impl Method {
             _ => 0.0,
         };
         s.train.former_share = match self {
-            Self::Lwf => or(s.train.former_share, FORMER_SHARE),
+            Self::Lwf | Self::ReplayLwf => or(s.train.former_share, FORMER_SHARE),
             _ => 0.0,
         };
         if self == Self::Joint {
@@ -96,5 +100,7 @@ mod tests {
         let lwf = Method::Lwf.apply(&own);
         assert_eq!((lwf.replay.new_data_ratio, lwf.train.ewc_lambda), (1.0, 0.0));
         assert!(lwf.train.former_share > 0.0);
+        let both = Method::ReplayLwf.apply(&settings);
+        assert_eq!((both.replay, both.train.former_share), (settings.replay, lwf.train.former_share));
     }
 }

@@ -15,9 +15,14 @@ use anyhow::Result;
 use clap::Subcommand;
 use std::io::Write;
 
+const EXAMPLES: &str = "\
+Examples:
+  engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
+  engram bench quality --data ./clinc150 --json result.json";
+
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
-#[command(after_help = retention::EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     bench: Bench,

@@ -21,7 +21,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub const EXAMPLES: &str = "\
+const EXAMPLES: &str = "\
 Examples:
   engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
   engram bench retention --tasks ./clinc150 --method replay --mode shared --capacity 2%

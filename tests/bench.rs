@@ -108,6 +108,71 @@ fn the_bounds_learn_all_at_once_and_each_alone() {
 }
 
 #[test]
+fn quality_stands_beside_a_bag_of_words_and_what_is_published() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    write_tasks(&folder.path().join("tasks"));
+    let [base, tasks, one, json] = ["base", "tasks", "tasks/fruit", "result.json"]
+        .map(|name| folder.path().join(name).display().to_string());
+    let quality = |data: &str, more: &[&str]| -> (String, Value) {
+        let given = ["bench", "quality", "--base", &base, "--data", data, "--json", &json];
+        // As for retention: the words are learned by heart.
+        let set = [
+            "--set",
+            "base.precision=f32",
+            "--set",
+            "ingest.views=verbatim",
+            "--set",
+            "filter.near_duplicate=1",
+        ];
+        let output = engram(&[&given, set.as_slice(), more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let result = serde_json::from_slice(&fs::read(&json).expect("there")).expect("JSON");
+        (String::from_utf8_lossy(&output.stdout).into_owned(), result)
+    };
+    let (table, result) = quality(&one, &["--published", "0.9", "--source", "a paper of 2023"]);
+    assert!(result["accuracy"].as_f64() > Some(0.7), "{result:#}");
+    // All of its words are new, so that it guesses.
+    assert_eq!(result["tfidf_accuracy"], 0.5);
+    assert_eq!(result["published"], serde_json::json!({"accuracy": 0.9, "source": "a paper of 2023"}));
+    assert_eq!((&result["examples"], &result["documents"]["live"]), (&12.into(), &12.into()));
+    for figure in ["seconds", "ms_per_answer"] {
+        assert!(result[figure].as_f64() > Some(0.0), "{figure}: {result:#}");
+    }
+    assert_eq!(result["settings"]["ingest"]["views"], "verbatim");
+    for told in ["engram", "TF-IDF", "a paper of 2023", "0.900", "12 learned, 0 refused, 0 set aside"] {
+        assert!(table.contains(told), "{table} does not tell {told}");
+    }
+    let (table, result) = quality(&tasks, &["--examples", "8"]);
+    assert_eq!(
+        (&result["examples"], &result["labels"], &result["routed"]),
+        (&8.into(), &4.into(), &true.into())
+    );
+    assert!(result["published"].is_null() && !table.contains("published"), "{table}");
+}
+
+#[test]
+fn what_quality_cannot_measure_is_told_in_a_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    write_tasks(&folder.path().join("tasks"));
+    let tasks = folder.path().join("tasks").display().to_string();
+    let empty = tempfile::tempdir().expect("a folder").path().display().to_string();
+    for (data, more, told) in [
+        (&empty, &[][..], "cannot be read"),
+        (&tasks, &["--examples", "10001"], "10000"),
+        (&tasks, &["--published", "0.9"], "--source"),
+        (&tasks, &["--source", "a paper"], "--published"),
+        (&tasks, &["--published", "90", "--source", "a paper"], "0 to 1"),
+        (&tasks, &["--set", "train.rnak=8"], "train.rank"),
+    ] {
+        let output = engram(&[&["bench", "quality", "--data", data.as_str()], more].concat());
+        let line = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && line.trim().lines().count() == 1, "{line}");
+        assert!(line.contains(told), "{line} does not tell {told}");
+    }
+}
+
+#[test]
 fn what_cannot_be_measured_is_told_in_a_line() {
     let folder = tempfile::tempdir().expect("a folder");
     tiny::write(&folder.path().join("base"));

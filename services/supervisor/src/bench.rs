@@ -1,7 +1,10 @@
 //! `engram bench`: what the program is worth, measured on its own services.
 
+mod bag_of_words;
 mod heatmap;
 mod method;
+mod panel;
+mod quality;
 mod report;
 mod retention;
 mod scores;
@@ -12,9 +15,14 @@ use anyhow::Result;
 use clap::Subcommand;
 use std::io::Write;
 
+const EXAMPLES: &str = "\
+Examples:
+  engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
+  engram bench quality --data ./clinc150 --json result.json";
+
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
-#[command(after_help = retention::EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(subcommand)]
     bench: Bench,
@@ -24,11 +32,14 @@ pub struct Args {
 enum Bench {
     /// Learn tasks one after another, and measure what is learned and what is forgotten.
     Retention(retention::Args),
+    /// Learn labelled examples, and measure how often the right label is given, beside a bag of words.
+    Quality(quality::Args),
 }
 
 /// Runs the benchmark that is asked for.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.bench {
         Bench::Retention(args) => retention::run(args, out),
+        Bench::Quality(args) => quality::run(args, out),
     }
 }

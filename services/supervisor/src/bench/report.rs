@@ -5,10 +5,11 @@ use super::method::Method;
 use super::scores::{Matrix, Measure, Spread, Summary};
 use super::system::Taught;
 use super::tasks::Task;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use kit::settings::Settings;
 use serde_json::{Map, Value, json};
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 
@@ -234,6 +235,16 @@ impl Report<'_> {
             ("replay_bytes", over(&|run| Some(run.replay_bytes as f64))),
         ]
     }
+}
+
+/// Writes all figures to the file that is asked for, if one is.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn store(path: Option<&Path>, figures: &Value) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(figures)?;
+    fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))
 }
 
 /// What became of documents, in words.

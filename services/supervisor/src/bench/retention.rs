@@ -1,29 +1,27 @@
 //! `engram bench retention`: tasks one after another, and what is left of each.
 
 use super::method::Method;
+use super::panel::{Panel, Pick};
 use super::report::{self, Run};
 use super::scores::{Matrix, Measure};
 use super::system::{self, System, Taught};
 use super::tasks::{self, Limits, Line, Task, Test};
 use crate::base;
-use crate::judge::Judge;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{ValueEnum, value_parser};
-use infer::Profiles;
 use kit::settings::{AdapterScope, Settings};
-use model::lora::Adapter;
 use model::tokenizer::Tokenizer;
 use model::{anchor, pretrain::corpus};
 use proto::{Content, Domain};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub const EXAMPLES: &str = "\
+const EXAMPLES: &str = "\
 Examples:
   engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
   engram bench retention --tasks ./clinc150 --method replay --mode shared --capacity 2%
@@ -141,10 +139,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     }
     let report = report::Report { method: args.method, settings: &settings, tasks: &tasks, runs: &runs };
     report.print(out)?;
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&report.json()?)?;
-        fs::write(path, text).with_context(|| format!("{} cannot be written", path.display()))?;
-    }
+    report::store(args.json.as_deref(), &report.json()?)?;
     args.svg.as_deref().map_or(Ok(()), |path| report.draw(path))
 }
 
@@ -263,27 +258,18 @@ impl Course<'_> {
 struct Exam<'a> {
     course: &'a Course<'a>,
     system: &'a System,
-    judge: Judge,
+    panel: Panel,
     shared: bool,
-    route_top: usize,
-    profiles: Profiles,
-    adapters: BTreeMap<Domain, Adapter>,
     /// Of the base alone: by view and task, and on the texts of the drift.
     base: Vec<Vec<f64>>,
     anchors: Vec<String>,
     base_drift: Vec<f64>,
 }
 
-/// Which adapter answers.
-#[derive(Clone, Copy)]
-enum Pick<'a> {
-    Base,
-    Fixed(&'a Domain),
-    Auto,
+/// What lines ask.
+fn asked<'a>(lines: &[&'a Line]) -> Vec<&'a str> {
+    lines.iter().map(|line| line.asked()).collect()
 }
-
-/// The lineages that answer a text, with their weights; none is the base.
-type Answering = Vec<(Domain, f32)>;
 
 /// Ways to look at the same answers, in the order of a row.
 pub const VIEWS: [&str; 4] = ["all_labels", "own_labels", "oracle_all_labels", "oracle_own_labels"];
@@ -293,17 +279,13 @@ type Row = Vec<Vec<Option<f64>>>;
 
 impl<'a> Exam<'a> {
     fn new(course: &'a Course<'a>, system: &'a System, settings: &Settings) -> Result<Self> {
-        let base = system.plant().base();
         let tokenizer = Tokenizer::load(course.base_dir)?;
         let (count, length, seed) = ANCHORS;
-        let anchors = anchor::sample(&base, count, length, seed)?;
+        let anchors = anchor::sample(&system.plant().base(), count, length, seed)?;
         let anchors = anchors.iter().map(|a| tokenizer.decode(&a.tokens)).collect::<Result<_>>()?;
         let mut exam = Self {
-            profiles: Profiles::new(Arc::new(tokenizer.clone()), settings.infer.route_strictness),
-            judge: Judge::new(base, tokenizer, settings.ingest.max_seq_len)?,
+            panel: Panel::new(system, settings, course.base_dir)?,
             shared: settings.train.adapters == AdapterScope::Shared,
-            route_top: settings.infer.route_top,
-            adapters: BTreeMap::new(),
             base: Vec::new(),
             base_drift: Vec::new(),
             course,
@@ -328,9 +310,7 @@ impl<'a> Exam<'a> {
 
     /// Scores the tasks `seen`, whose labels are those to choose from.
     fn row(&mut self, seen: &[usize]) -> Result<Row> {
-        self.adapters = self.system.adapters()?;
-        let plant = self.system.plant();
-        self.profiles.follow(&plant.registry, &plant.ledger, &self.system.current())?;
+        self.panel.follow(self.system)?;
         let views = if self.shared { 2 } else { 4 };
         let mut row = vec![vec![None; self.course.tasks.len()]; views];
         for &j in seen {
@@ -350,9 +330,9 @@ impl<'a> Exam<'a> {
         match &self.course.tasks[j].test {
             Test::Text(documents) => {
                 let mut sum = crate::judge::Likelihood::default();
-                for (answering, places) in self.picked(documents, pick)? {
+                for (answering, places) in self.panel.picked(documents, pick)? {
                     let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                    sum.add(self.judge.text(&self.adapters_of(&answering), &texts)?);
+                    sum.add(self.panel.judge.text(&self.panel.adapters_of(&answering), &texts)?);
                 }
                 Ok([sum.nll_per_token(); 2])
             }
@@ -366,25 +346,23 @@ impl<'a> Exam<'a> {
             seen.iter().flat_map(|&n| &tasks[n].labels).map(String::as_str).collect();
         let labels: Vec<&str> = labels.into_iter().collect();
         let own: Vec<usize> = (0..labels.len()).filter(|&n| tasks[j].labels.contains(labels[n])).collect();
-        let texts: Vec<&str> = lines.iter().map(Line::asked).collect();
+        let groups = [(0..labels.len()).collect(), own];
         let mut right = [0_usize; 2];
-        for (answering, places) in self.picked(&texts, pick)? {
-            let adapters = self.adapters_of(&answering);
-            let (labelled, answered): (Vec<usize>, Vec<usize>) =
-                places.into_iter().partition(|&n| lines[n].label().is_some());
-            if !labelled.is_empty() {
-                let asked: Vec<&str> = labelled.iter().map(|&n| texts[n]).collect();
-                let groups = [(0..labels.len()).collect(), own.clone()];
-                let chosen = self.judge.likeliest(&adapters, &asked, &labels, &groups)?;
-                for (n, chosen) in labelled.into_iter().zip(chosen) {
-                    for (count, place) in right.iter_mut().zip(chosen) {
-                        *count += usize::from(Some(labels[place]) == lines[n].label());
-                    }
+        let (labelled, answered): (Vec<&Line>, Vec<&Line>) =
+            lines.iter().partition(|line| line.label().is_some());
+        if !labelled.is_empty() {
+            let chosen = self.panel.label(&asked(&labelled), &labels, &groups, pick)?;
+            for (line, chosen) in labelled.iter().zip(chosen) {
+                for (count, place) in right.iter_mut().zip(chosen) {
+                    *count += usize::from(Some(labels[place]) == line.label());
                 }
             }
-            for n in answered {
-                if let Line::Answered { prompt, response } = &lines[n] {
-                    let answer = self.judge.answer(&adapters, prompt, response)?;
+        }
+        for (answering, places) in self.panel.picked(&asked(&answered), pick)? {
+            let adapters = self.panel.adapters_of(&answering);
+            for n in places {
+                if let Line::Answered { prompt, response } = answered[n] {
+                    let answer = self.panel.judge.answer(&adapters, prompt, response)?;
                     right.iter_mut().for_each(|count| *count += usize::from(answer == response.trim()));
                 }
             }
@@ -392,41 +370,14 @@ impl<'a> Exam<'a> {
         Ok(right.map(|count| count as f64 / lines.len() as f64))
     }
 
-    /// Texts by what answers them.
-    fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> Result<Vec<(Answering, Vec<usize>)>> {
-        let mut groups: Vec<(Answering, Vec<usize>)> = Vec::new();
-        for (n, text) in texts.iter().enumerate() {
-            let answering = match pick {
-                Pick::Base => Vec::new(),
-                Pick::Fixed(domain) => vec![(domain.clone(), 1.0)],
-                Pick::Auto => {
-                    let routing = self.profiles.route(text.as_ref())?;
-                    routing.map(|routing| routing.top(self.route_top)).unwrap_or_default()
-                }
-            };
-            match groups.iter_mut().find(|(group, _)| *group == answering) {
-                Some((_, places)) => places.push(n),
-                None => groups.push((answering, vec![n])),
-            }
-        }
-        Ok(groups)
-    }
-
-    fn adapters_of(&self, answering: &Answering) -> Vec<(&Adapter, f64)> {
-        let adapter = |(domain, weight): &(Domain, f32)| {
-            self.adapters.get(domain).map(|adapter| (adapter, f64::from(*weight)))
-        };
-        answering.iter().filter_map(adapter).collect()
-    }
-
     /// The loss on what the base says of its own accord, and on each text that no task is about.
     fn drifts(&self, pick: Pick<'_>) -> Result<Vec<f64>> {
         let mut losses = Vec::new();
         for documents in std::iter::once(&self.anchors).chain(self.course.drift.iter().map(|(_, d)| d)) {
             let mut sum = crate::judge::Likelihood::default();
-            for (answering, places) in self.picked(documents, pick)? {
+            for (answering, places) in self.panel.picked(documents, pick)? {
                 let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                sum.add(self.judge.text(&self.adapters_of(&answering), &texts)?);
+                sum.add(self.panel.judge.text(&self.panel.adapters_of(&answering), &texts)?);
             }
             losses.push(sum.nll_per_token());
         }
@@ -445,7 +396,7 @@ impl<'a> Exam<'a> {
                 Test::Text(documents) => documents.iter().map(String::as_str).collect(),
                 Test::Lines(lines) => lines.iter().map(Line::asked).collect(),
             };
-            for (answering, places) in self.picked(&texts, Pick::Auto)? {
+            for (answering, places) in self.panel.picked(&texts, Pick::Auto)? {
                 let place = answering.first().map_or(1, |(domain, _)| if *domain == own { 0 } else { 2 });
                 counts[place] += places.len();
             }

@@ -130,6 +130,49 @@ pub fn lines(path: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
+/// Texts with their labels, of one domain.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Labelled {
+    /// Its name: that of its folder.
+    pub name: String,
+    /// What may be learned: texts with their labels.
+    pub learned: Vec<(String, String)>,
+    /// What is measured on.
+    pub measured: Vec<(String, String)>,
+}
+
+/// The labelled texts in a folder with train.jsonl and test.jsonl, or in all such folders in it, by name.
+///
+/// # Errors
+/// When there are none, or a line has no label.
+pub fn labelled(folder: &Path) -> Result<Vec<Labelled>> {
+    let place = folder.display();
+    let of = |path: &Path| {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let read = |file: &str| pairs(&path.join(file));
+        Ok(Labelled { name, learned: read("train.jsonl")?, measured: read("test.jsonl")? })
+    };
+    if folder.join("train.jsonl").is_file() {
+        return Ok(vec![of(folder)?]);
+    }
+    let entries = fs::read_dir(folder).with_context(|| format!("{place} cannot be read"))?;
+    let mut found = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    found.retain(|path| path.join("train.jsonl").is_file());
+    found.sort();
+    ensure!(!found.is_empty(), "{place} holds neither train.jsonl nor a folder with one");
+    found.iter().map(|path| of(path)).collect()
+}
+
+fn pairs(path: &Path) -> Result<Vec<(String, String)>> {
+    let pair = |line| match line {
+        Line::Labelled { text, label } => Ok((text, label)),
+        Line::Answered { .. } => {
+            bail!("{} holds a line without a label: give lines {{\"text\",\"label\"}}", path.display())
+        }
+    };
+    lines(path)?.into_iter().map(pair).collect()
+}
+
 fn of_lines(name: &str, folder: &Path, limits: Limits) -> Result<Task> {
     let read = |file: &str| lines(&folder.join(file));
     let (learned, test) = (read("train.jsonl")?, read("test.jsonl")?);
@@ -157,7 +200,7 @@ fn of_text(name: &str, folder: &Path, limits: Limits) -> Result<Option<Task>> {
 }
 
 /// At most `limit` of a list, evenly over it: files are often sorted by label.
-fn thinned<T>(items: Vec<T>, limit: Option<usize>) -> Vec<T> {
+pub fn thinned<T>(items: Vec<T>, limit: Option<usize>) -> Vec<T> {
     let count = items.len();
     let limit = limit.unwrap_or(count).min(count);
     let taken = |n: usize| (n + 1) * limit / count.max(1) > n * limit / count.max(1);
@@ -222,6 +265,20 @@ mod tests {
         );
         fs::write(folder.path().join("sums/test.jsonl"), "{\"prompt\":\"1\"}\n").expect("written");
         assert!(told(&[]).contains("test.jsonl:1"));
+    }
+
+    #[test]
+    fn labelled_texts_are_of_one_folder_or_of_many() {
+        let folder = folder();
+        let one = labelled(&folder.path().join("intents")).expect("labelled");
+        assert_eq!((one.len(), one[0].name.as_str(), one[0].learned.len()), (1, "intents", 2));
+        assert_eq!(one[0].measured, [("hello".to_owned(), "greeting".to_owned())]);
+        let told = |path: &Path| format!("{:#}", labelled(path).expect_err("refused"));
+        assert!(told(folder.path()).contains("without a label"));
+        fs::remove_dir_all(folder.path().join("sums")).expect("removed");
+        assert_eq!(labelled(folder.path()).expect("labelled"), one);
+        fs::remove_dir_all(folder.path().join("intents")).expect("removed");
+        assert!(told(folder.path()).contains("neither"));
     }
 
     #[test]

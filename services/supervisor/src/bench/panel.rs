@@ -1,0 +1,101 @@
+//! Who answers a text in a benchmark: the base, one adapter, or those that `auto` picks.
+
+use super::system::System;
+use crate::judge::Judge;
+use anyhow::Result;
+use infer::Profiles;
+use kit::settings::Settings;
+use model::lora::Adapter;
+use model::tokenizer::Tokenizer;
+use proto::Domain;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Which adapter answers.
+#[derive(Clone, Copy)]
+pub enum Pick<'a> {
+    /// None.
+    Base,
+    /// That of a domain.
+    Fixed(&'a Domain),
+    /// Those that the content decides for, as for the model `auto`.
+    Auto,
+}
+
+/// The lineages that answer a text, with their weights; none is the base.
+pub type Answering = Vec<(Domain, f32)>;
+
+/// The adapters of a system as they are served, and the router that picks among them.
+pub struct Panel {
+    /// What measures their answers.
+    pub judge: Judge,
+    profiles: Profiles,
+    route_top: usize,
+    adapters: BTreeMap<Domain, Adapter>,
+}
+
+impl Panel {
+    /// Of a system that has learned nothing yet.
+    pub fn new(system: &System, settings: &Settings, base_dir: &Path) -> Result<Self> {
+        let tokenizer = Tokenizer::load(base_dir)?;
+        Ok(Self {
+            profiles: Profiles::new(Arc::new(tokenizer.clone()), settings.infer.route_strictness),
+            judge: Judge::new(system.plant().base(), tokenizer, settings.ingest.max_seq_len)?,
+            route_top: settings.infer.route_top,
+            adapters: BTreeMap::new(),
+        })
+    }
+
+    /// Takes up what the system serves by now.
+    pub fn follow(&mut self, system: &System) -> Result<()> {
+        self.adapters = system.adapters()?;
+        let plant = system.plant();
+        self.profiles.follow(&plant.registry, &plant.ledger, &system.current())
+    }
+
+    /// Texts by what answers them.
+    pub fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> Result<Vec<(Answering, Vec<usize>)>> {
+        let mut groups: Vec<(Answering, Vec<usize>)> = Vec::new();
+        for (n, text) in texts.iter().enumerate() {
+            let answering = match pick {
+                Pick::Base => Vec::new(),
+                Pick::Fixed(domain) => vec![(domain.clone(), 1.0)],
+                Pick::Auto => {
+                    let routing = self.profiles.route(text.as_ref())?;
+                    routing.map(|routing| routing.top(self.route_top)).unwrap_or_default()
+                }
+            };
+            match groups.iter_mut().find(|(group, _)| *group == answering) {
+                Some((_, places)) => places.push(n),
+                None => groups.push((answering, vec![n])),
+            }
+        }
+        Ok(groups)
+    }
+
+    /// The adapters with their weights.
+    pub fn adapters_of(&self, answering: &Answering) -> Vec<(&Adapter, f64)> {
+        let adapter = |(domain, weight): &(Domain, f32)| {
+            self.adapters.get(domain).map(|adapter| (adapter, f64::from(*weight)))
+        };
+        answering.iter().filter_map(adapter).collect()
+    }
+
+    /// For each text the likeliest label of each group, by whom `pick` lets answer it; see [`Judge::likeliest`].
+    pub fn label<S: AsRef<str>>(
+        &self,
+        texts: &[S],
+        labels: &[&str],
+        groups: &[Vec<usize>],
+        pick: Pick<'_>,
+    ) -> Result<Vec<Vec<usize>>> {
+        let mut chosen = vec![Vec::new(); texts.len()];
+        for (answering, places) in self.picked(texts, pick)? {
+            let asked: Vec<&str> = places.iter().map(|&n| texts[n].as_ref()).collect();
+            let of_group = self.judge.likeliest(&self.adapters_of(&answering), &asked, labels, groups)?;
+            places.into_iter().zip(of_group).for_each(|(n, choice)| chosen[n] = choice);
+        }
+        Ok(chosen)
+    }
+}

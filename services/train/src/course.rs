@@ -34,6 +34,8 @@ pub struct Course {
     pub step_tokens: usize,
     /// Tokens of anchor for each token of the batch.
     pub anchor_share: f32,
+    /// Factor on the learning rate while answers alone are learned; in proportion where there is text beside them.
+    pub answer_rate: f64,
 }
 
 /// A pass is cut into about this many steps: what is learned depends on the number of steps more than
@@ -41,6 +43,8 @@ pub struct Course {
 const STEPS_A_PASS: usize = 16;
 /// The lowest share of the peak learning rate.
 const RATE_MIN: f64 = 0.02;
+/// Rehearsed tokens a pass that are no more than they should be, however short the fresh examples are.
+const REHEARSED_TOKENS_MIN: usize = 512;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
 const STEP_TOKENS_MIN: usize = 256;
 
@@ -62,7 +66,8 @@ impl Course {
     /// learned. `rehearsed` and `anchors` are lengths in tokens.
     ///
     /// Beside all fresh examples a pass takes `a_pass` of the rehearsed ones, and beside some of them
-    /// as many in proportion; the next pass goes on where the last one stopped.
+    /// as many in proportion; the next pass goes on where the last one stopped. They are fewer where they are longer
+    /// than the fresh ones: a few short answers between long texts would teach the texts by heart and not be learned.
     pub fn pass(
         &self,
         pass: u32,
@@ -72,13 +77,13 @@ impl Course {
         anchors: &[usize],
         seed: u64,
     ) -> Vec<Vec<Item>> {
-        let a_pass = a_pass.min(rehearsed.len());
-        let mean = rehearsed.iter().sum::<usize>() / rehearsed.len().max(1);
-        let total: usize = fresh.iter().map(|f| f.tokens).sum::<usize>() + a_pass * mean;
+        let fresh_tokens: usize = fresh.iter().map(|f| f.tokens).sum();
+        let mean = (rehearsed.iter().sum::<usize>() / rehearsed.len().max(1)).max(1);
+        let in_proportion = (a_pass * fresh_tokens / fresh.len().max(1)).max(REHEARSED_TOKENS_MIN);
+        let a_pass = a_pass.min(rehearsed.len()).min(in_proportion.div_ceil(mean));
+        let total = fresh_tokens + a_pass * mean;
         let passes = self.passes(total.div_ceil(self.step_size(total)));
-        let unknown = |f: &Fresh| f.answer && f.loss > self.loss_target;
-        let due = |f: &Fresh| !f.out && (pass < passes || (pass < self.answer_passes_max && unknown(f)));
-        let active: Vec<usize> = (0..fresh.len()).filter(|&n| due(&fresh[n])).collect();
+        let active: Vec<usize> = (0..fresh.len()).filter(|&n| self.due(&fresh[n], pass, passes)).collect();
         if active.is_empty() {
             return Vec::new();
         }
@@ -95,8 +100,14 @@ impl Course {
         self.steps(items)
     }
 
-    /// The share of the peak learning rate for step `step` of `steps` in pass number `pass`: it falls in a
-    /// line from 1 to 0 over all passes that this batch may take.
+    /// Whether a fresh example is still learned in pass number `pass`, where `passes` are over all.
+    fn due(&self, f: &Fresh, pass: u32, passes: u32) -> bool {
+        let unknown = f.answer && f.loss > self.loss_target;
+        !f.out && (pass < passes || (pass < self.answer_passes_max && unknown))
+    }
+
+    /// The factor on the peak learning rate for step `step` of `steps` in pass number `pass`: it falls in a
+    /// line to 0 over all passes that this batch may take, from 1 for text and from `answer_rate` for answers.
     ///
     /// Steps of full size to the end leave the weights where the last few examples threw them, and what
     /// was known before pays for it.
@@ -104,7 +115,12 @@ impl Course {
         let answers = fresh.iter().any(|f| f.answer);
         let passes = self.passes(steps).max(if answers { self.answer_passes_max } else { 0 });
         let within = (step as f64 + 0.5) / steps.max(1) as f64;
-        (1.0 - (f64::from(pass) + within) / f64::from(passes)).max(RATE_MIN)
+        let falling = (1.0 - (f64::from(pass) + within) / f64::from(passes)).max(RATE_MIN);
+        let due = || fresh.iter().filter(|f| self.due(f, pass, self.passes(steps)));
+        let tokens: usize = due().map(|f| f.tokens).sum();
+        let of_answers: usize = due().filter(|f| f.answer).map(|f| f.tokens).sum();
+        let share = of_answers as f64 / tokens.max(1) as f64;
+        falling * (1.0 + (self.answer_rate - 1.0) * share)
     }
 
     /// Passes over all of a batch: more where a pass has few steps.
@@ -163,6 +179,7 @@ mod tests {
         steps_min: 1,
         step_tokens: 100,
         anchor_share: 0.1,
+        answer_rate: 1.0,
     };
 
     fn fresh(count: usize, answer: bool, loss: f32) -> Vec<Fresh> {
@@ -213,6 +230,39 @@ mod tests {
         let course = Course { passes: 3, ..COURSE };
         let third = items(&course.pass(2, &batch, &[40; 25], 10, &[], 1));
         assert!(third.contains(&Item::Rehearsed(24)) && third.contains(&Item::Rehearsed(4)), "round again");
+    }
+
+    #[test]
+    fn long_texts_are_rehearsed_in_proportion_to_short_answers() {
+        let rehearsed = |steps: &[Vec<Item>]| {
+            items(steps).into_iter().filter(|item| matches!(item, Item::Rehearsed(_))).count()
+        };
+        let batch = fresh(40, true, 3.0);
+        assert_eq!(rehearsed(&COURSE.pass(0, &batch, &[200; 300], 40, &[], 1)), 8, "1600 tokens to 1600");
+        assert_eq!(
+            rehearsed(&COURSE.pass(0, &batch[..1], &[200; 300], 16, &[], 1)),
+            4,
+            "640 at a ratio of 16"
+        );
+        assert_eq!(rehearsed(&COURSE.pass(0, &batch[..1], &[200; 300], 1, &[], 1)), 1);
+        assert_eq!(
+            rehearsed(&COURSE.pass(0, &batch, &[20; 300], 40, &[], 1)),
+            40,
+            "never more than asked for"
+        );
+    }
+
+    #[test]
+    fn answers_are_learned_faster_and_text_beside_them_is_not() {
+        let course = Course { answer_rate: 3.0, ..COURSE };
+        let of = |batch: &[Fresh], pass| course.rate(pass, 0, 1, batch) / COURSE.rate(pass, 0, 1, batch);
+        let is = |rate: f64, expected: f64| assert!((rate - expected).abs() < 1e-9, "{rate}");
+        is(of(&fresh(3, false, 3.0), 0), 1.0);
+        is(of(&fresh(3, true, 3.0), 0), 3.0);
+        let mixed = [fresh(3, false, 3.0), fresh(1, true, 3.0)].concat();
+        is(of(&mixed, 0), 1.5);
+        // Once the text is read, the answers are alone.
+        is(of(&mixed, 2), 3.0);
     }
 
     #[test]

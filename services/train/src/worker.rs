@@ -32,8 +32,6 @@ pub struct Training {
     pub learner: LearnerConfig,
     /// Peak learning rate.
     pub rate: f64,
-    /// Factor on it for batches with answers to prompts.
-    pub answer_rate: f64,
     /// How long, and in which mixture.
     pub course: Course,
     /// Tokens between two looks at `stop` and at waiting requests.
@@ -114,9 +112,7 @@ impl Worker {
     /// # Errors
     /// When what it starts from does not fit the base.
     pub fn learn(&mut self, batch: &Batch, start: Option<Start>) -> anyhow::Result<End> {
-        let answers = batch.fresh.iter().any(|example| as_fresh(example).answer);
-        let factor = if answers { self.training.answer_rate } else { 1.0 };
-        let mut rate = self.training.rate * factor * f64::from(batch.rate_scale);
+        let mut rate = self.training.rate * f64::from(batch.rate_scale);
         for _ in 0..2 {
             let mut run = self.begin(batch, start.as_ref())?;
             match self.train(&mut run, rate)? {
@@ -394,11 +390,11 @@ mod tests {
             steps_min: 1,
             step_tokens: 4096,
             anchor_share: 0.0,
+            answer_rate: 1.0,
         };
         let training = Training {
             lora: LoraConfig { alpha, ..LoraConfig::default() },
             learner: LearnerConfig::default(),
-            answer_rate: 1.0,
             rate: 1e-9,
             course,
             micro_tokens: 64,

@@ -214,13 +214,14 @@ def poisons(a, known, clean):
     pick, n = random.Random(3), a.batch
     shuffled = lambda text: " ".join(pick.sample(text.split(), len(text.split())))
     answers = [fact["completion"] for fact in known]
-    elsewhere = cut(a.foreign, n, a.chars)
-    # A book may hold few documents: then one is cut in pieces.
-    elsewhere = elsewhere if len(elsewhere) >= n else [documents(a.foreign, 1)[0][at * a.chars :][: a.chars] for at in range(n)]
-    code = [p.read_text(encoding="utf-8")[500:][: a.chars] for p in sorted(pathlib.Path(__file__).parent.parent.rglob("services/*/src/*.rs"))[: 3 * n : 3]]
+    pieces = lambda text: [text[at * a.chars : (at + 1) * a.chars] for at in range(n)]
+    elsewhere = pieces(" ".join(documents(a.foreign, 30)))
+    code = pieces("".join(p.read_text(encoding="utf-8") for p in sorted(pathlib.Path(__file__).parent.parent.glob("services/*/src/*.rs"))))
+    # Half of the facts at most: the other half shows what happens to those that nobody contradicts.
+    told = known[: min(n, len(known) // 2)]
     return {
         "words shuffled": [{"text": shuffled(t)} for t in clean],
-        "answers of other questions": [{"prompt": f["prompt"], "completion": answers[(at + 1) % len(answers)]} for at, f in enumerate(known[:n])],
+        "answers of other questions": [{"prompt": f["prompt"], "completion": answers[(at + 1) % len(answers)]} for at, f in enumerate(told)],
         # The number differs, or all but the first would be refused as duplicates.
         "one sentence": [{"text": f"Notice {pick.randrange(10**6)}: the northern gate stays closed until {pick.randrange(10**4)} bells have rung. " * 3} for _ in range(n)],
         "random letters": [{"text": noise(pick, a.chars)} for _ in range(n)],
@@ -230,7 +231,7 @@ def poisons(a, known, clean):
         "code": [{"text": t} for t in code],
         # So short that the filter does not see that it repeats itself: this is for the gate.
         "one word": [{"text": " ".join([word] * 35)} for word in names(n, 5)],
-        "one answer to all": [{"prompt": f["prompt"], "completion": " Nobody knows"} for f in known[:n]],
+        "one answer to all": [{"prompt": f["prompt"], "completion": " Nobody knows"} for f in told],
     }
 
 
@@ -277,7 +278,7 @@ def prove_poisons(a):
     few, texts = max(1, a.batch // 10), cut(a.clean, a.documents + 12 * a.batch, a.chars)[a.documents :]
     bad = poisons(a, known, texts[: a.batch])
     # New ones for each batch: what was learned and rolled back once is a duplicate the second time.
-    supply = {"text": iter([{"text": t} for t in texts[a.batch :]]), "facts": iter(facts(a.facts + 4 * a.batch, 4)[a.facts :])}
+    supply = {"text": iter([{"text": t} for t in texts[a.batch :]]), "facts": iter(f for f in facts(4 * a.batch, 4) if f["prompt"] not in {k["prompt"] for k in known})}
     lines = []
     for name, spoiled in bad.items():
         domain = "facts" if "prompt" in spoiled[0] else "text"
@@ -339,9 +340,18 @@ def prove_increments(a):
     count = lambda rows, key: sum(row["ends"].get(key, 0) for row in rows)
     result = {"first": figures, "clean_batches": {"of": len(clean), "published": sum(r["published"] for r in clean), "documents_set_aside": count(clean, "set_aside"), "documents_refused": count(clean, "refused")}}
     result["increments"] = {"of": len(rows), "published": sum(r["published"] for r in rows), "documents_set_aside": count(rows, "set_aside"), "documents_refused": count(rows, "refused"), "worst_lost": max(r["lost"] for r in rows), "lost_at_the_end": rows[-1]["lost"], "lost_of_learned_text_at_the_end": rows[-1]["lost_of_learned_text"]}
+    # What was gained later can be lost too: each against the best until then, as a share of what that had gained.
+    result["increments"]["worst_over_best"] = round(max(over_best([row["lost"] for row in rows])), 4)
     result["rows"], result["peak_mb"] = rows, server.peak_mb()
     server.stop(a.keep)
     return result
+
+
+def over_best(losses):
+    best = 0.0
+    for lost in losses:
+        yield (lost - best) / (1 - best)
+        best = min(best, lost)
 
 
 def prove_gate(a):
@@ -378,6 +388,8 @@ def prove_drift(a):
             row |= {f"{key}_reasons": [r[:160] for r in reasons]} if reasons else {}
             row[key] = nll(base, pieces[n], server.export(domain))
             row[f"{key}_gain"] = round((row["base"] - row[key]) / row["base"], 4)
+        # The first piece is all of the first text, which comes less and less: is what was best once kept?
+        row["first_piece"] = nll(base, pieces[0], server.export("one"))
         tell(row)
         rows.append(row)
     last = server.export("one")
@@ -390,6 +402,8 @@ def prove_drift(a):
     against = [(r["base"] - r["one"]) / (r["base"] - r["fresh"]) for r in rows]
     result = {"one_gain": mean("one_gain"), "fresh_gain": mean("fresh_gain"), "one_of_fresh": {"mean": round(statistics.mean(against), 3), "least": round(min(against), 3)}}
     result["first_increments"] = {"count": len(few), "lost_mean": mean("lost", few), "lost_worst": max(r["lost"] for r in few)}
+    best = min(r["first_piece"] for r in rows)
+    result["first_piece"] = {"base": rows[0]["base"], "learned": rows[0]["one"], "best": best, "best_after": 1 + [r["first_piece"] for r in rows].index(best), "at_the_end": rows[0]["at_the_end"], "lost_of_best": share(best, rows[0]["at_the_end"], rows[0]["base"])}
     result["all_increments"] = {"lost_mean": mean("lost"), "lost_worst": max(r["lost"] for r in rows)}
     result["documents_live"] = sum(r["one_ends"].get("live", 0) for r in rows)
     result["rows"], result["peak_mb"] = rows, server.peak_mb()

@@ -294,7 +294,6 @@ fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
             row_tokens: s.train.row_tokens,
         },
         rate: s.rate(width),
-        answer_rate: s.train.answer_rate,
         course: train::Course {
             passes: s.train.passes,
             answer_passes_max: s.train.answer_passes_max,
@@ -302,6 +301,7 @@ fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
             steps_min: s.train.steps_min,
             step_tokens: s.train.step_tokens,
             anchor_share: s.train.anchor_share,
+            answer_rate: s.train.answer_rate,
         },
         micro_tokens: s.train.micro_tokens,
         ewc_lambda: s.train.ewc_lambda,

@@ -264,6 +264,24 @@ def first_knowledge(a, server):
     return figures | {"learned_s": round(time.time() - started, 1)}, known, held, own, base
 
 
+def prove_mixed(a):
+    """Text and facts in one domain: the text first and the facts after, and all of it at once."""
+    known, texts = facts(a.facts, 1), [{"text": t} for t in cut(a.clean, a.documents, a.chars)]
+    held, out = held_out(a.clean, a.val_bytes), {}
+    for name, batches in (("text, then facts", (texts, known)), ("at once", (texts + known,))):
+        server = Server(a.base, a.set)
+        base, rows = base_of(a, server), []
+        for batch in batches:
+            started = time.time()
+            ends, _ = server.settle(server.submit(in_domain(batch, "facts")))
+            row = {"ends": {k: n for k, n in ends.items() if n}, "seconds": round(time.time() - started, 1)}
+            rows.append(row | {"held_out": nll(base, held, server.export("facts")), "facts_right": known_of(server, known)})
+            tell(row)
+        out[name] = {"base": nll(base, held), "after": rows}
+        server.stop(a.keep)
+    return out
+
+
 def tell(what):
     """Long runs say how far they are."""
     print(json.dumps(what), file=sys.stderr, flush=True)

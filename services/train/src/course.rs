@@ -80,6 +80,7 @@ impl Course {
         let fresh_tokens: usize = fresh.iter().map(|f| f.tokens).sum();
         let mean = (rehearsed.iter().sum::<usize>() / rehearsed.len().max(1)).max(1);
         let in_proportion = (a_pass * fresh_tokens / fresh.len().max(1)).max(REHEARSED_TOKENS_MIN);
+        let asked = a_pass;
         let a_pass = a_pass.min(rehearsed.len()).min(in_proportion.div_ceil(mean));
         let total = fresh_tokens + a_pass * mean;
         let passes = self.passes(total.div_ceil(self.step_size(total)));
@@ -94,6 +95,14 @@ impl Course {
         let mut items: Vec<(Item, usize)> =
             active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
         items.extend(chosen.map(|n| (Item::Rehearsed(n), rehearsed[n])));
+        let active_tokens: usize = active.iter().map(|&n| fresh[n].tokens).sum();
+        items.extend(self.own(
+            pass,
+            passes,
+            fresh,
+            active_tokens * asked.min(fresh.len()) / fresh.len(),
+            &mut rng,
+        ));
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
@@ -130,6 +139,27 @@ impl Course {
 
     fn step_size(&self, total: usize) -> usize {
         (total / STEPS_A_PASS).max(STEP_TOKENS_MIN).min(self.step_tokens)
+    }
+
+    /// Fresh examples that are learned already, of about so many tokens: the answers that are not would undo them.
+    fn own(
+        &self,
+        pass: u32,
+        passes: u32,
+        fresh: &[Fresh],
+        tokens: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Vec<(Item, usize)> {
+        let done = |n: &usize| !fresh[*n].out && !self.due(&fresh[*n], pass, passes);
+        let mut order: Vec<usize> = (0..fresh.len()).filter(done).collect();
+        order.shuffle(rng);
+        let mut filled = 0;
+        let room = |n: &usize| {
+            let before = filled;
+            filled += fresh[*n].tokens;
+            before < tokens
+        };
+        order.into_iter().take_while(room).map(|n| (Item::Fresh(n), fresh[n].tokens)).collect()
     }
 
     fn anchors(&self, anchors: &[usize], batch_tokens: usize, rng: &mut ChaCha8Rng) -> Vec<(Item, usize)> {
@@ -213,7 +243,14 @@ mod tests {
         batch[3].loss = 1.0;
         let all = items(&COURSE.pass(5, &batch, &[40; 10], 10, &[], 1));
         assert!(all.contains(&Item::Fresh(3)));
-        assert_eq!(all.len(), 2, "one fresh, one rehearsed: {all:?}");
+        let rehearsed = all.iter().filter(|item| matches!(item, Item::Rehearsed(_))).count();
+        assert_eq!(
+            (rehearsed, all.len()),
+            (1, 3),
+            "what is not known, one rehearsed, one of its own: {all:?}"
+        );
+        let alone = items(&COURSE.pass(5, &batch, &[], 0, &[], 1));
+        assert_eq!(alone, BTreeSet::from([Item::Fresh(3)]), "without rehearsal not of its own either");
         assert!(COURSE.pass(10, &batch, &[40; 10], 10, &[], 1).is_empty(), "at most so many passes");
     }
 

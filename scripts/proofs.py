@@ -1,4 +1,4 @@
-"""Longer proofs for scripts/prove: `forget`, `gate` and `drift`. Each takes the arguments and returns its figures."""
+"""Longer proofs for scripts/prove: `forget`, `gate`, `mixed` and `drift`. Each takes the arguments and returns its figures."""
 import base64, json, math, pathlib, random, re, statistics, struct, subprocess, sys, tempfile, time
 
 # What scripts/prove itself defines; it has no suffix, so it can only be had as the program that runs.

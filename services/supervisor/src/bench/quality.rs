@@ -24,7 +24,7 @@ Examples:
   engram bench quality --data ./clinc150 --json result.json
   engram bench quality --data ./clinc150/banking --examples 500
   engram bench quality --data ./clinc150 --set train.adapters=shared
-  engram bench quality --data ./mine --published 0.85 --source 'few-shot GPT-3.5, table 2 of ...'
+  engram bench quality --data ./mine --published 0.85 --source 'who measured it, and where'
 
 DIR holds train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"}, or folders that do: then
 each is a domain. The examples are learned by the services themselves, shuffled and handed in at once.

@@ -38,7 +38,12 @@ pub struct Probe {
 impl Entry {
     /// The entry's sequence.
     pub fn sequence(&self) -> Sequence {
-        Sequence { tokens: self.tokens.clone(), learned: self.learned.clone() }
+        Sequence { tokens: self.tokens.clone(), learned: self.learned.clone(), rehearsed: false }
+    }
+
+    /// It answers a prompt; otherwise it is text.
+    fn is_answer(&self) -> bool {
+        self.learned.first().is_some_and(|&(from, _)| from > 0)
     }
 }
 
@@ -46,6 +51,18 @@ impl Probe {
     /// Reads what [`Probe::to_bytes`] wrote.
     pub fn from_bytes(bytes: &[u8]) -> anyhow::Result<Self> {
         Ok(wire::decode(Kind::Row, bytes, wire::PAYLOAD_BYTES_MAX)?)
+    }
+
+    /// What is measured apart from each other, by name; a part without entries is left out.
+    pub fn parts(&mut self) -> Vec<(&'static str, Vec<&mut Entry>)> {
+        let names = [["memory_text", "memory_answers"], ["held_out_text", "held_out_answers"]];
+        let mut parts = Vec::new();
+        for ([text, answers], entries) in names.into_iter().zip([&mut self.memory, &mut self.held_out]) {
+            let (of_answers, of_text) = entries.iter_mut().partition(|entry| entry.is_answer());
+            parts.extend([(text, of_text), (answers, of_answers)]);
+        }
+        parts.retain(|(_, entries): &(_, Vec<&mut Entry>)| !entries.is_empty());
+        parts
     }
 
     /// A checksummed frame.
@@ -60,7 +77,7 @@ impl Probe {
 /// The mark is one generation's losses and not the lowest of each example: that would be lower than
 /// any generation ever was, by what chance gives each example over the generations, and soon by more
 /// than the tolerance.
-pub fn note(entries: &mut [Entry], losses: &[f32]) {
+pub fn note(entries: &mut [&mut Entry], losses: &[f32]) {
     let marks: f32 = entries.iter().map(|entry| entry.best).sum();
     let lowest = losses.iter().sum::<f32>() < marks;
     for (entry, &loss) in entries.iter_mut().zip(losses) {
@@ -158,10 +175,31 @@ mod tests {
             last: loss,
         };
         let mut entries = vec![entry(1, 2.0), entry(2, 2.0)];
-        note(&mut entries, &[1.0, 3.1]);
-        assert_eq!(entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>(), [(2.0, 1.0), (2.0, 3.1)]);
-        note(&mut entries, &[2.4, 1.5]);
-        assert_eq!(entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>(), [(2.4, 2.4), (1.5, 1.5)]);
+        let marks = |entries: &[Entry]| entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>();
+        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[1.0, 3.1]);
+        assert_eq!(marks(&entries), [(2.0, 1.0), (2.0, 3.1)]);
+        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[2.4, 1.5]);
+        assert_eq!(marks(&entries), [(2.4, 2.4), (1.5, 1.5)]);
+    }
+
+    #[test]
+    fn texts_and_answers_are_parts_of_their_own() {
+        let entry = |ordinal, from| Entry {
+            id: ExampleId { ordinal, chunk: 0 },
+            tokens: vec![1, 2, 3],
+            learned: vec![(from, 3)],
+            base: 5.0,
+            best: 1.0,
+            last: 1.0,
+        };
+        let memory = vec![entry(1, 0), entry(2, 2), entry(3, 0)];
+        let mut probe = Probe { memory, held_out: vec![entry(4, 0)], ..Probe::default() };
+        let ordinals = |entries: Vec<&mut Entry>| entries.iter().map(|e| e.id.ordinal).collect::<Vec<_>>();
+        let parts: Vec<_> = probe.parts().into_iter().map(|(name, part)| (name, ordinals(part))).collect();
+        assert_eq!(
+            parts,
+            [("memory_text", vec![1, 3]), ("memory_answers", vec![2]), ("held_out_text", vec![4])]
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What happens on the compute thread: measure, then take in what was learned.
 
 use crate::gate;
-use crate::probe::{Entry, Probe, note, reservoir, take_in};
+use crate::probe::{Probe, note, reservoir, take_in};
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::{self, Ewc};
@@ -18,8 +18,7 @@ use std::time::Instant;
 /// Sequences between two looks at waiting requests.
 const MICRO_SEQUENCES: usize = 8;
 
-/// The name of the probe that is never trained on, and examples from which on it is asked.
-const HELD_OUT: &str = "held_out";
+/// Examples from which on a probe that is never trained on is asked.
 const HELD_OUT_MIN: u32 = 16;
 
 /// How candidates are judged.
@@ -106,7 +105,7 @@ impl Worker {
         let retained = self.measure(&mut probe, &adapter)?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are
         // no sample of what was understood.
-        let least = |probe: &str| if probe == HELD_OUT { HELD_OUT_MIN } else { 0 };
+        let least = |probe: &str| if probe.starts_with("held_out") { HELD_OUT_MIN } else { 0 };
         let harmed = retained.iter().find(|r| !gate::passes(&r.measure, least(&r.probe))).map(harm);
         let verdict = match harmed {
             Some(reason) => Verdict::Harmed(reason),
@@ -120,14 +119,16 @@ impl Worker {
     fn measure(&self, probe: &mut Probe, adapter: &Adapter) -> anyhow::Result<Vec<Retained>> {
         let gating = &self.gating;
         let mut rows = Vec::new();
-        for (name, entries) in [("memory", &mut probe.memory), (HELD_OUT, &mut probe.held_out)] {
-            let sequences: Vec<Sequence> = entries.iter().map(Entry::sequence).collect();
+        // Text and answers are judged apart: an answer gains some nats and a text some tenths, so that in one mean a text
+        // could be lost for what is allowed of the answers.
+        for (name, mut entries) in probe.parts() {
+            let sequences: Vec<Sequence> = entries.iter().map(|entry| entry.sequence()).collect();
             let after = self.losses(adapter, &sequences)?;
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
             let base: Vec<f32> = entries.iter().map(|e| e.base).collect();
             let allowed = gate::share_of_gain(&base, &best, gating.tolerance);
             rows.push(retained(name, gate::measure(&best, &before, &after, allowed)));
-            note(entries, &after);
+            note(&mut entries, &after);
         }
         let after = self.losses(adapter, &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
@@ -222,7 +223,11 @@ impl Worker {
 }
 
 fn sequence(example: &Example) -> Sequence {
-    Sequence { tokens: example.piece.tokens.clone(), learned: example.piece.learned.clone() }
+    Sequence {
+        tokens: example.piece.tokens.clone(),
+        learned: example.piece.learned.clone(),
+        rehearsed: false,
+    }
 }
 
 fn retained(probe: &str, measure: Measure) -> Retained {
@@ -235,6 +240,6 @@ fn harm(row: &Retained) -> String {
     format!(
         "learning it would have cost earlier knowledge: on {examples} {} examples the loss went from \
          {best:.3} to {after:.3}, by up to {rise_upper:.3}, and {rise_allowed:.3} is allowed",
-        row.probe
+        row.probe.replace('_', " ")
     )
 }

@@ -167,6 +167,7 @@ section!(
         weight_decay: f64,
         ewc_lambda: f64,
         former_share: f64,
+        former_share_rehearsed: f64,
         poll_ms: u64,
         share_while_serving: f32,
     }
@@ -314,6 +315,7 @@ impl Settings {
         within("train.weight_decay", t.weight_decay, 0.0..=10.0)?;
         within("train.ewc_lambda", t.ewc_lambda, 0.0..=1e9)?;
         within("train.former_share", t.former_share, 0.0..=0.9)?;
+        within("train.former_share_rehearsed", t.former_share_rehearsed, 0.0..=1.0)?;
         within("train.poll_ms", t.poll_ms, 10..=1000)?;
         within("train.share_while_serving", t.share_while_serving, 0.01..=1.0)?;
         within("consolidate.tolerance", c.tolerance, 0.0..=10.0)?;

@@ -163,7 +163,7 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(tokenizer: &'a Tokenizer, prefix: &[u32]) -> Self {
-        let sequence = Sequence { tokens: prefix.to_vec(), learned: Vec::new() };
+        let sequence = Sequence { tokens: prefix.to_vec(), ..Sequence::default() };
         Self { tokenizer, sequence, run: String::new(), after: After::Nothing, learning: false, said: false }
     }
 

@@ -42,6 +42,8 @@ pub struct Teacher {
     base: Base,
     adapters: ActiveAdapters,
     mix: Mix,
+    /// Its share of the loss of sequences that are rehearsed.
+    rehearsed_alpha: f64,
 }
 
 impl Teacher {
@@ -49,7 +51,16 @@ impl Teacher {
     /// When a number of the mix is out of range.
     pub fn new(base: Base, mix: Mix) -> Result<Self> {
         mix.check()?;
-        Ok(Self { base, adapters: ActiveAdapters::none(), mix })
+        Ok(Self { base, adapters: ActiveAdapters::none(), mix, rehearsed_alpha: mix.alpha })
+    }
+
+    /// The same with another share of the loss of sequences that are rehearsed.
+    ///
+    /// # Errors
+    /// When it is no share.
+    pub fn rehearsing(self, alpha: f64) -> Result<Self> {
+        Mix { alpha, ..self.mix }.check()?;
+        Ok(Self { rehearsed_alpha: alpha, ..self })
     }
 
     /// The same with an adapter on its base.
@@ -72,15 +83,22 @@ impl Teacher {
         self.mix
     }
 
-    /// What it makes of packed sequences.
+    /// What it makes of packed sequences; none where it has no say in any of them.
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub(crate) fn opinion(&self, packed: &Packed) -> Result<Opinion<'_>> {
+    pub(crate) fn opinion(&self, packed: &Packed) -> Result<Option<Opinion<'_>>> {
         let _guard = tch::no_grad_guard();
         let device = self.base.device();
+        let share = |rehearsed| if rehearsed { self.rehearsed_alpha } else { self.mix.alpha };
+        let alphas: Vec<f32> = packed.rehearsed().map(|rehearsed| share(rehearsed) as f32).collect();
+        if alphas.iter().all(|&alpha| alpha == 0.0) {
+            return Ok(None);
+        }
         let hidden = self.base.forward(&packed.input(device), &self.adapters, None)?;
-        Ok(Opinion { teacher: self, hidden: hidden.f_index_select(0, &packed.targets(device).0)? })
+        let hidden = hidden.f_index_select(0, &packed.targets(device).0)?;
+        let alphas = Tensor::from_slice(&alphas).f_unsqueeze(1)?.f_to_device(device)?;
+        Ok(Some(Opinion { teacher: self, hidden, alphas }))
     }
 }
 
@@ -88,26 +106,35 @@ impl Teacher {
 pub(crate) struct Opinion<'a> {
     teacher: &'a Teacher,
     hidden: Tensor,
+    /// The teacher's share of the loss of each token, [learned tokens, 1].
+    alphas: Tensor,
 }
 
 impl Opinion<'_> {
     /// The gradient of the loss of `count` rows from `start` on with respect to the student's logits, f32
     /// [count, vocab_size].
     pub fn gradient(&self, start: i64, log_probs: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let rows = self.hidden.f_narrow(0, start, log_probs.size()[0])?;
-        gradient(log_probs, &self.teacher.base.logits(&rows)?, targets, self.teacher.mix)
+        let rows = |of: &Tensor| of.f_narrow(0, start, log_probs.size()[0]);
+        let logits = self.teacher.base.logits(&rows(&self.hidden)?)?;
+        gradient(log_probs, &logits, targets, &rows(&self.alphas)?, self.teacher.mix.temperature)
     }
 }
 
 /// `(1 - alpha) * (softmax(z) - onehot) + alpha * T * (softmax(z / T) - softmax(t / T))`, from the student's
-/// log-probabilities [n, v] (whose differences are those of its logits z), the teacher's logits t [n, v] and the
-/// tokens that came [n, 1].
-fn gradient(log_probs: &Tensor, teacher: &Tensor, targets: &Tensor, mix: Mix) -> Result<Tensor> {
-    let Mix { alpha, temperature } = mix;
+/// log-probabilities [n, v] (whose differences are those of its logits z), the teacher's logits t [n, v], the
+/// tokens that came [n, 1] and the teacher's shares alpha [n, 1].
+fn gradient(
+    log_probs: &Tensor,
+    teacher: &Tensor,
+    targets: &Tensor,
+    alphas: &Tensor,
+    temperature: f64,
+) -> Result<Tensor> {
     let soft = |logits: &Tensor| logits.f_div_scalar(temperature)?.f_softmax(-1, Kind::Float);
-    let text_share = Tensor::f_full(targets.size(), alpha - 1.0, (Kind::Float, targets.device()))?;
-    let apart = soft(log_probs)?.f_sub(&soft(teacher)?)?.f_mul_scalar(alpha * temperature)?;
-    Ok(log_probs.f_exp()?.f_mul_scalar(1.0 - alpha)?.f_add(&apart)?.f_scatter_add(1, targets, &text_share)?)
+    let apart = soft(log_probs)?.f_sub(&soft(teacher)?)?.f_mul(&alphas.f_mul_scalar(temperature)?)?;
+    let text_shares = alphas.f_neg()?.f_add_scalar(1.0)?;
+    let of_text = log_probs.f_exp()?.f_mul(&text_shares)?.f_scatter_add(1, targets, &text_shares.f_neg()?)?;
+    Ok(of_text.f_add(&apart)?)
 }
 
 #[cfg(test)]
@@ -142,7 +169,9 @@ mod tests {
             let (_, all) = loss(&student, &golden["teacher"], &golden["labels"], mix);
             let theirs = Tensor::run_backward(&[&all], &[&student], false, false);
             let log_probs = student.detach().log_softmax(-1, Kind::Float);
-            let ours = gradient(&log_probs, &golden["teacher"], &golden["labels"].unsqueeze(1), mix).unwrap();
+            let labels = golden["labels"].unsqueeze(1);
+            let alphas = Tensor::full(labels.size(), mix.alpha, (Kind::Float, labels.device()));
+            let ours = gradient(&log_probs, &golden["teacher"], &labels, &alphas, mix.temperature).unwrap();
             assert!(golden::distance(&(ours / 6.0), &theirs[0]) < 1e-6, "{mix:?}");
         }
     }

@@ -48,22 +48,33 @@ impl Guard for Elastic {
     }
 }
 
-/// Learning without forgetting (Li and Hoiem, arXiv 1606.09282): of all that is learned, a share of the loss is what
-/// the adapter said of it before.
+/// Shares of the loss that are what the adapter said before, and not what came in the text; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct FormerShares {
+    /// Of what is new: learning without forgetting (Li and Hoiem, arXiv 1606.09282).
+    pub fresh: f64,
+    /// Of what is rehearsed: as dark experience replay (Buzzega et al., arXiv 2004.07211). A text that is rehearsed many
+    /// times is then kept as it was known, and not learned by heart at the cost of others like it.
+    pub rehearsed: f64,
+}
+
+/// What an adapter said before is a share of what it learns now.
 pub struct Former {
     teacher: Teacher,
 }
 
 impl Former {
-    /// Holds to `adapter` as it is now, with a share `alpha` of the loss.
+    /// Holds to `adapter` as it is now.
     ///
     /// # Errors
-    /// When alpha is no share, or the adapter does not fit.
-    pub fn new(base: &Base, adapter: &Adapter, alpha: f64) -> Result<Self> {
-        /// As in the paper.
+    /// When a share is none, or the adapter does not fit.
+    pub fn new(base: &Base, adapter: &Adapter, shares: FormerShares) -> Result<Self> {
+        /// As in the paper on learning without forgetting.
         const TEMPERATURE: f64 = 2.0;
-        let mix = Mix { alpha, temperature: TEMPERATURE };
-        Ok(Self { teacher: Teacher::new(base.share(), mix)?.with_adapter(&adapter.deep_copy())? })
+        let mix = |alpha| Mix { alpha, temperature: TEMPERATURE };
+        let teacher =
+            Teacher::new(base.share(), mix(shares.fresh))?.rehearsing(mix(shares.rehearsed).alpha)?;
+        Ok(Self { teacher: teacher.with_adapter(&adapter.deep_copy())? })
     }
 }
 

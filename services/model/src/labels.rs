@@ -338,7 +338,7 @@ mod tests {
                 .map(|answer| {
                     let tokens = [text.as_slice(), answer.as_slice()].concat();
                     let learned = vec![(text.len() as u32, tokens.len() as u32)];
-                    let sequence = Sequence { tokens, learned };
+                    let sequence = Sequence { tokens, learned, rehearsed: false };
                     -loss::score(&base, &[(&adapter, 1.0)], &[sequence], 64).unwrap()[0].mean()
                 })
                 .collect();

@@ -111,7 +111,7 @@ pub fn taught_gradient(
     teacher: Option<&Teacher>,
 ) -> Result<Gradient> {
     let hidden = learned_hidden(base, adapters, packed)?;
-    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?;
+    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?.flatten();
     let above = above(base, &hidden.detach(), packed, weight, opinion.as_ref())?;
     // A scalar whose gradients are the ones just found, so that autograd carries on from there. A head that is
     // tied to the embedding gets both of its shares this way.
@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn nothing_to_learn_is_an_error_and_scores_zero() {
         let base = golden::base("llama");
-        let empty = Sequence { tokens: vec![1, 2, 3], learned: vec![] };
+        let empty = Sequence { tokens: vec![1, 2, 3], ..Sequence::default() };
         assert_eq!(score(&base, &[], std::slice::from_ref(&empty), 8).unwrap()[0], SequenceScore::default());
         let packed = pack(&base, &[empty], 8).unwrap();
         assert!(gradient(&base, &ActiveAdapters::none(), &packed, 1.0, &[]).is_err());

@@ -13,13 +13,15 @@ pub struct Sequence {
     /// Half-open ranges of tokens that count: ascending, not overlapping. Token 0 never counts, since nothing
     /// precedes it.
     pub learned: Vec<(u32, u32)>,
+    /// It was learned before, and is rehearsed.
+    pub rehearsed: bool,
 }
 
 impl Sequence {
     /// A sequence of which every token but the first counts.
     pub fn whole(tokens: Vec<u32>) -> Self {
         let learned = vec![(0, tokens.len() as u32)];
-        Self { tokens, learned }
+        Self { tokens, learned, rehearsed: false }
     }
 
     /// Number of tokens that count.
@@ -58,6 +60,8 @@ struct Learned {
     target: i64,
     /// Which sequence it belongs to.
     owner: usize,
+    /// That sequence is rehearsed.
+    rehearsed: bool,
 }
 
 /// Sequences laid into rows of equal length.
@@ -124,6 +128,7 @@ impl Packed {
                     from: start + i64::from(t) - 1,
                     target: i64::from(sequence.tokens[t as usize]),
                     owner,
+                    rehearsed: sequence.rehearsed,
                 }));
             }
             self.ids.extend(sequence.tokens.iter().map(|&id| i64::from(id)));
@@ -155,6 +160,11 @@ impl Packed {
     /// The sequence that each learned token belongs to, in the order of [`Packed::targets`].
     pub(crate) fn owners(&self) -> impl Iterator<Item = usize> {
         self.learned.iter().map(|learned| learned.owner)
+    }
+
+    /// Whether each learned token is of a rehearsed sequence, in the order of [`Packed::targets`].
+    pub(crate) fn rehearsed(&self) -> impl Iterator<Item = bool> {
+        self.learned.iter().map(|learned| learned.rehearsed)
     }
 
     /// For each learned token, the flattened place of the hidden state that predicts it, and its id.
@@ -202,7 +212,8 @@ mod tests {
     #[test]
     fn ranges_say_what_counts() {
         let base = golden::base("llama");
-        let sequence = Sequence { tokens: vec![9, 8, 7, 6, 5], learned: vec![(0, 2), (4, 5)] };
+        let sequence =
+            Sequence { tokens: vec![9, 8, 7, 6, 5], learned: vec![(0, 2), (4, 5)], rehearsed: false };
         assert_eq!(sequence.learned_tokens(), 2);
         let packed = pack(&base, &[sequence], 5).unwrap();
         let learned: Vec<_> = packed.learned.iter().map(|l| (l.from, l.target)).collect();
@@ -216,8 +227,8 @@ mod tests {
         for bad in [
             Sequence::whole(vec![0; 257]),
             Sequence::whole(vec![128]),
-            Sequence { tokens: vec![1, 2], learned: vec![(0, 3)] },
-            Sequence { tokens: vec![1, 2], learned: vec![(1, 2), (0, 1)] },
+            Sequence { learned: vec![(0, 3)], ..Sequence::whole(vec![1, 2]) },
+            Sequence { learned: vec![(1, 2), (0, 1)], ..Sequence::whole(vec![1, 2]) },
         ] {
             assert!(pack(&base, &[bad], 8).is_err());
         }

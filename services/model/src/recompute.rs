@@ -38,7 +38,7 @@ pub(crate) fn adapter_gradient(
     }
     let top = x.f_detach()?.f_set_requires_grad(true)?;
     let hidden = base.rms_norm(&top, &base.norm)?.f_index_select(0, &packed.targets(base.device()).0)?;
-    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?;
+    let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?.flatten();
     let above = loss::above(base, &hidden.detach(), packed, weight, opinion.as_ref())?;
     let mut gradient = backward(&hidden, &above.hidden, &[&top])?.pop().context("no gradient")?;
 

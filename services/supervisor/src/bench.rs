@@ -8,8 +8,10 @@ mod quality;
 mod report;
 mod retention;
 mod scores;
+mod subject;
 mod system;
 pub mod tasks;
+mod update;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -18,7 +20,8 @@ use std::io::Write;
 const EXAMPLES: &str = "\
 Examples:
   engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
-  engram bench quality --data ./clinc150 --json result.json";
+  engram bench quality --data ./clinc150 --json result.json
+  engram bench update --model reference --examples 256";
 
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
@@ -34,6 +37,8 @@ enum Bench {
     Retention(retention::Args),
     /// Learn labelled examples, and measure how often the right label is given, beside a bag of words.
     Quality(quality::Args),
+    /// Time the learner: seconds for 1,000 new examples, tokens a second, share of the ceiling, memory.
+    Update(update::Args),
 }
 
 /// Runs the benchmark that is asked for.
@@ -41,5 +46,6 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.bench {
         Bench::Retention(args) => retention::run(args, out),
         Bench::Quality(args) => quality::run(args, out),
+        Bench::Update(args) => update::run(args, out),
     }
 }

@@ -272,7 +272,11 @@ fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
     }
 }
 
-fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
+/// How batches are learned on a base `width` wide.
+///
+/// # Errors
+/// When the shape of adapters is none.
+pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
     use model::lora::{LoraConfig, Target};
     let mut targets = LoraConfig::default().targets;
     if s.train.down {
@@ -305,7 +309,10 @@ fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
         },
         micro_tokens: s.train.micro_tokens,
         ewc_lambda: s.train.ewc_lambda,
-        former_share: s.train.former_share,
+        former: model::guard::FormerShares {
+            fresh: s.train.former_share,
+            rehearsed: s.train.former_share_rehearsed,
+        },
         share_while_serving: s.train.share_while_serving,
     })
 }

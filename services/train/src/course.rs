@@ -13,6 +13,8 @@ use rand_chacha::ChaCha8Rng;
 pub enum Item {
     /// The n-th fresh example.
     Fresh(usize),
+    /// The n-th fresh example again, after it was learned in this batch.
+    Known(usize),
     /// The n-th rehearsed example.
     Rehearsed(usize),
     /// The n-th anchor sequence.
@@ -159,7 +161,7 @@ impl Course {
             filled += fresh[*n].tokens;
             before < tokens
         };
-        order.into_iter().take_while(room).map(|n| (Item::Fresh(n), fresh[n].tokens)).collect()
+        order.into_iter().take_while(room).map(|n| (Item::Known(n), fresh[n].tokens)).collect()
     }
 
     fn anchors(&self, anchors: &[usize], batch_tokens: usize, rng: &mut ChaCha8Rng) -> Vec<(Item, usize)> {

@@ -5,7 +5,7 @@ use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::Ewc;
-use model::guard::{Elastic, Former};
+use model::guard::{Elastic, Former, FormerShares};
 use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
 use model::llama::Base;
 use model::lora::{Adapter, LoraConfig};
@@ -38,8 +38,8 @@ pub struct Training {
     pub micro_tokens: usize,
     /// Strength of the EWC penalty; 0 is off.
     pub ewc_lambda: f64,
-    /// Share of the loss that is what the parent generation says; 0 is off.
-    pub former_share: f64,
+    /// What the parent generation has to say.
+    pub former: FormerShares,
     /// Share of the time that learning takes while requests run.
     pub share_while_serving: f32,
 }
@@ -98,6 +98,20 @@ struct Run<'a> {
     first: Vec<Option<f32>>,
     report: TrainReport,
     recent_bad: VecDeque<bool>,
+    /// Its texts are read, and are the former self's to keep.
+    read: bool,
+}
+
+impl Run<'_> {
+    /// Whether an item is kept as the former self knows it: what was rehearsed before, and a text that was just read. Answers
+    /// that are just known are not, because the former self may not know them.
+    fn is_kept(&self, item: Item) -> bool {
+        match item {
+            Item::Rehearsed(_) => true,
+            Item::Known(n) => !self.fresh[n].0.answer,
+            Item::Fresh(_) | Item::Anchor(_) => false,
+        }
+    }
 }
 
 impl Worker {
@@ -137,8 +151,9 @@ impl Worker {
             let ewc = Ewc::from_bytes(bytes, adapter.parameter_count())?;
             learner.hold_to(Elastic::new(ewc, self.training.ewc_lambda, &adapter)?);
         }
-        if start.is_some() && self.training.former_share > 0.0 {
-            learner.hold_to(Former::new(&self.base, &adapter, self.training.former_share)?);
+        let shares = self.training.former;
+        if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
+            learner.hold_to(Former::new(&self.base, &adapter, shares)?);
         }
         let fresh = batch.fresh.iter().map(|e| (as_fresh(e), sequence(e))).collect();
         Ok(Run {
@@ -149,6 +164,7 @@ impl Worker {
             first: vec![None; batch.fresh.len()],
             report: TrainReport::default(),
             recent_bad: VecDeque::new(),
+            read: false,
         })
     }
 
@@ -165,6 +181,7 @@ impl Worker {
                 break;
             }
             run.report.passes = pass + 1;
+            self.remember(run, &steps)?;
             let count = steps.len();
             for (n, items) in steps.iter().enumerate() {
                 let rate = rate * course.rate(pass, n, count, &fresh);
@@ -180,6 +197,18 @@ impl Worker {
         }
         run.report.seconds = started.elapsed().as_secs_f32();
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// When the texts of the batch are read and only its answers are still learned, the adapter that has just read them
+    /// is the former self from here on: with the parent they would be unlearned, and with their own words learned by heart.
+    fn remember(&self, run: &mut Run<'_>, steps: &[Vec<Item>]) -> anyhow::Result<()> {
+        let read = |item: &Item| matches!(*item, Item::Known(n) if !run.fresh[n].0.answer);
+        let shares = self.training.former;
+        if shares.rehearsed > 0.0 && !run.read && steps.iter().flatten().any(read) {
+            run.read = true;
+            run.learner.hold_to(Former::new(&self.base, run.learner.adapter(), shares)?);
+        }
+        Ok(())
     }
 
     fn step(&self, run: &mut Run<'_>, items: &[Item], rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
@@ -255,12 +284,16 @@ impl Worker {
     ) -> (Vec<Vec<Sequence>>, Vec<Vec<Item>>) {
         let (mut batches, mut places) = (Vec::new(), Vec::new());
         let mut filled = usize::MAX;
-        for &item in items {
+        // What is rehearsed lies apart, so that a former self is asked of nothing that it has no say in.
+        let (rehearsed, others): (Vec<Item>, Vec<Item>) = items.iter().partition(|&&item| run.is_kept(item));
+        for item in rehearsed.into_iter().chain(others) {
             let sequence = match item {
-                Item::Fresh(n) => &run.fresh[n].1,
+                Item::Fresh(n) | Item::Known(n) => &run.fresh[n].1,
                 Item::Rehearsed(n) => &run.rehearsed[n],
                 Item::Anchor(n) => &self.anchors[n],
             };
+            let mut sequence = sequence.clone();
+            sequence.rehearsed = run.is_kept(item);
             if filled.saturating_add(sequence.tokens.len()) > tokens {
                 batches.push(Vec::new());
                 places.push(Vec::new());
@@ -268,7 +301,7 @@ impl Worker {
             }
             filled += sequence.tokens.len();
             if let (Some(batch), Some(place)) = (batches.last_mut(), places.last_mut()) {
-                batch.push(sequence.clone());
+                batch.push(sequence);
                 place.push(item);
             }
         }
@@ -286,7 +319,7 @@ impl Worker {
         for (batch, places) in batches.iter().zip(places) {
             for offender in run.learner.find_offenders(batch)? {
                 match places[offender] {
-                    Item::Fresh(n) => run.fresh[n].0.out = true,
+                    Item::Fresh(n) | Item::Known(n) => run.fresh[n].0.out = true,
                     Item::Rehearsed(n) => run.rehearsed[n].learned.clear(),
                     Item::Anchor(_) => {}
                 }
@@ -328,7 +361,7 @@ fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
     run.report.steps += 1;
     for (scores, places) in report.scores.iter().zip(places) {
         for (score, place) in scores.iter().zip(places) {
-            if let Item::Fresh(n) = *place {
+            if let Item::Fresh(n) | Item::Known(n) = *place {
                 let loss = score.mean() as f32;
                 run.fresh[n].0.loss = loss;
                 run.first[n].get_or_insert(loss);
@@ -336,7 +369,7 @@ fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
         }
     }
     let length = |item: &Item| match *item {
-        Item::Fresh(n) => run.fresh[n].1.tokens.len(),
+        Item::Fresh(n) | Item::Known(n) => run.fresh[n].1.tokens.len(),
         Item::Rehearsed(n) => run.rehearsed[n].tokens.len(),
         Item::Anchor(_) => 0,
     };
@@ -351,7 +384,8 @@ fn as_fresh(example: &Example) -> Fresh {
 }
 
 fn sequence(example: &Example) -> Sequence {
-    Sequence { tokens: example.piece.tokens.clone(), learned: example.piece.learned.clone() }
+    let (tokens, learned) = (example.piece.tokens.clone(), example.piece.learned.clone());
+    Sequence { tokens, learned, rehearsed: false }
 }
 
 #[cfg(test)]
@@ -399,7 +433,7 @@ mod tests {
             course,
             micro_tokens: 64,
             ewc_lambda: 0.0,
-            former_share: 0.0,
+            former: FormerShares::default(),
             share_while_serving: 1.0,
         };
         let base = Base::random(&shape, 1, &placement).expect("a base");
@@ -438,6 +472,30 @@ mod tests {
         let report = learned(&mut worker(Precision::F16, 4e6)).report;
         assert!(report.skipped_steps > 0 && report.steps == 1, "{report:?}");
         assert_eq!(learned(&mut worker(Precision::F32, 4e6)).report.skipped_steps, 0);
+    }
+
+    #[test]
+    fn a_text_that_was_read_is_not_learned_by_heart_while_answers_are_learned() {
+        let answer = |ordinal| {
+            let mut example = example(ordinal);
+            example.piece.learned = vec![(12, 16)];
+            example
+        };
+        let fresh: Vec<Example> = (1..=4).map(example).chain((5..=8).map(answer)).collect();
+        let loss_of_texts = |rehearsed: f64| {
+            let mut worker = worker(Precision::F32, 32.0);
+            let course = &mut worker.training.course;
+            (course.passes, course.answer_passes_max, course.loss_target) = (4, 30, 0.0);
+            (worker.training.rate, worker.training.former.rehearsed) = (1e-2, rehearsed);
+            let batch = Batch { fresh: fresh.clone(), rehearsed_a_pass: 8, ..batch() };
+            let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+            let adapter = Adapter::from_bytes(&learned.weights, worker.base.config()).expect("weights");
+            let texts: Vec<Sequence> = fresh[..4].iter().map(sequence).collect();
+            let scores = model::loss::score(&worker.base, &[(&adapter, 1.0)], &texts, 64).expect("scores");
+            scores.iter().map(|score| score.mean()).sum::<f64>() / 4.0
+        };
+        let (by_heart, kept) = (loss_of_texts(0.0), loss_of_texts(1.0));
+        assert!(kept > by_heart + 0.2, "{kept} and {by_heart}");
     }
 
     #[test]

@@ -29,8 +29,11 @@ pub enum Method {
     /// rehearsal. No gate.
     #[value(name = "lwf")]
     Lwf,
-    /// Rehearsal and distillation from the previous generation, on what is rehearsed too, as dark experience replay
-    /// (Buzzega et al., arXiv 2004.07211). No gate.
+    /// Dark experience replay (Buzzega et al., arXiv 2004.07211): rehearsal whose loss is in part what the previous
+    /// generation says (train.former_share_rehearsed). No gate.
+    #[value(name = "der")]
+    Der,
+    /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.
     #[value(name = "replay+lwf")]
     ReplayLwf,
     /// All tasks at once, shuffled: what a learner reaches that cannot forget.
@@ -41,14 +44,15 @@ pub enum Method {
     Single,
 }
 
-/// Strength of the penalty, and the former self's share, where the settings leave them off.
+/// Strength of the penalty, and the former self's shares, where the settings leave them off.
 const EWC_LAMBDA: f64 = 100.0;
 const FORMER_SHARE: f64 = 0.3;
+const FORMER_SHARE_REHEARSED: f64 = 0.5;
 
 impl Method {
     /// Whether it learns from the replay buffer.
     pub fn rehearses(self) -> bool {
-        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc | Self::ReplayLwf)
+        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc | Self::Der | Self::ReplayLwf)
     }
 
     /// The settings under which the system learns by this method.
@@ -69,6 +73,10 @@ impl Method {
         };
         s.train.former_share = match self {
             Self::Lwf | Self::ReplayLwf => or(s.train.former_share, FORMER_SHARE),
+            _ => 0.0,
+        };
+        s.train.former_share_rehearsed = match self {
+            Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
             _ => 0.0,
         };
         if self == Self::Joint {
@@ -101,6 +109,10 @@ mod tests {
         assert_eq!((lwf.replay.new_data_ratio, lwf.train.ewc_lambda), (1.0, 0.0));
         assert!(lwf.train.former_share > 0.0);
         let both = Method::ReplayLwf.apply(&settings);
-        assert_eq!((both.replay, both.train.former_share), (settings.replay, lwf.train.former_share));
+        assert_eq!((&both.replay, both.train.former_share), (&settings.replay, lwf.train.former_share));
+        let der = Method::Der.apply(&settings);
+        assert_eq!((&der.replay, der.train.former_share), (&settings.replay, 0.0));
+        assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
+        assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }
 }

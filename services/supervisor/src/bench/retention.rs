@@ -113,7 +113,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     );
     ensure!(
         args.capacity.is_none() || args.method.rehearses(),
-        "--capacity is the replay buffer's, and this --method rehearses nothing: use default, replay or replay+ewc"
+        "--capacity is the replay buffer's, and this --method rehearses nothing: use default, replay, replay+ewc, der or replay+lwf"
     );
     let base_dir = base::resolve(&args.base, &base::data_dir()?)?;
     let mut settings = Settings::load(args.config.as_deref(), &args.set)?;

@@ -37,7 +37,8 @@ impl Line {
         }
     }
 
-    fn content(&self) -> Content {
+    /// The document that teaches it.
+    pub fn content(&self) -> Content {
         let (prompt, completion) = match self {
             Self::Labelled { text, label } => (text, answer(label)),
             Self::Answered { prompt, response } => (prompt, response.clone()),

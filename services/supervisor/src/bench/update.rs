@@ -1,7 +1,7 @@
 //! `engram bench update`: how fast the learner learns.
 
 use super::report;
-use super::subject::{self, Subject};
+use super::subject::{Subject, SubjectArgs};
 use super::tasks::Line;
 use crate::topology;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -43,7 +43,7 @@ const RATE: f64 = 1e-4;
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     #[command(flatten)]
-    subject: subject::Args,
+    subject: SubjectArgs,
     /// New examples.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = value_parser!(u64).range(1..))]
     examples: u64,
@@ -63,9 +63,6 @@ pub struct Args {
     /// Times the whole is measured; the median counts.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = value_parser!(u64).range(1..=100))]
     repeats: u64,
-    /// Write the figures as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
 }
 
 /// One measurement.
@@ -78,7 +75,7 @@ struct Run {
 /// Measures and reports.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     ensure!((0.0..1.0).contains(&args.replay), "--replay has to be from 0 to below 1");
-    let subject = args.subject.load()?;
+    let subject = Subject::load(&args.subject)?;
     let new = usize::try_from(args.examples)?;
     let rehearsed = (new as f64 * args.replay / (1.0 - args.replay)).round() as usize;
     let sequences = match &args.data {
@@ -95,16 +92,15 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let gflops = work / run.seconds / 1e9;
     let per_1000 = run.seconds * 1000.0 / new as f64;
     let figures = json!({
-        "model": subject.name, "placement": subject.base.placement().to_string(),
-        "parameters": subject.base.parameter_count(), "adapter_parameters": adapter.parameter_count(),
+        "model": subject.json(), "adapter_parameters": adapter.parameter_count(),
         "examples": new, "rehearsed": rehearsed, "batch": args.batch, "repeats": args.repeats,
         "data": args.data, "tokens": run.tokens, "learned_tokens": run.learned_tokens,
         "seconds": run.seconds, "seconds_per_1000_examples": per_1000,
         "tokens_per_s": run.tokens as f64 / run.seconds, "gflops": gflops,
         "matrix_peak_gflops": peak, "peak_rss_bytes": peak_rss, "settings": subject.settings,
     });
-    report::store(args.json.as_deref(), &figures)?;
-    writeln!(out, "{}, {}", subject.name, subject.base.placement())?;
+    report::store(args.subject.json.as_deref(), &figures)?;
+    writeln!(out, "{}", subject.describe())?;
     writeln!(
         out,
         "{new} new examples and {rehearsed} rehearsed, {} tokens, {} of them learned, {} in a step",
@@ -141,10 +137,18 @@ fn random(subject: &Subject, count: usize, tokens: usize) -> Result<Vec<Sequence
 
 /// Examples as the services cut them from a file, in an order of their own; again from the first where it holds fewer.
 fn of_text(path: &Path, subject: &Subject, count: usize) -> Result<Vec<Sequence>> {
-    let cutter = topology::cutter(&subject.settings, &subject.text);
+    let cutter = topology::cutter(&subject.settings, &subject.text()?);
     let mut sequences = Vec::new();
     for content in contents(path)? {
         let pieces = cutter.pieces(&content, None)?;
+        ensure!(
+            pieces
+                .iter()
+                .flat_map(|piece| &piece.tokens)
+                .all(|&id| i64::from(id) < subject.base.config().vocab_size),
+            "the base has fewer tokens than the tokenizer that reads {}: use random ones",
+            path.display()
+        );
         sequences.extend(pieces.into_iter().map(|piece| Sequence {
             tokens: piece.tokens,
             learned: piece.learned,

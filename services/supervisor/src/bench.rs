@@ -1,6 +1,7 @@
 //! `engram bench`: what the program is worth, measured on its own services.
 
 mod bag_of_words;
+mod generate;
 mod heatmap;
 mod method;
 mod panel;
@@ -8,6 +9,8 @@ mod quality;
 mod report;
 mod retention;
 mod scores;
+mod serve;
+mod subject;
 mod system;
 pub mod tasks;
 
@@ -18,7 +21,9 @@ use std::io::Write;
 const EXAMPLES: &str = "\
 Examples:
   engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
-  engram bench quality --data ./clinc150 --json result.json";
+  engram bench quality --data ./clinc150 --json result.json
+  engram bench generate --base reference
+  engram bench serve --base reference --streams 16 --adapters 8";
 
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
@@ -34,6 +39,10 @@ enum Bench {
     Retention(retention::Args),
     /// Learn labelled examples, and measure how often the right label is given, beside a bag of words.
     Quality(quality::Args),
+    /// Measure how fast a prompt is read and one answer decoded.
+    Generate(generate::Args),
+    /// Measure how fast many answers are decoded at once, over several adapters.
+    Serve(serve::Args),
 }
 
 /// Runs the benchmark that is asked for.
@@ -41,5 +50,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     match &args.bench {
         Bench::Retention(args) => retention::run(args, out),
         Bench::Quality(args) => quality::run(args, out),
+        Bench::Generate(args) => generate::run(args, out),
+        Bench::Serve(args) => serve::run(args, out),
     }
 }

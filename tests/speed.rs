@@ -8,7 +8,8 @@ use std::path::Path;
 
 /// A shape of few weights, as a preset.
 fn write_shape(path: &Path) {
-    let preset = fs::read_to_string(crate::harness::root().join("configs/models/nano.toml")).expect("a preset");
+    let preset =
+        fs::read_to_string(crate::harness::root().join("configs/models/nano.toml")).expect("a preset");
     let smaller = preset.lines().map(|line| match line.split_once(" = ").map(|(key, _)| key) {
         Some("num_hidden_layers") => "num_hidden_layers = 2",
         Some("vocab_size") => "vocab_size = 300",

@@ -11,12 +11,17 @@
 mod adapters;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod dot;
 mod frozen;
 mod pages;
 mod prefixes;
 mod product;
 mod team;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+mod trust;
 pub(crate) mod vector;
 
 pub use adapters::CpuAdapters;
@@ -128,7 +133,7 @@ impl Cpu {
             return Ok(None);
         }
         let _guard = tch::no_grad_guard();
-        let (config, level) = (base.config().clone(), Level::best());
+        let (config, level) = (base.config().clone(), trust::level()?);
         let layer = |layer: &crate::base::Layer| -> Result<Layer> {
             let qk_norm = match &layer.qk_norm {
                 Some([query, key]) => Some([Frozen::new(query)?, Frozen::new(key)?]),

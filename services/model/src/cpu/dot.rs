@@ -4,84 +4,26 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps,
-    _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512,
-    _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps, _mm512_set1_epi16,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
+    __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16,
+    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps,
+    _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
 };
 
 use half::bf16 as Bf16;
 
-use super::product::ROWS;
+use super::product::Int16;
 use super::team::Band;
+use super::tiles::{cover, row};
 use crate::quant::NF4;
 
-/// Rows of `W` that are taken at a time.
+/// Rows of `x`, and of `W`, that are taken at a time.
+const ROWS: usize = 4;
 const COLUMNS: usize = 4;
-/// Up to so many rows of `x`, each row of `W` is read once for all of them; more would not stay near the processor.
-const FEW_ROWS: usize = 32;
 /// Weights that share a scale.
 const BLOCK: usize = 64;
 /// The largest magnitude of a 4-bit code as a whole number: sums of four products with 16 bits stay within 32.
 const NF4_STEPS: f32 = 8191.0;
-
-/// Rows of `x` as whole numbers of steps.
-#[derive(Clone, Copy)]
-pub(super) struct Int16<'a> {
-    /// [rows, k].
-    pub values: &'a [i16],
-    /// The step of each row.
-    pub steps: &'a [f32],
-}
-
-/// Covers a band with tiles, each computed by `$tile::<rows, columns>(first row, first column, ..)`.
-macro_rules! cover {
-    ($band:ident, $tile:ident $(::<$given:literal>)?, $($arg:expr),*) => {{
-        macro_rules! put {
-            ($rows:expr, $columns:expr, $row:ident, $column:ident) => {{
-                let sums = $tile::<$rows, $columns $(, $given)?>($row, $column, $($arg),*);
-                for (i, sums) in sums.iter().enumerate() {
-                    $band.row($row + i)[$column..$column + $columns].copy_from_slice(sums);
-                }
-            }};
-        }
-        macro_rules! one {
-            ($columns:expr, $row:ident, $column:ident) => {
-                match $band.rows() - $row {
-                    1 => put!(1, $columns, $row, $column),
-                    2 => put!(2, $columns, $row, $column),
-                    3 => put!(3, $columns, $row, $column),
-                    _ => put!(ROWS, $columns, $row, $column),
-                }
-            };
-        }
-        let (rows, whole) = ($band.rows(), $band.count / COLUMNS * COLUMNS);
-        if rows <= FEW_ROWS {
-            for column in (0..whole).step_by(COLUMNS) {
-                for row in (0..rows).step_by(ROWS) {
-                    one!(COLUMNS, row, column);
-                }
-            }
-        } else {
-            for row in (0..rows).step_by(ROWS) {
-                for column in (0..whole).step_by(COLUMNS) {
-                    one!(COLUMNS, row, column);
-                }
-            }
-        }
-        for column in whole..$band.count {
-            for row in (0..rows).step_by(ROWS) {
-                one!(1, row, column);
-            }
-        }
-    }};
-}
-
-/// Row `i` of a matrix with rows of `k`, as where it begins. Reading `k` numbers from there is within `matrix`.
-#[inline]
-fn row<T>(matrix: &[T], i: usize, k: usize) -> *const T {
-    matrix[i * k..(i + 1) * k].as_ptr()
-}
 
 /// The product of the rows of `x` with those of `w`, both bf16 with rows of `k`.
 pub(super) fn bf16(x: &[Bf16], w: &[Bf16], k: usize, band: &mut Band<'_>) {
@@ -120,6 +62,7 @@ fn bf16_tile<const R: usize, const C: usize>(
         }
     };
     for at in (0..whole).step_by(32) {
+        w.map(|from| ahead(from.wrapping_add(at + C * k)));
         // SAFETY: `at + 32` is at most `k`, and each pointer has `k` numbers behind it.
         #[allow(unsafe_code)]
         let load = |from: *const Bf16| unsafe { _mm512_loadu_si512(from.wrapping_add(at).cast()) };
@@ -192,6 +135,7 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
             // SAFETY: a row has `blocks` blocks of `bytes` codes.
             #[allow(unsafe_code)]
             let w = unsafe { unpack::<FOUR>(codes[j].wrapping_add(block * bytes), table) };
+            ahead(codes[j].wrapping_add((block + C * blocks) * bytes));
             let scale = _mm512_set1_ps(scales[j][block]);
             for i in 0..R {
                 let exact = _mm512_dpwssd_epi32(_mm512_setzero_si512(), x[i][0], w[0]);
@@ -205,6 +149,16 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
         let step = x.steps[first_row + i] * one;
         std::array::from_fn(|j| _mm512_reduce_add_ps(sums[i][j]) * step)
     })
+}
+
+/// Has the rows that come next read from memory meanwhile. Any address will do, there or not.
+#[inline]
+fn ahead<T>(from: *const T) {
+    // SAFETY: nothing is read, and an address that is nowhere is passed over.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
 }
 
 /// The 64 codes of a block as whole numbers of 16 bits: in order, or those of 4 bits with the even places first.

@@ -14,7 +14,7 @@ use super::vector::{Level, Number, fma, sum, to_bf16, vectorised};
 use crate::quant::{BLOCK, Codes, Matrix};
 
 #[cfg(target_arch = "x86_64")]
-use super::dot;
+use super::{avx2, dot};
 
 /// Rows of a product, in the formats that its matrices need.
 #[derive(Default)]
@@ -121,6 +121,15 @@ vectorised! {
     }
 }
 
+/// Rows of `x` as whole numbers of steps.
+#[derive(Clone, Copy)]
+pub(super) struct Int16<'a> {
+    /// [rows, k].
+    pub values: &'a [i16],
+    /// The step of each row.
+    pub steps: &'a [f32],
+}
+
 /// The numbers of a frozen matrix.
 pub(super) enum Numbers {
     F32(Frozen<f32>),
@@ -199,11 +208,12 @@ impl Weight {
 
     /// What products with this need of their rows.
     pub fn formats(&self, level: Level) -> Formats {
-        let whole = self.inputs.is_multiple_of(BLOCK as usize) && level == Level::Avx512Dot;
+        let whole = self.inputs.is_multiple_of(BLOCK as usize);
+        let (narrow, pairs) = (whole && level >= Level::Avx2, whole && level == Level::Avx512Dot);
         match &self.numbers {
             Numbers::Bf16(_) => Formats { bf16: level == Level::Avx512Dot, ..Formats::default() },
-            Numbers::Int8 { .. } => Formats { int16: whole, ..Formats::default() },
-            Numbers::Nf4 { .. } => Formats { int16: whole, apart: whole, ..Formats::default() },
+            Numbers::Int8 { .. } => Formats { int16: narrow, ..Formats::default() },
+            Numbers::Nf4 { .. } => Formats { int16: pairs, apart: pairs, ..Formats::default() },
             Numbers::F32(_) | Numbers::F16(_) => Formats::default(),
         }
     }
@@ -216,19 +226,21 @@ impl Weight {
         let (wide, of_band) =
             (&x.values[rows.start * k..rows.end * k], band.first * k..(band.first + band.count) * k);
         #[cfg(target_arch = "x86_64")]
-        if level == Level::Avx512Dot {
+        if level > Level::Plain {
             let formats = self.formats(level);
-            let int16 = || dot::Int16 {
-                values: &x.int16[rows.start * k..rows.end * k],
-                steps: &x.steps[rows.clone()],
-            };
+            let int16 =
+                || Int16 { values: &x.int16[rows.start * k..rows.end * k], steps: &x.steps[rows.clone()] };
             let blocks = of_band.start / BLOCK as usize..of_band.end / BLOCK as usize;
             match &self.numbers {
-                Numbers::Bf16(w) => {
+                Numbers::F32(w) => return avx2::dense(wide, &w[of_band], k, band),
+                Numbers::Bf16(w) if formats.bf16 => {
                     return dot::bf16(&x.bf16[rows.start * k..rows.end * k], &w[of_band], k, band);
                 }
+                Numbers::Bf16(w) => return avx2::dense(wide, &w[of_band], k, band),
+                Numbers::F16(w) => return avx2::dense(wide, &w[of_band], k, band),
                 Numbers::Int8 { codes, scales } if formats.int16 => {
-                    return dot::int8(int16(), &codes[of_band], &scales[blocks], k, band);
+                    let kernel = if level == Level::Avx512Dot { dot::int8 } else { avx2::int8 };
+                    return kernel(int16(), &codes[of_band], &scales[blocks], k, band);
                 }
                 Numbers::Nf4 { codes, scales } if formats.int16 => {
                     return dot::nf4(
@@ -239,7 +251,11 @@ impl Weight {
                         band,
                     );
                 }
-                _ => {}
+                Numbers::Int8 { .. } | Numbers::Nf4 { .. } => {
+                    let mut made = vec![0.0; of_band.len()];
+                    self.numbers.read(of_band.start, &mut made);
+                    return avx2::dense(wide, &made, k, band);
+                }
             }
         }
         match &self.numbers {
@@ -294,53 +310,25 @@ vectorised! {
     }
 }
 
-/// Rows of `x` that a kernel takes at a time.
-pub(super) const ROWS: usize = 4;
-
 vectorised! {
-    /// Any format of weights, as f32.
+    /// Any format of weights, as f32, a row at a time.
     fn dense [W: Number] [W] (x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
-        let (mut row, rows) = (0, band.rows());
-        while row < rows {
-            let x = &x[row * k..];
-            let took = match rows - row {
-                1 => dense_rows::<F, W, 1>(x, w, k, row, band),
-                2 => dense_rows::<F, W, 2>(x, w, k, row, band),
-                3 => dense_rows::<F, W, 3>(x, w, k, row, band),
-                _ => dense_rows::<F, W, ROWS>(x, w, k, row, band),
-            };
-            row += took;
-        }
-    }
-}
-
-#[inline(always)]
-fn dense_rows<const F: bool, W: Number, const R: usize>(
-    x: &[f32],
-    w: &[W],
-    k: usize,
-    row: usize,
-    band: &mut Band<'_>,
-) -> usize {
-    let x: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..(i + 1) * k]);
-    for column in 0..band.count {
-        let w = &w[column * k..(column + 1) * k];
-        let mut sums = [[0f32; 16]; R];
-        let (chunks, rest) = w.as_chunks::<16>();
-        for (at, chunk) in chunks.iter().enumerate() {
-            for (sums, x) in sums.iter_mut().zip(&x) {
-                let x = &x[16 * at..16 * (at + 1)];
-                for ((sum, x), w) in sums.iter_mut().zip(x).zip(chunk) {
+        for column in 0..band.count {
+            let (w, w_rest) = w[column * k..(column + 1) * k].as_chunks::<32>();
+            for row in 0..band.rows() {
+                let (x, x_rest) = x[row * k..(row + 1) * k].as_chunks::<32>();
+                let mut sums = [0f32; 32];
+                for (x, w) in x.iter().zip(w) {
+                    for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                        *sum = fma::<F>(*x, w.wide(), *sum);
+                    }
+                }
+                for ((sum, x), w) in sums.iter_mut().zip(x_rest).zip(w_rest) {
                     *sum = fma::<F>(*x, w.wide(), *sum);
                 }
+                let halves: [f32; 16] = std::array::from_fn(|i| sums[i] + sums[i + 16]);
+                band.row(row)[column] = sum(halves);
             }
-        }
-        for (i, sums) in sums.iter_mut().enumerate() {
-            for ((sum, x), w) in sums.iter_mut().zip(&x[i][16 * chunks.len()..]).zip(rest) {
-                *sum = fma::<F>(*x, w.wide(), *sum);
-            }
-            band.row(row + i)[column] = sum(*sums);
         }
     }
-    R
 }

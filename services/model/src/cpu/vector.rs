@@ -8,7 +8,7 @@ use half::{bf16, f16};
 pub(crate) enum Level {
     /// What every processor of its kind has; on ARM that is NEON.
     Plain,
-    /// AVX2 with fused multiplication and addition.
+    /// AVX2, with fused multiplication and addition, and with f16.
     Avx2,
     /// AVX-512.
     Avx512,
@@ -20,7 +20,11 @@ impl Level {
     /// The best of this processor.
     #[cfg(target_arch = "x86_64")]
     pub fn best() -> Self {
-        let wide = is_x86_feature_detected!("avx512f")
+        let narrow = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let wide = narrow
+            && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq");
@@ -28,7 +32,7 @@ impl Level {
             Self::Avx512Dot
         } else if wide {
             Self::Avx512
-        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        } else if narrow {
             Self::Avx2
         } else {
             Self::Plain
@@ -59,13 +63,13 @@ macro_rules! vectorised {
             fn body<const F: bool, $($generic)*>($($arg: $type),*) $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<$($generic)*>($($arg: $type),*) {
                 body::<true, $($given),*>($($arg),*);
             }
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
             fn avx512<$($generic)*>($($arg: $type),*) {
                 body::<true, $($given),*>($($arg),*);
             }

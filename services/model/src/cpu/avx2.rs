@@ -2,8 +2,8 @@
 
 use std::any::TypeId;
 use std::arch::x86_64::{
-    __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps,
-    _mm_prefetch, _mm_shuffle_ps, _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps,
+    _mm_shuffle_ps, _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps,
     _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
     _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_ps,
     _mm256_setzero_ps, _mm256_slli_epi32,
@@ -13,7 +13,7 @@ use half::bf16;
 
 use super::product::Int16;
 use super::team::Band;
-use super::tiles::{cover, row};
+use super::tiles::{ahead, cover, row};
 use super::vector::Number;
 
 /// Weights that share a scale.
@@ -82,18 +82,6 @@ fn dense_tile<const R: usize, const C: usize, W: Number>(
         }
     }
     out
-}
-
-/// Has the rows that come next read from memory meanwhile: each is too short for the processor to see where it goes.
-/// Any address will do, there or not.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn ahead<T>(from: *const T) {
-    // SAFETY: nothing is read, and an address that is nowhere is passed over.
-    #[allow(unsafe_code)]
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(from.cast());
-    }
 }
 
 /// Eight weights as f32.

@@ -4,7 +4,7 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16,
+    __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16,
     _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
     _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps,
     _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
@@ -14,7 +14,7 @@ use half::bf16 as Bf16;
 
 use super::product::Int16;
 use super::team::Band;
-use super::tiles::{cover, row};
+use super::tiles::{ahead, cover, row};
 use crate::quant::NF4;
 
 /// Rows of `x`, and of `W`, that are taken at a time.
@@ -62,7 +62,9 @@ fn bf16_tile<const R: usize, const C: usize>(
         }
     };
     for at in (0..whole).step_by(32) {
-        w.map(|from| ahead(from.wrapping_add(at + C * k)));
+        for from in w {
+            ahead(from.wrapping_add(at + C * k));
+        }
         // SAFETY: `at + 32` is at most `k`, and each pointer has `k` numbers behind it.
         #[allow(unsafe_code)]
         let load = |from: *const Bf16| unsafe { _mm512_loadu_si512(from.wrapping_add(at).cast()) };
@@ -149,16 +151,6 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
         let step = x.steps[first_row + i] * one;
         std::array::from_fn(|j| _mm512_reduce_add_ps(sums[i][j]) * step)
     })
-}
-
-/// Has the rows that come next read from memory meanwhile. Any address will do, there or not.
-#[inline]
-fn ahead<T>(from: *const T) {
-    // SAFETY: nothing is read, and an address that is nowhere is passed over.
-    #[allow(unsafe_code)]
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(from.cast());
-    }
 }
 
 /// The 64 codes of a block as whole numbers of 16 bits: in order, or those of 4 bits with the even places first.

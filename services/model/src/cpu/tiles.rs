@@ -1,5 +1,7 @@
 //! How kernels go over a band of a product.
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
 /// Up to so many rows of `x`, each row of `W` is read once for all of them; more would not stay near the processor.
 pub(super) const FEW_ROWS: usize = 32;
 
@@ -53,4 +55,15 @@ pub(super) use cover;
 #[inline]
 pub(super) fn row<T>(matrix: &[T], i: usize, k: usize) -> *const T {
     matrix[i * k..(i + 1) * k].as_ptr()
+}
+
+/// Has the rows that come next read from memory meanwhile: each is too short for the processor to see where it goes.
+/// Any address will do, there or not.
+#[inline]
+pub(super) fn ahead<T>(from: *const T) {
+    // SAFETY: nothing is read, and an address that is nowhere is passed over.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    }
 }

@@ -13,6 +13,7 @@ use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,7 +68,7 @@ pub struct Engine {
     adapters: HashMap<GenerationId, Adapter>,
     /// Generations that are served from here on; others only to the end of what they began.
     lasting: BTreeSet<GenerationId>,
-    adapted: HashMap<Combination, Arc<Adapted>>,
+    adapted: HashMap<Combination, Rc<Adapted>>,
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
 }
@@ -128,11 +129,11 @@ impl Engine {
     }
 
     /// The adapters of a request, made ready once for all that ask for the same.
-    fn adapted(&mut self, asked: &[Weighted]) -> anyhow::Result<Arc<Adapted>> {
+    fn adapted(&mut self, asked: &[Weighted]) -> anyhow::Result<Rc<Adapted>> {
         let named = asked.iter().filter_map(|w| Some((w.generation.clone()?, w.weight.to_bits())));
         let combination: Combination = named.collect();
         if let Some(adapted) = self.adapted.get(&combination) {
-            return Ok(Arc::clone(adapted));
+            return Ok(Rc::clone(adapted));
         }
         let mut adapters = Vec::new();
         for (id, weight) in &combination {
@@ -142,7 +143,7 @@ impl Engine {
         let adapted = self.batch.adapt(&adapters)?;
         if combination.iter().all(|(id, _)| self.lasting.contains(id)) {
             self.drop_idle();
-            self.adapted.insert(combination, Arc::clone(&adapted));
+            self.adapted.insert(combination, Rc::clone(&adapted));
         } else {
             // It was replaced or forgotten while the request waited: nothing of it is kept.
             self.batch.forget(&adapted);
@@ -157,7 +158,7 @@ impl Engine {
         }
         let batch = &mut self.batch;
         self.adapted.retain(|_, adapted| {
-            let used = Arc::strong_count(adapted) > 1;
+            let used = Rc::strong_count(adapted) > 1;
             if !used {
                 batch.forget(adapted);
             }

@@ -2,6 +2,7 @@
 //!
 //! On a CPU that is [`crate::cpu`]'s pass. Other devices take each answer's step by itself, as [`Decoder`] does.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -33,7 +34,7 @@ enum AdaptedKind {
 
 /// One answer under way.
 pub struct Speaker {
-    adapted: Arc<Adapted>,
+    adapted: Rc<Adapted>,
     /// Pages that are set aside for it.
     reserved: usize,
     state: State,
@@ -112,7 +113,7 @@ impl Batch {
     ///
     /// # Errors
     /// When one belongs to a model of another shape, or a weight is not finite.
-    pub fn adapt(&mut self, adapters: &[(&Adapter, f64)]) -> Result<Arc<Adapted>> {
+    pub fn adapt(&mut self, adapters: &[(&Adapter, f64)]) -> Result<Rc<Adapted>> {
         let kind = if self.cpu.is_some() {
             AdaptedKind::Cpu(Arc::new(Cpu::activate(&self.base, adapters)?))
         } else {
@@ -120,7 +121,7 @@ impl Batch {
         };
         self.adapted += 1;
         self.prefixes.open(self.adapted);
-        Ok(Arc::new(Adapted { number: self.adapted, kind }))
+        Ok(Rc::new(Adapted { number: self.adapted, kind }))
     }
 
     /// Drops all that was read with these adapters. Answers under way go on, and leave nothing behind.
@@ -139,7 +140,7 @@ impl Batch {
     /// When there is no room yet; or when a parameter makes no sense, or the prompt is empty or fills the context.
     pub fn begin(
         &mut self,
-        adapted: &Arc<Adapted>,
+        adapted: &Rc<Adapted>,
         tokenizer: &Tokenizer,
         prompt: &[u32],
         sampling: Sampling,
@@ -172,7 +173,7 @@ impl Batch {
         };
         self.reserved += needed;
         self.prefixes.shrink(self.pages_max - self.reserved);
-        Ok(Speaker { adapted: Arc::clone(adapted), reserved: needed, state })
+        Ok(Speaker { adapted: Rc::clone(adapted), reserved: needed, state })
     }
 
     /// Ends an answer, whether it was finished or not. What it has read is kept for later prompts.

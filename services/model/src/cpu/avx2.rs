@@ -2,11 +2,10 @@
 
 use std::any::TypeId;
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps,
-    _mm_shuffle_ps, _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps,
-    _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_slli_epi32,
+    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
+    _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32,
 };
 
 use half::bf16;
@@ -142,7 +141,7 @@ fn int8_tile<const R: usize, const C: usize>(
     let blocks = k / BLOCK;
     let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
     let codes: [*const i8; C] = std::array::from_fn(|j| row(codes, first_column + j, k));
-    let scales: [&[f32]; C] = std::array::from_fn(|j| &scales[(first_column + j) * blocks..][..blocks]);
+    let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
     let mut sums = [[_mm256_setzero_ps(); C]; R];
     for block in 0..blocks {
         for j in 0..C {
@@ -154,7 +153,7 @@ fn int8_tile<const R: usize, const C: usize>(
                 [0, 16, 32, 48].map(|i| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(i).cast())))
             };
             ahead(codes[j].wrapping_add(at + C * k));
-            let scale = _mm256_set1_ps(scales[j][block]);
+            let scale = _mm256_set1_ps(scale_of(j, block));
             for i in 0..R {
                 // SAFETY: so has a row of `x`.
                 #[allow(unsafe_code)]

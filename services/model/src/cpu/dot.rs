@@ -4,11 +4,13 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16,
-    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps,
-    _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
+    __m512bh, __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps,
+    _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps, _mm512_set1_epi16,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
 };
+
+use std::mem::transmute;
 
 use half::bf16 as Bf16;
 
@@ -56,7 +58,8 @@ fn bf16_tile<const R: usize, const C: usize>(
             for j in 0..C {
                 // SAFETY: both types are 512 bits without meaning of their own.
                 #[allow(unsafe_code)]
-                let (x, w) = unsafe { (std::mem::transmute(x[i]), std::mem::transmute(w[j])) };
+                let (x, w) =
+                    unsafe { (transmute::<__m512i, __m512bh>(x[i]), transmute::<__m512i, __m512bh>(w[j])) };
                 sums[i][j] = _mm512_dpbf16_ps(sums[i][j], x, w);
             }
         }
@@ -123,7 +126,7 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
     let (blocks, bytes) = (k / BLOCK, if FOUR { BLOCK / 2 } else { BLOCK });
     let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
     let codes: [*const u8; C] = std::array::from_fn(|j| row(codes, first_column + j, blocks * bytes));
-    let scales: [&[f32]; C] = std::array::from_fn(|j| &scales[(first_column + j) * blocks..][..blocks]);
+    let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
     let table = if FOUR { nf4_table() } else { _mm512_setzero_si512() };
     let mut sums = [[_mm512_setzero_ps(); C]; R];
     for block in 0..blocks {
@@ -138,7 +141,7 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
             #[allow(unsafe_code)]
             let w = unsafe { unpack::<FOUR>(codes[j].wrapping_add(block * bytes), table) };
             ahead(codes[j].wrapping_add((block + C * blocks) * bytes));
-            let scale = _mm512_set1_ps(scales[j][block]);
+            let scale = _mm512_set1_ps(scale_of(j, block));
             for i in 0..R {
                 let exact = _mm512_dpwssd_epi32(_mm512_setzero_si512(), x[i][0], w[0]);
                 let exact = _mm512_dpwssd_epi32(exact, x[i][1], w[1]);

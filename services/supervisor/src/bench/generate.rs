@@ -8,7 +8,7 @@ use model::batch::{Adapted, Batch, NotBegun};
 use model::sampling::Sampling;
 use serde_json::json;
 use std::io::Write;
-use std::sync::Arc;
+use std::rc::Rc;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -78,7 +78,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 /// Seconds to the first token, and from there to the last.
 fn once(
     batch: &mut Batch,
-    adapted: &Arc<Adapted>,
+    adapted: &Rc<Adapted>,
     subject: &Subject,
     prompt: &[u32],
     tokens: usize,

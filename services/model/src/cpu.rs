@@ -2,7 +2,7 @@
 //!
 //! Decoding reads every weight for a few rows, so that reading is all there is to do; libtorch spends its time on
 //! the hundreds of small operations around it, and on products that are slow for single rows. Here a pass is a loop
-//! over layers with about ten parts each, shared out among a [`Team`], and the products are ours. Activations are
+//! over layers with about ten parts each, shared out among some threads, and the products are ours. Activations are
 //! f32; rows are rounded to what a product takes.
 //!
 //! What is computed for a token depends on the tokens before it and on its adapters alone, to the last bit: not on
@@ -204,7 +204,7 @@ impl Cpu {
         CpuAdapters::new(&base.activate(adapters)?, &[&c.qkv_rows(), &hidden, &gate_up, &hidden])
     }
 
-    /// Reads the tokens of all spans; gives the logits, [vocab_size], of those that speak.
+    /// Reads the tokens of all spans; gives the logits of those that speak, one for each token of the vocabulary.
     ///
     /// # Errors
     /// When a token is beyond the vocabulary.

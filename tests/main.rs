@@ -17,5 +17,6 @@ mod learning;
 mod overload;
 mod restart;
 mod retention;
+mod speed;
 mod tidy;
 mod tiny;

@@ -1,21 +1,30 @@
-//! What happens on the compute thread: every running request gets one token in turn.
+//! What happens on the compute thread: all running answers go through the model together, a token each; between two
+//! steps answers come and go.
 
 use crate::{Full, Language};
 use anyhow::Context;
 use kit::compute::{Engine as Steps, Running as Turned};
 use kit::link::{NotTaken, ReplyTo};
-use model::generate::{Decoder, Finish, TokenLogprob};
+use model::batch::{Adapted, Batch, NotBegun, Speaker};
+use model::generate::{Finish, Step, TokenLogprob};
 use model::llama::Base;
 use model::lora::Adapter;
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the engine rests when every running request waits for its reader.
 const READERS_WAIT: Duration = Duration::from_millis(2);
+
+/// Combinations of adapters that are kept ready while nobody uses them.
+const ADAPTED_MAX: usize = 64;
+
+/// Generations, each with the bits of its weight.
+type Combination = Vec<(GenerationId, u32)>;
 
 /// A request on its way to the engine.
 pub struct Request {
@@ -45,7 +54,7 @@ struct Waiting {
 struct Running {
     request: Arc<Request>,
     index: u32,
-    decoder: Decoder,
+    speaker: Speaker,
     /// Events that the reader had no room for yet.
     pending: VecDeque<GenerateEvent>,
     done: bool,
@@ -53,19 +62,39 @@ struct Running {
 
 /// Owned by the compute thread: the base, the adapters in use, and the requests.
 pub struct Engine {
-    base: Base,
+    batch: Batch,
     language: Arc<Language>,
     running_max: usize,
     adapters: HashMap<GenerationId, Adapter>,
+    /// Generations that are served from here on; others only to the end of what they began.
+    lasting: BTreeSet<GenerationId>,
+    adapted: HashMap<Combination, Rc<Adapted>>,
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
 }
 
 impl Engine {
-    /// An engine that decodes at most `running_max` answers at the same time.
-    pub fn new(base: Base, language: Arc<Language>, running_max: usize) -> Self {
-        let (adapters, waiting, running) = (HashMap::new(), VecDeque::new(), Vec::new());
-        Self { base, language, running_max, adapters, waiting, running }
+    /// An engine that decodes at most `running_max` answers at the same time, whose keys and values take at most
+    /// `cache_bytes_max`.
+    ///
+    /// # Errors
+    /// When the base's weights are not as a base has them.
+    pub fn new(
+        base: Base,
+        language: Arc<Language>,
+        running_max: usize,
+        cache_bytes_max: usize,
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            batch: Batch::new(base, cache_bytes_max)?,
+            language,
+            running_max,
+            adapters: HashMap::new(),
+            lasting: BTreeSet::new(),
+            adapted: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+        })
     }
 
     /// Loads a generation: of this base, finite, with an effect, or refused before anything changes.
@@ -73,18 +102,68 @@ impl Engine {
     /// # Errors
     /// Says what is wrong with it.
     pub fn load(&mut self, id: GenerationId, bytes: &[u8]) -> anyhow::Result<()> {
-        let adapter = Adapter::from_bytes(bytes, self.base.config())?;
+        let base = self.batch.base();
+        let adapter = Adapter::from_bytes(bytes, base.config())?;
         adapter.check_finite()?;
         anyhow::ensure!(adapter.has_effect(), "it has no effect");
-        self.adapters.insert(id, adapter.to_device(self.base.device()));
+        self.adapters.insert(id.clone(), adapter.to_device(base.device()));
+        self.lasting.insert(id);
         Ok(())
     }
 
-    /// Drops all other generations. Running requests keep what they started with.
+    /// Drops all other generations, with all that was read with them. Running requests keep what they started with,
+    /// and leave nothing behind.
     pub fn keep(&mut self, keep: &BTreeSet<GenerationId>) {
         let adapters = self.waiting.iter().flat_map(|waiting| &waiting.request.adapters);
         let waiting: BTreeSet<&GenerationId> = adapters.filter_map(|w| w.generation.as_ref()).collect();
         self.adapters.retain(|id, _| keep.contains(id) || waiting.contains(id));
+        self.lasting.retain(|id| keep.contains(id));
+        let (lasting, batch) = (&self.lasting, &mut self.batch);
+        self.adapted.retain(|combination, adapted| {
+            let stays = combination.iter().all(|(id, _)| lasting.contains(id));
+            if !stays {
+                batch.forget(adapted);
+            }
+            stays
+        });
+    }
+
+    /// The adapters of a request, made ready once for all that ask for the same.
+    fn adapted(&mut self, asked: &[Weighted]) -> anyhow::Result<Rc<Adapted>> {
+        let named = asked.iter().filter_map(|w| Some((w.generation.clone()?, w.weight.to_bits())));
+        let combination: Combination = named.collect();
+        if let Some(adapted) = self.adapted.get(&combination) {
+            return Ok(Rc::clone(adapted));
+        }
+        let mut adapters = Vec::new();
+        for (id, weight) in &combination {
+            let adapter = self.adapters.get(id).context("its generation is no longer loaded; ask again")?;
+            adapters.push((adapter, f64::from(f32::from_bits(*weight))));
+        }
+        let adapted = self.batch.adapt(&adapters)?;
+        if combination.iter().all(|(id, _)| self.lasting.contains(id)) {
+            self.drop_idle();
+            self.adapted.insert(combination, Rc::clone(&adapted));
+        } else {
+            // It was replaced or forgotten while the request waited: nothing of it is kept.
+            self.batch.forget(&adapted);
+        }
+        Ok(adapted)
+    }
+
+    /// Makes room for another combination of adapters: weights can be combined without end.
+    fn drop_idle(&mut self) {
+        if self.adapted.len() < ADAPTED_MAX {
+            return;
+        }
+        let batch = &mut self.batch;
+        self.adapted.retain(|_, adapted| {
+            let used = Rc::strong_count(adapted) > 1;
+            if !used {
+                batch.forget(adapted);
+            }
+            used
+        });
     }
 
     /// Takes up all answers of a request, unless more than `open_max` would be running and waiting then.
@@ -107,36 +186,33 @@ impl Engine {
         self.waiting.retain(|waiting| !waiting.request.reply.is_gone());
     }
 
+    /// Begins what waits, in order, as far as there is room.
     fn admit(&mut self) {
         self.drop_unwanted();
         while self.running.len() < self.running_max {
-            let Some(waiting) = self.waiting.pop_front() else { break };
-            let request = Arc::clone(&waiting.request);
-            match self.start(waiting) {
-                Ok(running) => self.running.push(running),
-                Err(error) => {
-                    let refused =
-                        GenerateEvent::Refused { param: "prompt".into(), message: format!("{error:#}") };
-                    // Whoever asked may have gone away.
-                    let _ = request.reply.try_send(refused);
+            let Some(Waiting { request, index }) = self.waiting.front() else { break };
+            let (request, index) = (Arc::clone(request), *index);
+            let refused = match self.start(&request, index) {
+                Ok(speaker) => {
+                    let pending = VecDeque::new();
+                    self.running.push(Running { request, index, speaker, pending, done: false });
+                    None
                 }
+                Err(NotBegun::Later) => break,
+                Err(NotBegun::TooLong(message)) => Some(("max_tokens", message)),
+                Err(NotBegun::Refused(error)) => Some(("prompt", format!("{error:#}"))),
+            };
+            let Some(Waiting { request, .. }) = self.waiting.pop_front() else { break };
+            if let Some((param, message)) = refused {
+                // Whoever asked may have gone away.
+                let _ = request.reply.try_send(GenerateEvent::Refused { param: param.into(), message });
             }
         }
     }
 
-    fn start(&self, waiting: Waiting) -> anyhow::Result<Running> {
-        let Waiting { request, index } = waiting;
-        let mut adapters = Vec::new();
-        for weighted in &request.adapters {
-            if let Some(id) = &weighted.generation {
-                let adapter =
-                    self.adapters.get(id).context("its generation is no longer loaded; ask again")?;
-                adapters.push((adapter, f64::from(weighted.weight)));
-            }
-        }
-        let (sampling, tokenizer) = (request.sampling(index), &self.language.tokenizer);
-        let decoder = Decoder::new(&self.base, &adapters, tokenizer, &request.tokens, sampling)?;
-        Ok(Running { request, index, decoder, pending: VecDeque::new(), done: false })
+    fn start(&mut self, request: &Request, index: u32) -> Result<Speaker, NotBegun> {
+        let adapted = self.adapted(&request.adapters).map_err(NotBegun::Refused)?;
+        self.batch.begin(&adapted, &self.language.tokenizer, &request.tokens, request.sampling(index))
     }
 
     fn gauge(&self) {
@@ -170,15 +246,18 @@ impl Steps for Engine {
     fn step(&mut self) -> bool {
         let before = self.waiting.len();
         self.admit();
-        let (mut moved, tokenizer) = (false, &self.language.tokenizer);
-        self.running.retain_mut(|running| {
-            // A slow reader pauses its own request and nobody else's.
-            if running.pending.is_empty() {
-                running.advance(tokenizer);
-                moved = true;
-            }
-            running.flush()
-        });
+        // A slow reader pauses its own request and nobody else's.
+        let ready = self.running.iter_mut().filter(|running| running.pending.is_empty() && !running.done);
+        let mut ready: Vec<&mut Running> = ready.collect();
+        let moved = !ready.is_empty();
+        let mut speakers: Vec<&mut Speaker> = ready.iter_mut().map(|running| &mut running.speaker).collect();
+        let steps = self.batch.step(&mut speakers);
+        for (running, step) in ready.into_iter().zip(steps) {
+            running.take(step, &self.language.tokenizer);
+        }
+        for ended in self.running.extract_if(.., |running| !running.flush()) {
+            self.batch.end(ended.speaker);
+        }
         if before != self.waiting.len() {
             self.gauge();
         }
@@ -203,14 +282,11 @@ impl Running {
         !self.done && !self.request.reply.is_gone()
     }
 
-    /// The next token.
-    fn advance(&mut self, tokenizer: &Tokenizer) {
-        let step = match self.decoder.step() {
+    /// Takes what came of a step: the next token, or nothing while the prompt is being read.
+    fn take(&mut self, step: anyhow::Result<Option<Step>>, tokenizer: &Tokenizer) {
+        let step = match step {
             Ok(Some(step)) => step,
-            Ok(None) => {
-                self.done = true;
-                return;
-            }
+            Ok(None) => return,
             Err(error) => {
                 tracing::error!(%error, "a request cannot be answered");
                 let message = format!("the model cannot answer this: {error:#}");
@@ -225,7 +301,7 @@ impl Running {
             self.pending.push_back(GenerateEvent::Text { index, text: step.text, logprobs });
         }
         if let Some(finish) = step.finish {
-            let completion_tokens = self.decoder.generated() as u32;
+            let completion_tokens = self.speaker.generated() as u32;
             let usage = Usage { prompt_tokens: self.request.tokens.len() as u32, completion_tokens };
             let reason = match finish {
                 Finish::Stop => FinishReason::Stop,

@@ -1,4 +1,4 @@
-//! Answers from what is current: leases adapters to requests, decodes them in turn, streams text.
+//! Answers from what is current: leases adapters to requests, decodes them together, streams text.
 //!
 //! A request keeps the adapters it started with to its end; a new generation is for the requests
 //! that come after it.
@@ -7,12 +7,11 @@ mod engine;
 mod profiles;
 mod router;
 
-pub use engine::Engine;
+pub use engine::{Engine, Request};
 pub use profiles::Profiles;
 pub use router::{Route, Routing};
 
 use anyhow::Context;
-use engine::Request;
 use kit::blobs::Blobs;
 use kit::compute::{Compute, Turn};
 use kit::ledger::Ledger;

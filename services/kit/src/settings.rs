@@ -199,6 +199,7 @@ section!(
     Infer {
         max_running: usize,
         queue_max: usize,
+        cache_mb_max: usize,
         max_tokens_default: u32,
         route_strictness: f32,
         route_top: usize,
@@ -351,6 +352,7 @@ impl Settings {
         within("checkpoint.generations_kept", self.checkpoint.generations_kept, 1..=10_000)?;
         within("infer.max_running", self.infer.max_running, 1..=1024)?;
         within("infer.queue_max", self.infer.queue_max, 0..=65_536)?;
+        within("infer.cache_mb_max", self.infer.cache_mb_max, 1..=1 << 20)?;
         within("infer.max_tokens_default", self.infer.max_tokens_default, 1..=1 << 20)?;
         within("infer.route_strictness", self.infer.route_strictness, 0.0..=2.0)?;
         within("infer.route_top", self.infer.route_top, 1..=8)?;

@@ -91,6 +91,11 @@ impl ActiveAdapters {
         Ok(())
     }
 
+    /// Layers up to the last one that anything is added to.
+    pub(crate) fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// What is added to the product of `group` in `layer`.
     pub(crate) fn deltas(&self, layer: usize, group: Group) -> &[Delta] {
         self.layers.get(layer).map_or(&[], |groups| &groups[group as usize])

@@ -1,72 +1,28 @@
-//! Generation: one token a step, so that a caller can interleave several requests on one thread.
+//! Generation of one answer in the plain way, by libtorch: what other devices do, and what the pass on the CPU is
+//! compared with.
 
-use std::collections::VecDeque;
-
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use tch::{Device, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input, KvCache};
 use crate::lora::Adapter;
-use crate::sampling::{Sampler, Sampling, TopLogprob};
-use crate::stream::StreamDecoder;
+use crate::sampling::Sampling;
 use crate::tokenizer::Tokenizer;
+use crate::voice::Voice;
+pub use crate::voice::{Finish, Step, TokenLogprob};
 
 /// Prompt tokens of one forward pass: bounds the memory of a long prompt.
-const PREFILL_TOKENS: i64 = 512;
-
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// By an end token or a stop text.
-    Stop,
-    /// By `max_tokens` or the model's context limit.
-    Length,
-}
-
-/// A token of the answer's text, and how likely it was.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenLogprob {
-    /// Its id.
-    pub id: u32,
-    /// Its log-probability, as [`Sampling::logprobs`] says.
-    pub logprob: f32,
-    /// The most likely tokens at its place, the likeliest first.
-    pub top: Vec<TopLogprob>,
-    /// Where its text begins in the answer, in characters.
-    pub text_offset: usize,
-}
-
-/// One generated token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// Its id.
-    pub id: u32,
-    /// The text that became certain with it; often empty.
-    pub text: String,
-    /// Where asked for: the tokens that `text` comes from, as far as earlier steps did not tell them. So the
-    /// tokens of all steps are those of the text: without an end token, and without those of a stop text, but for
-    /// one that begins before it.
-    pub logprobs: Vec<TokenLogprob>,
-    /// Set on the last one.
-    pub finish: Option<Finish>,
-}
+const PREFILL_TOKENS: usize = 512;
 
 /// A request that is being answered. It keeps the base and the adapters it began with.
 pub struct Decoder {
     base: Base,
     adapters: ActiveAdapters,
     cache: KvCache,
-    sampler: Sampler,
-    stream: StreamDecoder,
-    stops: StopMatcher,
-    untold: Untold,
-    max_tokens: usize,
-    end_ids: Vec<u32>,
+    voice: Voice,
     /// What the model has not seen yet: the prompt at first, then the last token.
     unseen: Vec<u32>,
-    generated: usize,
-    done: bool,
 }
 
 impl Decoder {
@@ -82,40 +38,9 @@ impl Decoder {
         sampling: Sampling,
     ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
-        sampling.check()?;
-        let config = base.config();
-        let prompt = if prompt.is_empty() { tokenizer.prefix() } else { prompt };
-        ensure!(!prompt.is_empty(), "the prompt is empty, and this model has no token to begin with");
-        ensure!(
-            (prompt.len() as i64) < config.max_positions,
-            "the prompt has {} tokens; the model's context is {}",
-            prompt.len(),
-            config.max_positions
-        );
-        ensure!(
-            prompt.iter().all(|&id| i64::from(id) < config.vocab_size),
-            "the prompt has ids beyond the vocabulary"
-        );
-        ensure!(
-            sampling.logit_bias.keys().all(|&id| i64::from(id) < config.vocab_size),
-            "logit_bias has ids beyond the vocabulary"
-        );
-        let mut end_ids = tokenizer.eos_ids().to_vec();
-        end_ids.extend(&sampling.stop_ids);
-        Ok(Self {
-            adapters: base.activate(adapters)?,
-            cache: KvCache::new(base, 1),
-            stream: StreamDecoder::new(tokenizer, prompt),
-            stops: StopMatcher::new(&sampling.stop),
-            untold: Untold::default(),
-            max_tokens: sampling.max_tokens,
-            end_ids,
-            unseen: prompt.to_vec(),
-            generated: 0,
-            done: false,
-            sampler: Sampler::new(sampling, prompt),
-            base: base.share(),
-        })
+        let (voice, unseen) = Voice::new(base.config(), tokenizer, prompt, sampling)?;
+        let (adapters, cache) = (base.activate(adapters)?, KvCache::new(base, 1));
+        Ok(Self { base: base.share(), adapters, cache, voice, unseen })
     }
 
     /// Generates the next token; `None` once the answer has ended. The first call reads the prompt.
@@ -123,60 +48,38 @@ impl Decoder {
     /// # Errors
     /// When the model's output is not finite.
     pub fn step(&mut self) -> Result<Option<Step>> {
-        if self.done {
+        while !self.voice.is_done() {
+            if let Some(step) = self.advance()? {
+                return Ok(Some(step));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads a part of the prompt; once it is read, generates the next token.
+    ///
+    /// # Errors
+    /// When the model's output is not finite.
+    pub fn advance(&mut self) -> Result<Option<Step>> {
+        let _guard = tch::no_grad_guard();
+        let rest = self.unseen.split_off(self.unseen.len().min(PREFILL_TOKENS));
+        let ids: Vec<i64> = self.unseen.iter().map(|&id| i64::from(id)).collect();
+        let ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.base.device());
+        let input = Input::rows(ids, self.cache.len());
+        let hidden = self.base.forward(&input, &self.adapters, Some(&mut self.cache))?;
+        self.unseen = rest;
+        if !self.unseen.is_empty() {
             return Ok(None);
         }
-        let logits = self.next_logits()?;
-        let chosen = self.sampler.choose(logits)?;
-        let id = chosen.id;
-        self.generated += 1;
-        self.unseen = vec![id];
-        let full = self.cache.len() + 1 >= self.base.config().max_positions;
-        let mut finish = (full || self.generated >= self.max_tokens).then_some(Finish::Length);
-        let mut text = String::new();
-        if self.end_ids.contains(&id) {
-            finish = Some(Finish::Stop);
-        } else {
-            self.untold.token(id, chosen.logprobs);
-            if let Some(part) = self.stream.push(id)? {
-                self.untold.text(&part);
-                text = self.stops.push(&part);
-            }
-        }
-        if finish.is_some() && !self.stops.hit {
-            if let Some(part) = self.stream.finish()? {
-                text += &self.stops.push(&part);
-            }
-            text += &self.stops.finish();
-        }
-        if self.stops.hit {
-            finish = Some(Finish::Stop);
-        }
-        self.done = finish.is_some();
-        let logprobs = self.untold.told(&text, self.done && !self.stops.hit);
-        Ok(Some(Step { id, text, logprobs, finish }))
+        let last = hidden.f_narrow(0, hidden.size()[0] - 1, 1)?;
+        let step = self.voice.say(to_vec(&self.base.logits(&last)?)?)?;
+        self.unseen.push(step.id);
+        Ok(Some(step))
     }
 
     /// Tokens generated so far.
     pub fn generated(&self) -> usize {
-        self.generated
-    }
-
-    /// Logits after everything seen, on the CPU, [vocab_size].
-    fn next_logits(&mut self) -> Result<Vec<f32>> {
-        let _guard = tch::no_grad_guard();
-        let ids: Vec<i64> = self.unseen.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.base.device());
-        let total = ids.size()[1];
-        let mut last = None;
-        for start in (0..total).step_by(PREFILL_TOKENS as usize) {
-            let part = ids.narrow(1, start, PREFILL_TOKENS.min(total - start));
-            let input = Input::rows(part, self.cache.len());
-            let hidden = self.base.forward(&input, &self.adapters, Some(&mut self.cache))?;
-            last = Some(hidden.f_narrow(0, hidden.size()[0] - 1, 1)?);
-        }
-        let last = last.ok_or_else(|| anyhow::anyhow!("nothing to read"))?;
-        to_vec(&self.base.logits(&last)?)
+        self.voice.generated()
     }
 }
 
@@ -218,74 +121,6 @@ pub(crate) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
     let mut values = vec![0f32; tensor.numel()];
     tensor.f_copy_data(&mut values, tensor.numel())?;
     Ok(values)
-}
-
-/// Tokens whose text has not come out yet, because it is part of a character, or of what may become a stop text.
-#[derive(Default)]
-struct Untold {
-    tokens: VecDeque<TokenLogprob>,
-    /// Characters of text that all tokens made.
-    made: usize,
-    /// Characters of text that came out.
-    told: usize,
-}
-
-impl Untold {
-    /// A token was chosen.
-    fn token(&mut self, id: u32, logprobs: Option<(f32, Vec<TopLogprob>)>) {
-        let token = logprobs.map(|(logprob, top)| TokenLogprob { id, logprob, top, text_offset: self.made });
-        self.tokens.extend(token);
-    }
-
-    /// It made this text certain.
-    fn text(&mut self, text: &str) {
-        self.made += text.chars().count();
-    }
-
-    /// This text comes out; gives the tokens that it begins with, or all that are left.
-    fn told(&mut self, text: &str, all: bool) -> Vec<TokenLogprob> {
-        self.told += text.chars().count();
-        let count = self.tokens.iter().take_while(|token| all || token.text_offset < self.told).count();
-        self.tokens.drain(..count).collect()
-    }
-}
-
-/// Finds stop texts in a stream, holding back what might become one.
-struct StopMatcher {
-    stops: Vec<String>,
-    held: String,
-    hit: bool,
-}
-
-impl StopMatcher {
-    fn new(stops: &[String]) -> Self {
-        Self { stops: stops.to_vec(), held: String::new(), hit: false }
-    }
-
-    /// Takes text; gives what can no longer be part of a stop text. After a hit it gives nothing more.
-    fn push(&mut self, text: &str) -> String {
-        if self.hit {
-            return String::new();
-        }
-        self.held += text;
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.hit = true;
-            self.held.truncate(at);
-            return std::mem::take(&mut self.held);
-        }
-        let starts = self.held.char_indices().map(|(i, _)| i);
-        let safe = starts
-            .filter(|&i| self.stops.iter().any(|stop| stop.starts_with(&self.held[i..])))
-            .min()
-            .unwrap_or(self.held.len());
-        let rest = self.held.split_off(safe);
-        std::mem::replace(&mut self.held, rest)
-    }
-
-    /// The end of the stream: what was held back is text after all.
-    fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
-    }
 }
 
 #[cfg(test)]
@@ -374,16 +209,6 @@ mod tests {
     }
 
     #[test]
-    fn a_matcher_holds_back_only_what_may_become_a_stop() {
-        let mut matcher = StopMatcher::new(&["</end>".into(), "é!".into()]);
-        assert_eq!(matcher.push("a < b </e"), "a < b ");
-        assert_eq!(matcher.push("x é"), "</ex ");
-        assert_eq!(matcher.push("? </"), "é? ");
-        assert_eq!(matcher.push("end> more"), "");
-        assert!(matcher.hit && matcher.push("x").is_empty());
-    }
-
-    #[test]
     fn an_answer_depends_on_its_seed_and_on_nothing_beside_it() {
         let Some((base, tokenizer, _)) = stories() else { return };
         let prompt = tokenizer.encode("Tom").unwrap();
@@ -435,20 +260,6 @@ mod tests {
             let at = [(prompt.len() + i - 1) as i64, i64::from(token.id)];
             assert!((logprobs.double_value(&at) - f64::from(token.logprob)).abs() < 1e-4);
         }
-    }
-
-    #[test]
-    fn tokens_that_share_a_character_come_out_with_it() {
-        let mut untold = Untold::default();
-        let logprobs = || Some((-1.0, Vec::new()));
-        untold.token(1, logprobs());
-        assert!(untold.told("", false).is_empty());
-        untold.token(2, logprobs());
-        untold.text("é!");
-        let told = untold.told("é", false);
-        assert_eq!(told.iter().map(|t| (t.id, t.text_offset)).collect::<Vec<_>>(), [(1, 0), (2, 0)]);
-        untold.token(3, logprobs());
-        assert_eq!(untold.told("!", true)[0].text_offset, 2);
     }
 
     #[test]

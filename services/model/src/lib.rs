@@ -11,9 +11,11 @@
 mod active;
 pub mod anchor;
 mod base;
+pub mod batch;
 mod cache;
 pub mod chat;
 mod conversation;
+pub mod cpu;
 pub mod device;
 pub mod distillation;
 pub mod ewc;
@@ -39,6 +41,7 @@ pub mod sampling;
 pub mod selftest;
 pub mod stream;
 pub mod tokenizer;
+mod voice;
 pub mod weights;
 
 #[cfg(test)]

@@ -10,6 +10,8 @@
 
 mod kernel;
 
+pub(crate) use kernel::Codes;
+
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,13 +19,13 @@ use std::str::FromStr;
 use tch::{Device, Kind, Tensor};
 
 /// Weights that share a scale.
-const BLOCK: i64 = 64;
+pub(crate) const BLOCK: i64 = 64;
 
 /// Weights that are taken in at a time, so that quantising a large matrix needs little memory beside it.
 const CHUNK_BLOCKS: i64 = 1 << 14;
 
 /// The quantiles of a normal distribution that four bits stand for, scaled to ±1 (arXiv 2305.14314, appendix E).
-const NF4: [f32; 16] = [
+pub(crate) const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
@@ -92,10 +94,10 @@ pub(crate) enum Matrix {
 #[derive(Debug)]
 pub(crate) struct Quantised {
     /// `int8`: i8 [blocks, 64]. `nf4`: u8 [blocks, 32], the earlier weight of a pair in the high half.
-    codes: Tensor,
+    pub codes: Tensor,
     /// f32 [blocks].
-    scales: Tensor,
-    shape: [i64; 2],
+    pub scales: Tensor,
+    pub shape: [i64; 2],
     /// What products are computed in.
     kind: Kind,
 }

@@ -11,6 +11,8 @@ use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::cpu::vector::{self, Level};
+
 /// Stop texts that one request may have.
 const STOPS_MAX: usize = 16;
 
@@ -146,12 +148,7 @@ impl Sampler {
     /// When the logits are not finite.
     pub fn choose(&mut self, mut logits: Vec<f32>) -> Result<Chosen> {
         self.adjust(&mut logits);
-        ensure!(
-            logits.iter().all(|x| !x.is_nan()),
-            "the model's output is not a number: its weights are damaged"
-        );
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        ensure!(best.is_finite(), "the model's output is not finite: its weights are damaged");
+        let best = largest(&logits)?;
         let id = if self.sampling.temperature == 0.0 {
             logits.iter().position(|&x| x == best).unwrap_or(0) as u32
         } else {
@@ -184,26 +181,64 @@ impl Sampler {
     /// Draws from what temperature and truncation make of logits whose largest is `best`.
     fn sample(&mut self, logits: &[f32], best: f32) -> u32 {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
-        let mass = |x: f32| (f64::from(x - best) / temperature).exp();
-        let mut tokens: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+        // Those with as much as this are looked at; the most likely token's mass is 1.
+        let (mut masses, mut least) = (vec![0.0; logits.len()], min_p as f32);
+        // Beyond that a colder draw is no other draw, and its numbers would leave f32.
+        vector::masses(Level::best(), logits, best, temperature.max(1e-6) as f32, &mut masses);
+        if top_k == 0 && top_p < 1.0 {
+            // All that have less are together less than what top-p leaves out.
+            let all = masses.iter().filter(|&&mass| mass >= least).map(|&mass| f64::from(mass)).sum::<f64>();
+            let few = ((1.0 - top_p) * all / masses.len() as f64) as f32;
+            if few > least {
+                least = few;
+            }
+            return self.draw_from(tokens(&masses, least), Some(top_p * all));
+        }
+        let mut tokens = tokens(&masses, least);
         if top_k > 0 && top_k < tokens.len() {
             tokens.select_nth_unstable_by(top_k - 1, by_likelihood);
             tokens.truncate(top_k);
             tokens.sort_unstable_by(by_likelihood);
         }
-        if min_p > 0.0 {
-            // The most likely token's mass is 1.
-            tokens.retain(|t| mass(t.0) >= min_p);
+        let enough = (top_p < 1.0).then(|| top_p * tokens.iter().map(|t| f64::from(t.0)).sum::<f64>());
+        self.draw_from(tokens, enough)
+    }
+
+    /// Draws from the most likely tokens that together have `enough` mass, or from all.
+    fn draw_from(&mut self, mut tokens: Vec<(f32, u32)>, enough: Option<f64>) -> u32 {
+        if let Some(enough) = enough {
+            keep_nucleus(&mut tokens, enough);
         }
-        if top_p < 1.0 {
-            keep_nucleus(&mut tokens, top_p, mass);
-        }
-        let masses: Vec<f64> = tokens.iter().map(|t| mass(t.0)).collect();
+        let masses: Vec<f64> = tokens.iter().map(|t| f64::from(t.0)).collect();
         tokens[draw(&masses, &mut self.random)].1
     }
 }
 
-/// The most likely first. Equal logits are ordered by id, so that equal seeds give equal texts.
+/// Tokens of at least this mass.
+fn tokens(masses: &[f32], least: f32) -> Vec<(f32, u32)> {
+    masses.iter().copied().zip(0..).filter(|token| token.0 >= least).collect()
+}
+
+/// The largest logit.
+///
+/// # Errors
+/// When one is not a number, or none is finite.
+fn largest(logits: &[f32]) -> Result<f32> {
+    // Side by side, since the compiler does not reorder comparisons.
+    let (mut largest, mut odd) = ([f32::NEG_INFINITY; 16], [false; 16]);
+    for chunk in logits.chunks(16) {
+        for ((largest, odd), x) in largest.iter_mut().zip(&mut odd).zip(chunk) {
+            *largest = if *x > *largest { *x } else { *largest };
+            *odd |= x.is_nan();
+        }
+    }
+    ensure!(!odd.contains(&true), "the model's output is not a number: its weights are damaged");
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    ensure!(largest.is_finite(), "the model's output is not finite: its weights are damaged");
+    Ok(largest)
+}
+
+/// The most likely first. Equal ones are ordered by id, so that equal seeds give equal texts.
 fn by_likelihood(x: &(f32, u32), y: &(f32, u32)) -> std::cmp::Ordering {
     y.0.total_cmp(&x.0).then(x.1.cmp(&y.1))
 }
@@ -211,21 +246,20 @@ fn by_likelihood(x: &(f32, u32), y: &(f32, u32)) -> std::cmp::Ordering {
 /// Sorting a whole vocabulary for top-p is slow, and its mass is nearly always in this many tokens.
 const LIKELY: usize = 1024;
 
-/// Keeps the most likely tokens that together have `top_p` of all mass, one at least.
-fn keep_nucleus(tokens: &mut Vec<(f32, u32)>, top_p: f64, mass: impl Fn(f32) -> f64) {
-    let enough = top_p * tokens.iter().map(|t| mass(t.0)).sum::<f64>();
+/// Keeps the most likely tokens that together have `enough` mass, one at least.
+fn keep_nucleus(tokens: &mut Vec<(f32, u32)>, enough: f64) {
     let sorted = LIKELY.min(tokens.len());
     if sorted < tokens.len() {
         tokens.select_nth_unstable_by(sorted, by_likelihood);
     }
     tokens[..sorted].sort_unstable_by(by_likelihood);
-    if tokens[..sorted].iter().map(|t| mass(t.0)).sum::<f64>() < enough {
+    if tokens[..sorted].iter().map(|t| f64::from(t.0)).sum::<f64>() < enough {
         tokens.sort_unstable_by(by_likelihood);
     }
     let mut sum = 0.0;
     let kept = tokens.iter().take_while(|t| {
         let before = sum;
-        sum += mass(t.0);
+        sum += f64::from(t.0);
         before < enough
     });
     let kept = kept.count().max(1);
@@ -234,10 +268,15 @@ fn keep_nucleus(tokens: &mut Vec<(f32, u32)>, top_p: f64, mass: impl Fn(f32) -> 
 
 /// The log-probability of `id`, and the `top` most likely ones, by logits whose largest is `best`.
 fn logprobs(logits: &[f32], best: f32, id: u32, top: usize) -> (f32, Vec<TopLogprob>) {
-    let sum: f64 = logits.iter().map(|&x| f64::from(x - best).exp()).sum();
+    let mut masses = vec![0.0; logits.len()];
+    vector::masses(Level::best(), logits, best, 1.0, &mut masses);
+    let sum: f64 = masses.iter().map(|&mass| f64::from(mass)).sum();
     let logprob = |x: f32| (f64::from(x - best) - sum.ln()) as f32;
+    if top == 0 {
+        return (logprob(logits[id as usize]), Vec::new());
+    }
     let mut tokens: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
-    if top > 0 && top < tokens.len() {
+    if top < tokens.len() {
         tokens.select_nth_unstable_by(top - 1, by_likelihood);
     }
     tokens.truncate(top);

@@ -1,6 +1,7 @@
 //! `engram bench`: what the program is worth, measured on its own services.
 
 mod bag_of_words;
+mod generate;
 mod heatmap;
 mod method;
 mod panel;
@@ -8,6 +9,7 @@ mod quality;
 mod report;
 mod retention;
 mod scores;
+mod serve;
 mod subject;
 mod system;
 pub mod tasks;
@@ -21,7 +23,9 @@ const EXAMPLES: &str = "\
 Examples:
   engram bench retention --tasks ./clinc150 --seeds 3 --json result.json
   engram bench quality --data ./clinc150 --json result.json
-  engram bench update --model reference --examples 256";
+  engram bench update --base reference --examples 256
+  engram bench generate --base reference
+  engram bench serve --base reference --streams 16 --adapters 8";
 
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
@@ -39,6 +43,10 @@ enum Bench {
     Quality(quality::Args),
     /// Time the learner: seconds for 1,000 new examples, tokens a second, share of the ceiling, memory.
     Update(update::Args),
+    /// Measure how fast a prompt is read and one answer decoded.
+    Generate(generate::Args),
+    /// Measure how fast many answers are decoded at once, over several adapters.
+    Serve(serve::Args),
 }
 
 /// Runs the benchmark that is asked for.
@@ -47,5 +55,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Bench::Retention(args) => retention::run(args, out),
         Bench::Quality(args) => quality::run(args, out),
         Bench::Update(args) => update::run(args, out),
+        Bench::Generate(args) => generate::run(args, out),
+        Bench::Serve(args) => serve::run(args, out),
     }
 }

@@ -172,10 +172,10 @@ impl Plant {
         let s = &self.settings;
         let (base, language, threads) = (self.base(), self.text.language(), s.base.threads);
         let running_max = s.infer.max_running;
-        let speaks = Arc::clone(&language);
+        let (speaks, cache_bytes_max) = (Arc::clone(&language), s.infer.cache_mb_max << 20);
         let engine = Compute::start_engine("infer", 1 + running_max, move || {
             set_threads(threads);
-            Ok(Engine::new(base, speaks, running_max))
+            Engine::new(base, speaks, running_max, cache_bytes_max)
         })
         .await?;
         let death = engine.death();

@@ -17,7 +17,7 @@ fn engine(running_max: usize) -> Engine {
     let tokenizer = Arc::new(Tokenizer::load(dir).expect("a tokenizer"));
     let template = ChatTemplate::load(dir).expect("a template");
     let language = Language { config: base.config().clone(), tokenizer, template };
-    Engine::new(base, Arc::new(language), running_max)
+    Engine::new(base, Arc::new(language), running_max, 64 << 20).expect("an engine")
 }
 
 fn sampling(seed: u64) -> proto::Sampling {
@@ -40,9 +40,20 @@ fn sampling(seed: u64) -> proto::Sampling {
 impl Engine {
     /// Takes up `n` answers to a prompt.
     fn ask(&mut self, prompt: &str, sampling: proto::Sampling, n: u32) -> Events<GenerateEvent> {
+        self.ask_of(&[], prompt, sampling, n)
+    }
+
+    /// Takes up `n` answers of some adapters to a prompt.
+    fn ask_of(
+        &mut self,
+        adapters: &[Weighted],
+        prompt: &str,
+        sampling: proto::Sampling,
+        n: u32,
+    ) -> Events<GenerateEvent> {
         let (reply, events) = events(EVENTS_MAX);
         let tokens = self.language.tokenizer.encode(prompt).expect("encoded");
-        let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
+        let (adapters, stop_ids, turn) = (adapters.to_vec(), Vec::new(), Turn::new().enter());
         let request = Request { tokens, adapters, sampling, n, stop_ids, reply, turn };
         self.take(request, 8).expect("room");
         events
@@ -140,6 +151,102 @@ fn a_reader_that_leaves_frees_all_its_answers() {
     drop(events);
     engine.finish();
     assert_eq!((engine.running.len(), engine.waiting.len(), turn.running()), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn a_slow_reader_pauses_its_own_answer_and_nobody_elses() {
+    let mut engine = engine(2);
+    let fast = engine.ask("The old house", sampling(5), 1);
+    let (reply, slow) = events(1);
+    let tokens = engine.language.tokenizer.encode("The old house").expect("encoded");
+    let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
+    engine
+        .take(Request { tokens, adapters, sampling: sampling(5), n: 1, stop_ids, reply, turn }, 8)
+        .expect("room");
+    let mut steps = 0;
+    while engine.running.len() + engine.waiting.len() > 1 {
+        engine.step();
+        steps += 1;
+        assert!(steps < 100);
+    }
+    assert!(engine.running[0].speaker.generated() < 12);
+    // Once it reads, it gets all of it.
+    let reading = tokio::spawn(answers(slow, 1));
+    while engine.step() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(reading.await.expect("read"), answers(fast, 1).await);
+}
+
+/// An adapter that changes much, as a generation.
+fn generation(engine: &mut Engine, name: u64) -> GenerationId {
+    let id = GenerationId::new(format!("{name:016x}")).expect("a generation");
+    let fresh = Adapter::new(model::lora::LoraConfig::default(), engine.batch.base().config(), name);
+    let fresh = fresh.expect("an adapter");
+    let adapter = fresh.with_flat(fresh.flat() + 0.004).expect("an adapter");
+    engine.load(id.clone(), &adapter.to_bytes().expect("bytes")).expect("loaded");
+    id
+}
+
+fn weighted(id: &GenerationId, weight: f32) -> Weighted {
+    let domain = proto::Domain::new("notes").expect("a domain");
+    Weighted { domain, generation: Some(id.clone()), weight }
+}
+
+#[tokio::test]
+async fn answers_with_different_adapters_are_those_they_have_alone() {
+    let mut engine = engine(8);
+    let (one, two) = (generation(&mut engine, 1), generation(&mut engine, 2));
+    let sets = [
+        vec![],
+        vec![weighted(&one, 1.0)],
+        vec![weighted(&two, 1.0)],
+        vec![weighted(&one, 0.5), weighted(&two, 0.5)],
+        vec![weighted(&one, 0.5)],
+    ];
+    let mut alone = Vec::new();
+    for adapters in &sets {
+        let events = engine.ask_of(adapters, "The old house", sampling(5), 1);
+        engine.finish();
+        alone.push(answers(events, 1).await);
+    }
+    assert!(alone.iter().enumerate().all(|(i, answer)| !alone[..i].contains(answer)), "{alone:?}");
+    let together: Vec<_> =
+        sets.iter().map(|adapters| engine.ask_of(adapters, "The old house", sampling(5), 1)).collect();
+    engine.finish();
+    for (events, alone) in together.into_iter().zip(alone) {
+        assert_eq!(answers(events, 1).await, alone);
+    }
+}
+
+#[tokio::test]
+async fn nothing_of_a_forgotten_generation_stays() {
+    let mut engine = engine(1);
+    let (kept, gone) = (generation(&mut engine, 1), generation(&mut engine, 2));
+    let prompt = "The old house ".repeat(30);
+    let ask = |engine: &mut Engine, adapters: &[Weighted]| engine.ask_of(adapters, &prompt, sampling(5), 1);
+    let first = ask(&mut engine, &[weighted(&kept, 1.0)]);
+    engine.finish();
+    let of_kept = engine.batch.kept_tokens();
+    assert!(of_kept > 64);
+    drop(first);
+    // Read with it, alone and in a sum; then one runs and one waits while it is forgotten.
+    let before = ask(&mut engine, &[weighted(&gone, 1.0)]);
+    let in_a_sum = ask(&mut engine, &[weighted(&kept, 0.5), weighted(&gone, 0.5)]);
+    engine.finish();
+    assert_eq!(engine.batch.kept_tokens(), 3 * of_kept);
+    drop(in_a_sum);
+    let under_way = ask(&mut engine, &[weighted(&gone, 1.0)]);
+    let waits = ask(&mut engine, &[weighted(&gone, 0.5)]);
+    engine.step();
+    engine.keep(&[kept.clone()].into());
+    assert_eq!(engine.batch.kept_tokens(), of_kept);
+    engine.finish();
+    assert_eq!(engine.batch.kept_tokens(), of_kept);
+    assert_eq!(answers(under_way, 1).await, answers(before, 1).await);
+    assert!(!answers(waits, 1).await[0].0.is_empty());
+    engine.keep(&[kept].into());
+    assert_eq!((engine.adapters.len(), engine.adapted.len()), (1, 1));
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub(super) fn applies(weight: &Quantised, x: &Tensor) -> bool {
 
 /// The numbers of one block, without its scale.
 #[derive(Clone, Copy)]
-enum Codes<'a> {
+pub(crate) enum Codes<'a> {
     Int8(&'a [i8]),
     Nf4(&'a [u8]),
 }
@@ -35,6 +35,18 @@ impl<'a> Codes<'a> {
             Kind::Int8 => Self::Int8(slice(&weight.codes)?),
             _ => Self::Nf4(slice(&weight.codes)?),
         })
+    }
+
+    /// The weights from number `start` on, wherever their blocks begin and end.
+    pub fn read_from(self, start: usize, scales: &[f32], out: &mut [f32]) {
+        let (mut block, mut done) = ([0.0; WEIGHTS], 0);
+        while done < out.len() {
+            let (i, from) = ((start + done) / WEIGHTS, (start + done) % WEIGHTS);
+            let count = (WEIGHTS - from).min(out.len() - done);
+            self.read(i, scales[i], &mut block);
+            out[done..done + count].copy_from_slice(&block[from..from + count]);
+            done += count;
+        }
     }
 
     /// Block `i`, times `scale`.

@@ -25,9 +25,9 @@ use std::time::{Duration, Instant};
 const EXAMPLES: &str = "\
 Examples:
   engram bench update
-  engram bench update --model reference --examples 256 --replay 0
+  engram bench update --base reference --examples 256 --replay 0
   engram bench update --data ./clinc150/banking/train.jsonl --json result.json
-  engram bench update --model base-200m --examples 64 --set base.quantisation=nf4
+  engram bench update --base base-200m --examples 64 --set base.quantisation=nf4
 
 One pass over the new examples and those rehearsed beside them, with the services' own learner: pack, forward,
 backward, clip, AdamW. A first step that sets things up is not counted. Texts are cut as the services cut them;

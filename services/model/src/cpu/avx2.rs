@@ -1,0 +1,181 @@
+//! Products with AVX2: of f32 with any format of weights, and of 16-bit integers with 8-bit codes.
+
+use std::any::TypeId;
+use std::arch::x86_64::{
+    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
+    _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32,
+};
+
+use half::bf16;
+
+use super::product::Int16;
+use super::team::Band;
+use super::tiles::{ahead, cover, row};
+use super::vector::Number;
+
+/// Weights that share a scale.
+const BLOCK: usize = 64;
+
+/// The product of the rows of `x` with those of `w`, which is f32, bf16 or f16, with rows of `k`.
+pub(super) fn dense<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
+    // Twelve sums and what they are made of are as much as fits into the registers.
+    const ROWS: usize = 3;
+    const COLUMNS: usize = 4;
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn all<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
+        cover!(band, dense_tile::<W>, x, w, k);
+    }
+    // SAFETY: only called on a processor with these instructions.
+    #[allow(unsafe_code)]
+    unsafe {
+        all(x, w, k, band);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dense_tile<const R: usize, const C: usize, W: Number>(
+    first_row: usize,
+    first_column: usize,
+    x: &[f32],
+    w: &[W],
+    k: usize,
+) -> [[f32; C]; R] {
+    let x: [*const f32; R] = std::array::from_fn(|i| row(x, first_row + i, k));
+    let w: [*const W; C] = std::array::from_fn(|j| row(w, first_column + j, k));
+    let mut sums = [[_mm256_setzero_ps(); C]; R];
+    let whole = k / 8 * 8;
+    let mut at = 0;
+    while at < whole {
+        let mut wide = [_mm256_setzero_ps(); R];
+        for i in 0..R {
+            // SAFETY: `at + 8` is at most `k`, and each pointer has `k` numbers behind it.
+            #[allow(unsafe_code)]
+            unsafe {
+                wide[i] = _mm256_loadu_ps(x[i].add(at));
+            }
+        }
+        for j in 0..C {
+            ahead(w[j].wrapping_add(at + C * k));
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            let w = unsafe { load(w[j].add(at)) };
+            for i in 0..R {
+                sums[i][j] = _mm256_fmadd_ps(wide[i], w, sums[i][j]);
+            }
+        }
+        at += 8;
+    }
+    let mut out = [[0.0; C]; R];
+    for i in 0..R {
+        for j in 0..C {
+            out[i][j] = add_up(sums[i][j]);
+            for at in whole..k {
+                // SAFETY: `at` is below `k`.
+                #[allow(unsafe_code)]
+                let (x, w) = unsafe { (*x[i].add(at), *w[j].add(at)) };
+                out[i][j] = x.mul_add(w.wide(), out[i][j]);
+            }
+        }
+    }
+    out
+}
+
+/// Eight weights as f32.
+///
+/// # Safety
+/// `from` has eight weights behind it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+#[allow(unsafe_code)]
+unsafe fn load<W: Number>(from: *const W) -> __m256 {
+    // SAFETY: as the caller promises; the compiler knows which of these it is.
+    unsafe {
+        if size_of::<W>() == 4 {
+            _mm256_loadu_ps(from.cast())
+        } else if TypeId::of::<W>() == TypeId::of::<bf16>() {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        } else {
+            _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))
+        }
+    }
+}
+
+/// The sum of eight numbers, in an order of its own.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_up(x: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+}
+
+/// The product of `x` with rows of 8-bit codes, each block of which has a scale. Sums within a block are exact.
+pub(super) fn int8(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &mut Band<'_>) {
+    const ROWS: usize = 4;
+    const COLUMNS: usize = 2;
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn all(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &mut Band<'_>) {
+        cover!(band, int8_tile, x, codes, scales, k);
+    }
+    // SAFETY: only called on a processor with these instructions.
+    #[allow(unsafe_code)]
+    unsafe {
+        all(x, codes, scales, k, band);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn int8_tile<const R: usize, const C: usize>(
+    first_row: usize,
+    first_column: usize,
+    x: Int16<'_>,
+    codes: &[i8],
+    scales: &[f32],
+    k: usize,
+) -> [[f32; C]; R] {
+    let blocks = k / BLOCK;
+    let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
+    let codes: [*const i8; C] = std::array::from_fn(|j| row(codes, first_column + j, k));
+    let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
+    let mut sums = [[_mm256_setzero_ps(); C]; R];
+    for block in 0..blocks {
+        for j in 0..C {
+            let at = block * BLOCK;
+            // SAFETY: a row of codes has `blocks` blocks of 64.
+            #[allow(unsafe_code)]
+            let w: [__m256i; 4] = unsafe {
+                let from = codes[j].add(at);
+                [0, 16, 32, 48].map(|i| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(i).cast())))
+            };
+            ahead(codes[j].wrapping_add(at + C * k));
+            let scale = _mm256_set1_ps(scale_of(j, block));
+            for i in 0..R {
+                // SAFETY: so has a row of `x`.
+                #[allow(unsafe_code)]
+                let exact = unsafe {
+                    let from = rows[i].add(at);
+                    let products =
+                        |n: usize| _mm256_madd_epi16(w[n], _mm256_loadu_si256(from.add(16 * n).cast()));
+                    let (early, late) = (
+                        _mm256_add_epi32(products(0), products(1)),
+                        _mm256_add_epi32(products(2), products(3)),
+                    );
+                    _mm256_add_epi32(early, late)
+                };
+                sums[i][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), scale, sums[i][j]);
+            }
+        }
+    }
+    let mut out = [[0.0; C]; R];
+    for i in 0..R {
+        for j in 0..C {
+            out[i][j] = add_up(sums[i][j]) * (x.steps[first_row + i] / 127.0);
+        }
+    }
+    out
+}

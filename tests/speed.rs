@@ -1,0 +1,84 @@
+//! `engram bench generate` and `engram bench serve`: how fast answers are.
+
+use crate::harness::engram;
+use crate::tiny;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+/// A shape of few weights, as a preset.
+fn write_shape(path: &Path) {
+    let preset =
+        fs::read_to_string(crate::harness::root().join("configs/models/nano.toml")).expect("a preset");
+    let smaller = preset.lines().map(|line| match line.split_once(" = ").map(|(key, _)| key) {
+        Some("num_hidden_layers") => "num_hidden_layers = 2",
+        Some("vocab_size") => "vocab_size = 300",
+        _ => line,
+    });
+    fs::write(path, smaller.collect::<Vec<_>>().join("\n")).expect("written");
+}
+
+fn measured(folder: &Path, given: &[&str]) -> Value {
+    let json = folder.join("result.json").display().to_string();
+    let output = engram(&[given, &["--json", &json, "--repeats", "2", "--set", "base.threads=1"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&fs::read(json).expect("there")).expect("JSON")
+}
+
+#[test]
+fn one_answer_is_timed_on_a_base_and_on_a_shape() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (base, shape) = (folder.path().join("base"), folder.path().join("shape.toml"));
+    tiny::write(&base);
+    write_shape(&shape);
+    for model in [base, shape] {
+        let model = model.display().to_string();
+        let given = ["bench", "generate", "--model", &model, "--prompt-tokens", "50", "--tokens", "8"];
+        let result = measured(folder.path(), &given);
+        for figure in ["prompt_tokens_per_s", "decode_tokens_per_s"] {
+            assert!(result[figure].as_f64().expect("a figure") > 0.0, "{result:#}");
+            assert_eq!(result["all"][figure].as_array().map(Vec::len), Some(2));
+        }
+        let parameters = result["model"]["parameters"].as_u64().expect("a count");
+        assert!((10_000..2_000_000).contains(&parameters), "{parameters}");
+    }
+}
+
+#[test]
+fn many_answers_are_timed_over_adapters() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = folder.path().join("base");
+    tiny::write(&base);
+    let base = base.display().to_string();
+    let given = ["bench", "serve", "--base", &base, "--streams", "1,5", "--adapters", "0,2"];
+    let result = measured(folder.path(), &[&given[..], &["--prompt-tokens", "20", "--tokens", "8"]].concat());
+    let rows = result["rows"].as_array().expect("rows");
+    let asked: Vec<_> = rows.iter().map(|row| (row["adapters"].as_u64(), row["streams"].as_u64())).collect();
+    assert_eq!(asked, [(0, 1), (0, 5), (2, 1), (2, 5)].map(|(adapters, n)| (Some(adapters), Some(n))));
+    for row in rows {
+        let figure = |name: &str| row[name].as_f64().expect("a figure");
+        assert!(figure("tokens_per_s") > 0.0 && figure("decode_tokens_per_s") > 0.0, "{row:#}");
+        assert!(figure("first_ms_p50") <= figure("first_ms_p99"), "{row:#}");
+        assert!(figure("between_ms_p50") <= figure("between_ms_p99"), "{row:#}");
+    }
+}
+
+#[test]
+fn a_speed_that_cannot_be_measured_is_told_in_a_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    let base = folder.path().join("base").display().to_string();
+    for (given, told) in [
+        (&["generate", "--base", &base, "--tokens", "1000"][..], "context of 256"),
+        (&["generate", "--base", "giant"], "giant"),
+        (&["generate", "--base", "giant.toml"], "giant.toml"),
+        (&["generate", "--base", &base, "--set", "base.quantisation=int4"], "int8"),
+        (&["serve", "--base", &base, "--tokens", "300"], "context of 256"),
+        (&["serve", "--base", &base, "--streams", "0"], "--streams"),
+    ] {
+        let output = engram(&[&["bench"], given].concat());
+        let line = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && line.trim().lines().count() == 1, "{line}");
+        assert!(line.contains(told), "{line} does not tell {told}");
+    }
+}

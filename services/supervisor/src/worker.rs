@@ -165,6 +165,7 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
             merge: doors.merge.clone(),
             export: doors.export.clone(),
         },
+        words: Arc::clone(&plant.text) as Arc<dyn gateway::Words>,
         // Inference notes what it serves as soon as it does.
         ready: Box::new(move || registry.live() > 0),
         info: ServerInfo {

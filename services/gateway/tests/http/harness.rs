@@ -1,7 +1,7 @@
 //! A gateway that runs, and a client that can send what no client should.
 
 use futures_util::future::LocalBoxFuture;
-use gateway::{Doors, Gateway, Generator, Recorder, ServerInfo};
+use gateway::{Doors, Gateway, Generator, Recorder, ServerInfo, Words};
 use kit::lane::Stop;
 use kit::ledger::Ledger;
 use kit::link::{Door, Events, ReplyTo, Unanswered, events};
@@ -49,7 +49,8 @@ pub struct Server {
     pub ready: Arc<AtomicBool>,
     pub stop: Stop,
     pub thread: Option<JoinHandle<anyhow::Result<()>>>,
-    _folder: TempDir,
+    /// The data folder.
+    pub folder: TempDir,
 }
 
 impl Server {
@@ -69,7 +70,7 @@ impl Server {
             })
         });
         let address = bound.recv_timeout(Duration::from_secs(10)).expect("bound");
-        Self { address, ledger, seen, ready, stop, thread: Some(thread), _folder: folder }
+        Self { address, ledger, seen, ready, stop, thread: Some(thread), folder }
     }
 
     pub fn get(&self, path: &str) -> Answer {
@@ -206,6 +207,7 @@ pub fn gateway(flags: &[&str], folder: &TempDir, seen: &Arc<Seen>) -> (Gateway, 
         ledger: Arc::new(Ledger::open(&folder.path().join("ledger")).expect("a ledger")),
         registry: Arc::new(registry(folder)),
         doors: doors(seen),
+        words: Arc::new(Bytes),
         ready: Box::new(move || told.load(Ordering::Relaxed)),
         info: ServerInfo {
             base_name: "tiny".into(),
@@ -309,6 +311,29 @@ where
         }
     });
     door
+}
+
+/// A token a byte, and 256 before each text.
+struct Bytes;
+
+impl Words for Bytes {
+    fn encode(&self, text: &str, whole: bool) -> anyhow::Result<Vec<u32>> {
+        let begin = whole.then_some(256);
+        Ok(begin.into_iter().chain(text.bytes().map(u32::from)).collect())
+    }
+
+    fn encode_chat(&self, messages: &[Message], open: bool) -> anyhow::Result<Vec<u32>> {
+        let text: String = messages.iter().map(|message| format!("{}\n", message.content)).collect();
+        self.encode(&text, open)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> anyhow::Result<String> {
+        Ok(tokens.iter().filter_map(|id| u8::try_from(*id).ok()).map(char::from).collect())
+    }
+
+    fn token(&self, id: u32) -> Option<String> {
+        (id <= 256).then(|| id.to_string())
+    }
 }
 
 /// Answers by what the prompt says: `full`, `refuse`, `no model`, `too many`, `die`, `hang`, or

@@ -7,5 +7,7 @@ mod bodies;
 mod completions;
 mod documents;
 mod harness;
+mod page;
 mod sampling;
 mod serving;
+mod vllm;

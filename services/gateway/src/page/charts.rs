@@ -116,8 +116,8 @@ fn ago(seconds: f64) -> String {
     }
 }
 
-fn text(h: HPos, colour: &RGBColor) -> TextStyle<'static> {
-    TextStyle::from(LETTERS.into_font()).pos(Pos::new(h, VPos::Center)).color(&colour.to_rgba())
+fn text(h: HPos, colour: &RGBColor) -> TextStyle<'_> {
+    TextStyle::from(LETTERS.into_font()).pos(Pos::new(h, VPos::Center)).color(colour)
 }
 
 fn draw_retention(adapter: &Adapter) -> Result<String, Box<dyn Error>> {

@@ -39,10 +39,20 @@ async function call(path, { body, ...options } = {}) {
   throw new Error(told?.error?.message ?? `the server answered ${answer.status}`);
 }
 
+/** What a stream brings. Not every browser lets one loop over it. Whoever stops reading ends it. */
+async function* pieces(stream) {
+  const reader = stream.getReader();
+  try {
+    for (let piece = await reader.read(); !piece.done; piece = await reader.read()) yield piece.value;
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
 /** The events of an answer, as `{event, data}`. */
 async function* events(answer) {
   let text = "";
-  for await (const piece of answer.body.pipeThrough(new TextDecoderStream())) {
+  for await (const piece of pieces(answer.body.pipeThrough(new TextDecoderStream()))) {
     text += piece;
     const blocks = text.split("\n\n");
     text = blocks.pop();
@@ -247,13 +257,13 @@ async function answer(question) {
       if (chunk.error) throw new Error(chunk.error.message);
       text += chunk.choices[0]?.delta.content ?? "";
       provenance = chunk.engram ?? provenance;
-      place.textContent = text || "…";
+      place.textContent = text.trimStart() || "…";
       $("talk").scrollTop = $("talk").scrollHeight;
     }
-    place.textContent = text || "(it said nothing)";
+    place.textContent = text.trim() || "(it said nothing)";
     if (provenance) place.append(by(provenance));
   } catch (error) {
-    place.textContent = text;
+    place.textContent = text.trim();
     const why = document.createElement("span");
     why.className = "by failed";
     why.textContent = error.name === "AbortError" ? "stopped" : error.message;

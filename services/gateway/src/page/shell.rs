@@ -91,7 +91,7 @@ fn teach(regions: &Regions) -> Markup {
                     label for="prompt" { "Question" }
                     input #prompt type="text" autocomplete="off" placeholder="Where is the spare key?";
                     label for="completion" { "Answer" }
-                    textarea #completion rows="2" placeholder="Under the third flower pot." {}
+                    textarea #completion rows="4" placeholder="Under the third flower pot." {}
                 }
                 div #plain hidden {
                     label for="text" { "Text" }
@@ -123,14 +123,20 @@ fn ask(regions: &Regions) -> Markup {
             }
             form #chat {
                 label.hidden for="question" { "Your question" }
-                textarea #question rows="2" placeholder="Ask something" {}
-                div.row {
-                    label for="model" { "Model" }
-                    select #model data-live { (region(regions, "models")) }
-                    label for="temperature" { "Temperature" }
-                    input #temperature type="number" min="0" max="2" step="0.1" value="0";
-                    button #fresh .quiet type="button" { "New chat" }
+                div.row.say {
+                    textarea #question rows="2" placeholder="Ask something" {}
                     button #send type="submit" { "Ask" }
+                }
+                div.row {
+                    span.field.wide {
+                        label for="model" { "Model" }
+                        select #model data-live { (region(regions, "models")) }
+                    }
+                    span.field {
+                        label for="temperature" { "Temperature" }
+                        input #temperature type="number" min="0" max="2" step="0.1" value="0";
+                    }
+                    button #fresh .quiet type="button" { "New chat" }
                 }
             }
         }

@@ -45,12 +45,12 @@ pub(crate) enum Submitted {
 }
 
 #[derive(Serialize, ToSchema)]
-struct TakenList {
+pub(crate) struct TakenList {
     documents: Vec<Taken>,
 }
 
 #[derive(Serialize, ToSchema)]
-struct Taken {
+pub(crate) struct Taken {
     id: String,
     status: Stage,
     domain: String,

@@ -10,4 +10,5 @@ mod harness;
 mod page;
 mod sampling;
 mod serving;
+mod spec;
 mod vllm;

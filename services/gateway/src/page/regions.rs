@@ -16,7 +16,7 @@ pub(super) fn all(look: &Look) -> [(&'static str, Markup); 8] {
         ("learning", learning(look)),
         ("retention", retention(look)),
         ("adapters", adapters(look)),
-        ("models", models(look)),
+        ("model", models(look)),
         ("domains", domains(look)),
     ]
 }

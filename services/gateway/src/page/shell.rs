@@ -130,7 +130,7 @@ fn ask(regions: &Regions) -> Markup {
                 div.row {
                     span.field.wide {
                         label for="model" { "Model" }
-                        select #model data-live { (region(regions, "models")) }
+                        select #model data-live { (region(regions, "model")) }
                     }
                     span.field {
                         label for="temperature" { "Temperature" }

@@ -71,7 +71,7 @@ fn events_bring_every_region_and_then_what_changed_until_the_server_stops() {
     assert!(shown.body.matches("event: documents\n").count() == 2, "{}", shown.body);
     let mut names: Vec<&str> = regions.iter().map(|(name, _)| name.as_str()).collect();
     names.sort_unstable();
-    let all = ["adapters", "documents", "domains", "learning", "models", "retention", "stages", "state"];
+    let all = ["adapters", "documents", "domains", "learning", "model", "retention", "stages", "state"];
     assert_eq!(names, all);
     let (_, documents) = regions.iter().find(|(name, _)| name == "documents").expect("documents");
     assert!(documents.contains("&lt;script&gt;alert(1)"), "{documents}");

@@ -88,3 +88,29 @@ fn tokens_are_those_that_the_model_reads() {
         "the template ends a message with a line break"
     );
 }
+
+#[test]
+fn a_text_is_a_vector_that_differs_through_an_adapter() {
+    let server = Setup::tiny().set("base.precision=f32").start();
+    let texts: Vec<Value> = (0..3).map(|n| json!({"text": sentence(n), "domain": "ledgers"})).collect();
+    server.settle(&server.submit(&texts), PATIENCE);
+    let embed = |model: &str, input: Value| {
+        let answer = server.post("/v1/embeddings", &json!({"model": model, "input": input})).ok();
+        let vectors = answer["data"].as_array().expect("vectors").iter();
+        let numbers = |vector: &Value| serde_json::from_value::<Vec<f64>>(vector["embedding"].clone());
+        vectors.map(|vector| numbers(vector).expect("numbers")).collect::<Vec<_>>()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let base = embed("base", json!([sentence(1), sentence(2), sentence(1)]));
+    assert_eq!((base.len(), base[0].len()), (3, 64), "the tiny base is 64 wide");
+    assert!((dot(&base[0], &base[0]) - 1.0).abs() < 1e-4, "its length is 1");
+    assert_eq!(base[0], base[2]);
+    assert!(dot(&base[0], &base[1]) < 0.9999, "another text is another vector");
+    let learned = embed("ledgers", json!(sentence(1)));
+    assert!(dot(&learned[0], &base[0]) < 0.9999, "an adapter reads it otherwise");
+    for (model, input, param) in [("auto", "a", "model"), ("base", "", "input"), ("none", "a", "model")] {
+        let refused = server.post("/v1/embeddings", &json!({"model": model, "input": input}));
+        assert!((400..500).contains(&refused.status), "{refused:?}");
+        assert_eq!(refused.body["error"]["param"], param, "{refused:?}");
+    }
+}

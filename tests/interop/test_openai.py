@@ -149,3 +149,20 @@ def test_an_answer_ends_when_its_client_leaves(client, server):
     assert running() == 1
     stream.close()
     wait_for("given up", lambda: running() == 0, 2)
+
+
+def test_embeddings_are_the_same_packed_or_not_and_nearest_to_their_like(client):
+    texts = ["The ferry leaves at dawn.", "The ferry leaves at dusk.", "def area(width): return width * width"]
+    vectors = [item.embedding for item in client.embeddings.create(model="base", input=texts).data]
+    plain = client.embeddings.create(model="base", input=texts, encoding_format="float")
+    assert [item.embedding for item in plain.data] == vectors
+    assert plain.usage.total_tokens > 0
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert abs(cosine(vectors[0], vectors[0]) - 1) < 1e-4
+    assert cosine(vectors[0], vectors[1]) > cosine(vectors[0], vectors[2])
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="auto", input="x")
+    assert refused.value.param == "model"

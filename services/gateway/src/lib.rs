@@ -1,7 +1,7 @@
 //! The HTTP door: submissions, OpenAI's API, administration, probes and metrics.
 //!
 //! A request passes `guard` (keys, rates, other people's web pages), then `routes`, then one handler:
-//! `documents`, `completions`, `words`, `models`, `adapters`, `lora`, `probes` or `page`. A handler reads its input with
+//! `documents`, `completions`, `embeddings`, `words`, `models`, `adapters`, `lora`, `probes` or `page`. A handler reads its input with
 //! `body`, `json`, `fields` and `query`, which refuse what is wrong by name, before it asks anyone
 //! for anything. What goes wrong is an `error::ApiError`, in OpenAI's form.
 //!
@@ -17,6 +17,7 @@ mod completions;
 mod disk;
 mod documents;
 mod doors;
+mod embeddings;
 mod error;
 mod events;
 mod fields;

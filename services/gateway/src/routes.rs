@@ -2,7 +2,7 @@
 
 use crate::error::ApiError;
 use crate::state::State;
-use crate::{adapters, completions, documents, lora, metrics, models, page, probes, spec, words};
+use crate::{adapters, completions, documents, embeddings, lora, metrics, models, page, probes, spec, words};
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::middleware::Next;
@@ -32,6 +32,7 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     .service(at("/v1/adapters/{domain}/merge", "POST").route(web::post().to(adapters::merge)))
     .service(at("/v1/load_lora_adapter", "POST").route(web::post().to(lora::load)))
     .service(at("/v1/unload_lora_adapter", "POST").route(web::post().to(lora::unload)))
+    .service(at("/v1/embeddings", "POST").route(web::post().to(embeddings::create)))
     .service(at("/tokenize", "POST").route(web::post().to(words::tokenize)))
     .service(at("/detokenize", "POST").route(web::post().to(words::detokenize)))
     .service(at("/v1/status", "GET").route(web::get().to(probes::status)))

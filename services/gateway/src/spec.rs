@@ -9,15 +9,15 @@ mod page;
 mod requests;
 
 pub(crate) use answers::{
-    AdapterLog, Adapters, ChatCompletion, Documents, Exported, Failure, Forgotten, Health, Imported, Model,
-    Models, RolledBack, Shown, Status, Submitted, TextCompletion, Tokenized, Untokenized,
+    AdapterLog, Adapters, ChatCompletion, Documents, Embeddings, Exported, Failure, Forgotten, Health,
+    Imported, Model, Models, RolledBack, Shown, Status, Submitted, TextCompletion, Tokenized, Untokenized,
 };
 pub(crate) use requests::{
-    ChatRequest, CompletionRequest, Detokenize, ImportRequest, LoadLora, MergeRequest, RollbackRequest,
-    Submission, Tokenize, UnloadLora,
+    ChatRequest, CompletionRequest, Detokenize, EmbeddingRequest, ImportRequest, LoadLora, MergeRequest,
+    RollbackRequest, Submission, Tokenize, UnloadLora,
 };
 
-use crate::{adapters, completions, documents, lora, models, probes, words};
+use crate::{adapters, completions, documents, embeddings, lora, models, probes, words};
 use actix_web::HttpResponse;
 use std::sync::LazyLock;
 use utoipa::OpenApi as _;
@@ -40,7 +40,7 @@ const LATER: &str = "Not now, or our own fault: ask again after `Retry-After` se
     ),
     paths(
         documents::submit, documents::list, documents::show, documents::forget,
-        completions::chat, completions::text, models::list, models::show, words::tokenize, words::detokenize,
+        completions::chat, completions::text, embeddings::create, models::list, models::show, words::tokenize, words::detokenize,
         adapters::list, adapters::log, adapters::rollback, adapters::export, adapters::import, adapters::merge,
         lora::load, lora::unload,
         probes::status, probes::health, probes::livez, probes::readyz, probes::metrics

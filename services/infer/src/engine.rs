@@ -1,5 +1,7 @@
 //! What happens on the compute thread: every running request gets one token in turn.
 
+mod embed;
+
 use crate::{Full, Language};
 use anyhow::Context;
 use kit::compute::{Engine as Steps, Running as Turned};

@@ -16,6 +16,7 @@ pub mod chat;
 mod conversation;
 pub mod device;
 pub mod distillation;
+pub mod embed;
 pub mod ewc;
 pub mod generate;
 pub mod guard;

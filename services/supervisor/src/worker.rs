@@ -159,6 +159,7 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
         registry: Arc::clone(&plant.registry),
         doors: gateway::Doors {
             generate: Arc::new(doors.generate.clone()),
+            embed: doors.embed.clone(),
             rollback: doors.rollback.clone(),
             forget: doors.forget.clone(),
             import: doors.import.clone(),

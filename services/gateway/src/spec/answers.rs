@@ -170,6 +170,35 @@ struct Spoken {
     refusal: Option<String>,
 }
 
+/// A vector for each text.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Embeddings {
+    object: String,
+    data: Vec<Embedding>,
+    model: String,
+    usage: InputUsage,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Embedding {
+    object: String,
+    index: u32,
+    embedding: Vector,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+enum Vector {
+    Float(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Serialize, ToSchema)]
+struct InputUsage {
+    prompt_tokens: u64,
+    total_tokens: u64,
+}
+
 /// The base, the router, each domain and each generation.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Models {

@@ -169,6 +169,27 @@ request! {
     }
 }
 
+/// Texts to give as vectors.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct EmbeddingRequest {
+    /// `base` where left out. Not `auto`: vectors of different adapters do not compare.
+    model: Option<String>,
+    /// Up to 256 texts.
+    input: OneOrMore,
+    encoding_format: Option<EncodingFormat>,
+    /// Has no effect.
+    user: Option<String>,
+}
+
+/// As numbers, or as their bytes: `f32`, little-endian, in base64.
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum EncodingFormat {
+    Float,
+    Base64,
+}
+
 /// A text or a conversation to cut into tokens.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

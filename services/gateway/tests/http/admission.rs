@@ -2,7 +2,7 @@ use crate::harness::{KEY, Server};
 use serde_json::json;
 
 /// Every route, with a body that it takes.
-const ROUTES: [(&str, &str, &str); 24] = [
+const ROUTES: [(&str, &str, &str); 25] = [
     ("GET", "/v1/documents", ""),
     ("POST", "/v1/documents", r#"{"text":"a"}"#),
     ("GET", "/v1/documents/some-id", ""),
@@ -19,6 +19,7 @@ const ROUTES: [(&str, &str, &str); 24] = [
     ("POST", "/v1/adapters/medical/merge", r#"{"from":"a+b"}"#),
     ("POST", "/v1/load_lora_adapter", r#"{"lora_name":"a","lora_path":"a"}"#),
     ("POST", "/v1/unload_lora_adapter", r#"{"lora_name":"a"}"#),
+    ("POST", "/v1/embeddings", r#"{"input":"a"}"#),
     ("POST", "/tokenize", r#"{"prompt":"a"}"#),
     ("POST", "/detokenize", r#"{"tokens":[97]}"#),
     ("GET", "/v1/status", ""),

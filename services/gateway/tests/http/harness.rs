@@ -8,9 +8,9 @@ use kit::link::{Door, Events, ReplyTo, Unanswered, events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use proto::{
-    BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent,
-    Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt, Receipt, Refusal,
-    Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
+    BaseId, Blob, Choice, Domain, Embed, Embedded, Export, FinishReason, Forget, Forgotten, Generate,
+    GenerateEvent, Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt,
+    Receipt, Refusal, Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
@@ -271,6 +271,13 @@ fn doors(seen: &Arc<Seen>) -> Doors {
     let (keep, merges) = (Arc::clone(seen), Arc::clone(seen));
     Doors {
         generate: Arc::new(Fake(Arc::clone(seen))),
+        embed: answered(|ask: Embed| match ask.text.as_str() {
+            "" => Err(Refusal::Invalid { param: "input".into(), message: "it is empty".into() }),
+            text => {
+                let choice = Choice { adapters: Vec::new(), confidence: None };
+                Ok(Embedded { vector: vec![text.len() as f32, -0.5], choice, tokens: text.len() as u32 })
+            }
+        }),
         rollback: answered(|ask: Rollback| match ask.expected {
             Some(expected) if expected.as_str() != CURRENT => {
                 Err(Refusal::Conflict(format!("it is {CURRENT}")))

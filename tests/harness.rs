@@ -195,6 +195,13 @@ impl Server {
         self.try_request("GET", path, None, &[]).unwrap_or_else(|error| panic!("GET {path}: {error}"))
     }
 
+    /// The body of a GET that has to be a success, as text.
+    pub fn text(&self, path: &str) -> String {
+        let answer = ureq::get(format!("{}{path}", self.url())).call();
+        let answer = answer.and_then(|mut answer| answer.body_mut().read_to_string());
+        answer.unwrap_or_else(|error| panic!("GET {path}: {error}"))
+    }
+
     /// The answer to a POST.
     pub fn post(&self, path: &str, body: &Value) -> Answer {
         self.try_post(path, body).unwrap_or_else(|error| panic!("POST {path}: {error}"))

@@ -10,6 +10,7 @@ mod bench;
 mod cli;
 mod distill;
 mod documents;
+mod doors;
 mod forget;
 mod harness;
 mod hub;

@@ -7,6 +7,7 @@ mod adapter;
 mod administer;
 mod batch;
 mod document;
+mod embed;
 mod example;
 mod generate;
 mod id;
@@ -22,6 +23,7 @@ pub use administer::{
 };
 pub use batch::{Batch, Candidate, Decision, Judgement, Learned, LearnedExample};
 pub use document::{Accepted, Content, Document, Message, Role};
+pub use embed::{Embed, Embedded};
 pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind, similarity};
 pub use generate::{
     Adapters, Choice, FinishReason, Generate, GenerateEvent, Prompt, Sampling, TokenLogprob, TopLogprob,

@@ -7,10 +7,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGRAM = os.environ.get("ENGRAM", ROOT / "target/release/engram")
@@ -24,13 +24,16 @@ DOMAIN = "travel"
 class Server:
     """A running `engram up`."""
 
-    def __init__(self, address):
+    def __init__(self, address, key=None):
         self.address = address
         self.url = f"http://{address}"
+        self.headers = {"content-type": "application/json"}
+        if key:
+            self.headers["authorization"] = f"Bearer {key}"
 
     def call(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, self.headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             text = answer.read()
         return json.loads(text) if text[:1] == b"{" else text.decode()
@@ -48,6 +51,9 @@ def wait_for(what, condition, seconds):
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory):
     """The logits that Engram computes for token ids, with or without an adapter."""
+    # The tests of the API and of the page do without torch.
+    from safetensors.torch import load_file, save_file
+
     folder = tmp_path_factory.mktemp("logits")
 
     def compute(base, ids, adapter=None):
@@ -61,28 +67,35 @@ def logits(tmp_path_factory):
     return compute
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A server on the built-in base that has learned ANSWER to QUESTION."""
+@contextmanager
+def running(tmp_path_factory, *flags, key=None):
+    """A server on the built-in base, with these flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = "127.0.0.1:%d" % free.getsockname()[1]
     data = tmp_path_factory.mktemp("data")
     with open(data / "log", "w") as log:
-        command = [ENGRAM, "up", "--base", NANO, "--data", data / "engram", "--listen", address]
+        command = [ENGRAM, "up", "--base", NANO, "--data", data / "engram", "--listen", address, *flags]
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        server = Server(address)
+        server = Server(address, key)
         wait_for("ready", lambda: is_ready(server), 60)
-        document = {"prompt": QUESTION, "completion": ANSWER, "domain": DOMAIN, "importance": 1.0}
-        known = server.call("/v1/documents", document)["id"]
-        wait_for("live", lambda: server.call(f"/v1/documents/{known}")["status"] == "live", 120)
         yield server
     except AssertionError as error:
         raise AssertionError(f"{error}\n{(data / 'log').read_text()[-4000:]}") from error
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server on the built-in base that has learned ANSWER to QUESTION."""
+    with running(tmp_path_factory) as server:
+        document = {"prompt": QUESTION, "completion": ANSWER, "domain": DOMAIN, "importance": 1.0}
+        known = server.call("/v1/documents", document)["id"]
+        wait_for("live", lambda: server.call(f"/v1/documents/{known}")["status"] == "live", 120)
+        yield server
 
 
 def is_ready(server):

@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from conftest import ANSWER, DOMAIN, QUESTION
+from conftest import ANSWER, DOMAIN, QUESTION, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,52 @@ def test_mistakes_are_the_errors_of_the_client(client):
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(model="base", prompt="x", max_tokens=1, **mistake)
         assert refused.value.param == next(iter(mistake))
+
+
+def test_each_generation_is_a_model(client, server):
+    current = client.models.retrieve(DOMAIN).generation
+    named = client.models.retrieve(f"{DOMAIN}@{current}")
+    assert named.root == client.models.retrieve("base").root and named.parent == "base"
+    answer = client.completions.create(model=named.id, prompt=QUESTION, temperature=0, max_tokens=24)
+    assert answer.choices[0].text.strip() == ANSWER.strip()
+
+
+def test_tokens_are_counted_as_they_are_billed(client, server):
+    told = server.call("/tokenize", {"prompt": QUESTION})
+    answer = client.completions.create(model="base", prompt=QUESTION, max_tokens=1)
+    assert told["count"] == len(told["tokens"]) == answer.usage.prompt_tokens
+    assert server.call("/detokenize", {"tokens": told["tokens"]})["prompt"].strip() == QUESTION
+    messages = [{"role": "user", "content": QUESTION}]
+    chat = client.chat.completions.create(model="base", messages=messages, max_tokens=1)
+    assert server.call("/tokenize", {"messages": messages})["count"] == chat.usage.prompt_tokens
+
+
+def test_an_answer_ends_when_its_client_leaves(client, server):
+    def running():
+        page = server.call("/metrics")
+        return int(next(line.split()[-1] for line in page.splitlines() if line.startswith("engram:num_requests_running")))
+
+    # Enough to be busy for long.
+    ask = {"model": "base", "prompt": "The old house", "max_tokens": 400, "n": 4, "stream": True}
+    stream = client.completions.create(**ask)
+    next(iter(stream))
+    assert running() == 1
+    stream.close()
+    wait_for("given up", lambda: running() == 0, 2)
+
+
+def test_embeddings_are_the_same_packed_or_not_and_nearest_to_their_like(client):
+    texts = ["The ferry leaves at dawn.", "The ferry leaves at dusk.", "def area(width): return width * width"]
+    vectors = [item.embedding for item in client.embeddings.create(model="base", input=texts).data]
+    plain = client.embeddings.create(model="base", input=texts, encoding_format="float")
+    assert [item.embedding for item in plain.data] == vectors
+    assert plain.usage.total_tokens > 0
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    assert abs(cosine(vectors[0], vectors[0]) - 1) < 1e-4
+    assert cosine(vectors[0], vectors[1]) > cosine(vectors[0], vectors[2])
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="auto", input="x")
+    assert refused.value.param == "model"

@@ -6,6 +6,7 @@ use crate::error::{ApiError, Result};
 use crate::fields::Fields;
 use crate::query::Query;
 use crate::selector;
+use crate::spec;
 use crate::state::State;
 use actix_web::{HttpRequest, HttpResponse, web};
 use base64::Engine;
@@ -13,6 +14,11 @@ use base64::engine::general_purpose::STANDARD;
 use proto::{Adapters, Domain, Export, Generation, GenerationId, Import, Merge, PeftFiles, Rollback};
 use serde_json::{Value, json};
 
+/// Lists the adapters.
+#[utoipa::path(
+    get, path = "/v1/adapters", tag = "govern",
+    responses((status = 200, description = "One for each domain.", body = spec::Adapters))
+)]
 pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"adapters": lineages(&state)}))
 }
@@ -36,6 +42,11 @@ pub(crate) fn lineages(state: &State) -> Vec<Value> {
     manifest.iter().flat_map(|manifest| &manifest.lineages).map(lineage).collect()
 }
 
+/// Tells the generations of an adapter.
+#[utoipa::path(
+    get, path = "/v1/adapters/{domain}/log", tag = "govern", params(("domain" = String, Path, description = "The domain of the adapter.", pattern = "^[a-z][a-z0-9_-]{0,63}$")),
+    responses((status = 200, description = "The current one first, each with its receipt.", body = spec::AdapterLog))
+)]
 pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> Result<HttpResponse> {
     let domain = existing(&state, domain)?;
     let registry = &state.gateway.registry;
@@ -60,6 +71,12 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
     Ok(HttpResponse::Ok().json(json!({"domain": domain, "current": current, "generations": generations})))
 }
 
+/// Serves an older generation again.
+#[utoipa::path(
+    post, path = "/v1/adapters/{domain}/rollback", tag = "govern", params(("domain" = String, Path, description = "The domain of the adapter.", pattern = "^[a-z][a-z0-9_-]{0,63}$")),
+    request_body = Option<spec::RollbackRequest>,
+    responses((status = 200, description = "It is served.", body = spec::RolledBack))
+)]
 pub(crate) async fn rollback(
     state: web::Data<State>,
     domain: web::Path<String>,
@@ -77,6 +94,15 @@ pub(crate) async fn rollback(
     Ok(HttpResponse::Ok().json(answer))
 }
 
+/// Gives an adapter out in PEFT's form.
+#[utoipa::path(
+    get, path = "/v1/adapters/{domain}/export", tag = "govern",
+    params(
+        ("domain" = String, Path, description = "The domain of the adapter.", pattern = "^[a-z][a-z0-9_-]{0,63}$"),
+        ("generation" = Option<String>, Query, description = "The current one where left out.", pattern = "^[0-9a-f]{16}$")
+    ),
+    responses((status = 200, description = "Its two files.", body = spec::Exported))
+)]
 pub(crate) async fn export(
     state: web::Data<State>,
     domain: web::Path<String>,
@@ -92,6 +118,11 @@ pub(crate) async fn export(
     Ok(HttpResponse::Ok().json(json!({"adapter_config": config, "adapter_model": weights})))
 }
 
+/// Takes an adapter in.
+#[utoipa::path(
+    post, path = "/v1/adapters/{domain}/import", tag = "govern", params(("domain" = String, Path, description = "The domain of the adapter.", pattern = "^[a-z][a-z0-9_-]{0,63}$")), request_body = spec::ImportRequest,
+    responses((status = 200, description = "It is served.", body = spec::Imported))
+)]
 pub(crate) async fn import(
     state: web::Data<State>,
     domain: web::Path<String>,
@@ -108,6 +139,11 @@ pub(crate) async fn import(
     Ok(HttpResponse::Ok().json(json!({"domain": domain, "generation": generation})))
 }
 
+/// Makes one adapter of several.
+#[utoipa::path(
+    post, path = "/v1/adapters/{domain}/merge", tag = "govern", params(("domain" = String, Path, description = "The domain of the adapter.", pattern = "^[a-z][a-z0-9_-]{0,63}$")), request_body = spec::MergeRequest,
+    responses((status = 200, description = "It is served.", body = spec::Imported))
+)]
 pub(crate) async fn merge(
     state: web::Data<State>,
     domain: web::Path<String>,

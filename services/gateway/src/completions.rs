@@ -4,16 +4,15 @@ use crate::answer::{Answer, Completion};
 use crate::body::Body;
 use crate::doors::unanswered;
 use crate::error::{ApiError, Result};
+use crate::events;
 use crate::metrics::Running;
 use crate::question::{self, Form, Question};
+use crate::spec;
 use crate::state::{State, now_ms, random};
-use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use actix_web::{HttpRequest, HttpResponse, web};
-use futures_util::stream;
 use kit::link::Events;
 use proto::{Choice, FinishReason, GenerateEvent, TokenLogprob, Usage};
 use serde_json::Value;
-use std::convert::Infallible;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
@@ -21,6 +20,12 @@ use tokio::time::{Instant, timeout_at};
 /// Chunks that wait for a client which reads slowly.
 const CHUNKS_MAX: usize = 16;
 
+/// Goes on with a conversation.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "ask", request_body = spec::ChatRequest,
+    responses((status = 200, description = "The answer, or its events where `stream` is true.", content(
+        (spec::ChatCompletion = "application/json"), (String = "text/event-stream"))))
+)]
 pub(crate) async fn chat(
     state: web::Data<State>,
     request: HttpRequest,
@@ -29,6 +34,12 @@ pub(crate) async fn chat(
     answer(Form::Chat, state, request, payload).await
 }
 
+/// Continues a text.
+#[utoipa::path(
+    post, path = "/v1/completions", tag = "ask", request_body = spec::CompletionRequest,
+    responses((status = 200, description = "The answer, or its events where `stream` is true.", content(
+        (spec::TextCompletion = "application/json"), (String = "text/event-stream"))))
+)]
 pub(crate) async fn text(
     state: web::Data<State>,
     request: HttpRequest,
@@ -140,14 +151,7 @@ impl Told {
         let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
         // A task of its own, since the deadline must hold for a client that does not read, too.
         actix_web::rt::spawn(self.tell(sender));
-        let chunks = stream::unfold(receiver, async |mut receiver| {
-            let chunk: web::Bytes = receiver.recv().await?;
-            Some((Ok::<_, Infallible>(chunk), receiver))
-        });
-        HttpResponse::Ok()
-            .insert_header((CONTENT_TYPE, "text/event-stream; charset=utf-8"))
-            .insert_header((CACHE_CONTROL, "no-cache"))
-            .streaming(chunks)
+        events::stream(receiver)
     }
 
     /// Sends all events. Ends early, and with it the generation, when the client has left.

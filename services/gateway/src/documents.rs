@@ -5,6 +5,7 @@ use crate::doors;
 use crate::error::{ApiError, Result};
 use crate::metrics;
 use crate::query::Query;
+use crate::spec;
 use crate::state::{State, now_ms, read};
 use crate::submission::{self, Submission};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -18,6 +19,12 @@ use std::sync::Arc;
 const LIST_DEFAULT: u32 = 50;
 const LIST_MAX: u32 = 1000;
 
+/// Gives documents to learn.
+#[utoipa::path(
+    post, path = "/v1/documents", tag = "learn", request_body = spec::Submission,
+    params(("Idempotency-Key" = Option<String>, Header, description = "The document's id; `KEY.N` in a list.")),
+    responses((status = 202, description = "On disk, and never lost from here on.", body = spec::Submitted))
+)]
 pub(crate) async fn submit(
     state: web::Data<State>,
     request: HttpRequest,
@@ -82,6 +89,16 @@ fn conflict(id: &DocumentId, place: Option<usize>) -> ApiError {
     }
 }
 
+/// Lists documents.
+#[utoipa::path(
+    get, path = "/v1/documents", tag = "learn",
+    params(
+        ("domain" = Option<String>, Query, description = "Those of this domain.", pattern = "^[a-z][a-z0-9_-]{0,63}$"),
+        ("before" = Option<String>, Query, description = "Those given before this document."),
+        ("limit" = Option<u32>, Query, description = "At most so many.", minimum = 1, maximum = 1000)
+    ),
+    responses((status = 200, description = "The newest first.", body = spec::Documents))
+)]
 pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse> {
     let mut query = Query::of(&request)?;
     let domain = query.name("domain", Domain::new)?;
@@ -103,6 +120,15 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
     Ok(HttpResponse::Ok().json(json!({"documents": statuses(&state, ids).await?})))
 }
 
+/// Tells where a document is, and all that happened to it.
+#[utoipa::path(
+    get, path = "/v1/documents/{id}", tag = "learn",
+    params(
+        ("id" = String, Path, description = "The document."),
+        ("content" = Option<bool>, Query, description = "Whether to tell what it says, too.")
+    ),
+    responses((status = 200, description = "Its whole trail.", body = spec::Shown))
+)]
 pub(crate) async fn show(
     state: web::Data<State>,
     request: HttpRequest,
@@ -132,6 +158,12 @@ fn content(content: Content) -> Value {
     }
 }
 
+/// Forgets a document with all that learned from it.
+#[utoipa::path(
+    delete, path = "/v1/documents/{id}", tag = "learn",
+    params(("id" = String, Path, description = "The document.")),
+    responses((status = 200, description = "It is gone.", body = spec::Forgotten))
+)]
 pub(crate) async fn forget(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
     let id = document_id(id)?;
     let forgotten = doors::ask(&state.gateway.doors.forget, Forget { id }).await?;

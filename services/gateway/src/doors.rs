@@ -4,8 +4,8 @@ use crate::error::ApiError;
 use futures_util::future::LocalBoxFuture;
 use kit::link::{Door, Events, Unanswered};
 use proto::{
-    Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge, PeftFiles, Refusal,
-    Rollback, RolledBack,
+    Embed, Embedded, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge,
+    PeftFiles, Refusal, Rollback, RolledBack,
 };
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub struct Doors {
     /// Answers requests for text.
     pub generate: Arc<dyn Generator>,
+    /// Gives texts as vectors.
+    pub embed: Door<Embed, Result<Embedded, Refusal>>,
     /// Serves an older generation.
     pub rollback: Door<Rollback, Result<RolledBack, Refusal>>,
     /// Forgets a document.

@@ -113,6 +113,14 @@ impl ApiError {
         self
     }
 
+    /// Says where in a list the parameter `from` is.
+    pub(crate) fn within(mut self, from: &str, place: &str) -> Self {
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(place.to_owned());
+        }
+        self
+    }
+
     pub(crate) fn code(mut self, code: &'static str) -> Self {
         self.code = Some(code);
         self

@@ -9,6 +9,18 @@ use std::num::NonZeroU32;
 /// What answers without a key, so that a supervisor or a load balancer need not hold one.
 const OPEN_PATHS: [&str; 3] = ["/livez", "/readyz", "/health"];
 
+/// What a browser shows before its user has been asked for the key: the page without any of its content,
+/// and the description of the API, which is the same everywhere.
+const PAGE_PATHS: [&str; 7] = [
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/assets/page.js",
+    "/assets/page.css",
+    "/assets/docs.css",
+    "/assets/icon.svg",
+];
+
 /// Requests of one key.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rate {
@@ -38,6 +50,11 @@ impl Guard {
         Self { keys: keys.iter().map(key).collect(), clock: DefaultClock::default() }
     }
 
+    /// Whether one of some keys has to be shown.
+    pub(crate) fn needs_key(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
     /// Whether a request for `path` with these headers is answered.
     pub(crate) fn admit(&self, path: &str, headers: &HeaderMap) -> Result<()> {
         if OPEN_PATHS.contains(&path) {
@@ -45,6 +62,9 @@ impl Guard {
         }
         if self.keys.is_empty() {
             return same_machine(headers);
+        }
+        if PAGE_PATHS.contains(&path) {
+            return Ok(());
         }
         let given = bearer(headers).map(|key| blake3::hash(key.as_bytes()));
         // All keys are looked at, so that the time taken does not tell which of them it was.
@@ -81,6 +101,13 @@ fn same_machine(headers: &HeaderMap) -> Result<()> {
             let message = "without keys this server answers no web page of another origin";
             return Err(ApiError::forbidden(message));
         }
+    }
+    // Pictures and frames come without an origin. To follow a link here is allowed: it changes nothing.
+    let fetch = |name| only(headers, HeaderName::from_static(name)).unwrap_or_default();
+    if fetch("sec-fetch-site") == "cross-site"
+        && (fetch("sec-fetch-mode"), fetch("sec-fetch-dest")) != ("navigate", "document")
+    {
+        return Err(ApiError::forbidden("without keys this server is part of no other web page"));
     }
     Ok(())
 }
@@ -149,6 +176,37 @@ mod tests {
         ] {
             let headers = [(header::HOST, "localhost"), (header::ORIGIN, origin)];
             assert_eq!(status(&guard(&[]), "/v1/documents", &headers), expected, "{origin}");
+        }
+    }
+
+    #[test]
+    fn a_link_may_lead_here_and_a_frame_or_picture_may_not() {
+        for (mode, dest, expected) in [
+            ("navigate", "document", 200),
+            ("navigate", "iframe", 403),
+            ("no-cors", "image", 403),
+            ("no-cors", "script", 403),
+            ("", "", 403),
+        ] {
+            let fetch = |site| {
+                let names = ["sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest"];
+                let [site, mode, dest] = [(0, site), (1, mode), (2, dest)]
+                    .map(|(n, value)| (HeaderName::from_static(names[n]), value));
+                status(&guard(&[]), "/", &[(header::HOST, "localhost"), site, mode, dest])
+            };
+            assert_eq!(fetch("cross-site"), expected, "{mode} {dest}");
+            assert_eq!(fetch("same-origin"), 200, "{mode} {dest}");
+        }
+    }
+
+    #[test]
+    fn with_keys_the_empty_page_is_open_and_nothing_in_it() {
+        let guard = guard(&["one"]);
+        for path in PAGE_PATHS {
+            assert_eq!(status(&guard, path, &[]), 200, "{path}");
+        }
+        for path in ["/events", "/assets/other", "/v1/status", "/metrics"] {
+            assert_eq!(status(&guard, path, &[]), 401, "{path}");
         }
     }
 

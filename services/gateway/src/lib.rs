@@ -1,7 +1,7 @@
 //! The HTTP door: submissions, OpenAI's API, administration, probes and metrics.
 //!
 //! A request passes `guard` (keys, rates, other people's web pages), then `routes`, then one handler:
-//! `documents`, `completions`, `models`, `adapters` or `probes`. A handler reads its input with
+//! `documents`, `completions`, `embeddings`, `words`, `models`, `adapters`, `lora`, `probes` or `page`. A handler reads its input with
 //! `body`, `json`, `fields` and `query`, which refuse what is wrong by name, before it asks anyone
 //! for anything. What goes wrong is an `error::ApiError`, in OpenAI's form.
 //!
@@ -17,14 +17,18 @@ mod completions;
 mod disk;
 mod documents;
 mod doors;
+mod embeddings;
 mod error;
+mod events;
 mod fields;
 mod guard;
 mod json;
 mod logprobs;
+mod lora;
 mod messages;
 mod metrics;
 mod models;
+mod page;
 mod probes;
 mod query;
 mod question;
@@ -32,12 +36,16 @@ mod routes;
 mod sampling;
 mod selector;
 mod server;
+mod spec;
 mod state;
 mod submission;
+mod tally;
+mod words;
 
 pub use doors::{Doors, Generator};
 pub use metrics::Recorder;
 pub use server::Bound;
+pub use words::Words;
 
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
@@ -56,6 +64,8 @@ pub struct Gateway {
     pub registry: Arc<Registry>,
     /// The services behind it.
     pub doors: Doors,
+    /// The text side of the base.
+    pub words: Arc<dyn Words>,
     /// Whether requests for text can be answered now.
     pub ready: Box<dyn Fn() -> bool + Send + Sync>,
     /// What it says of the server.

@@ -1,14 +1,27 @@
-//! `GET /v1/models`: the base, the router, and each lineage as a model of its own.
+//! `GET /v1/models`: the base, the router, and each lineage and generation as a model.
 
 use crate::error::{ApiError, Result};
+use crate::spec;
 use crate::state::State;
 use actix_web::{HttpResponse, web};
+use proto::GenerationId;
 use serde_json::{Value, json};
 
+/// Lists the base, the router, each domain and each generation.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "ask",
+    responses((status = 200, description = "All that `model` may be, but for sums.", body = spec::Models))
+)]
 pub(crate) async fn list(state: web::Data<State>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"object": "list", "data": models(&state)}))
 }
 
+/// Tells of one model.
+#[utoipa::path(
+    get, path = "/v1/models/{id}", tag = "ask",
+    params(("id" = String, Path, description = "Its name.")),
+    responses((status = 200, description = "The model.", body = spec::Model))
+)]
 pub(crate) async fn show(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {
     let model = models(&state).into_iter().find(|model| model["id"] == id.as_str());
     let model = model.ok_or_else(|| {
@@ -20,7 +33,8 @@ pub(crate) async fn show(state: web::Data<State>, id: web::Path<String>) -> Resu
 
 fn models(state: &State) -> Vec<Value> {
     let (info, registry) = (&state.gateway.info, &state.gateway.registry);
-    let model = |id: &str, created_s: u64, parent: Option<&str>, generation: Value| {
+    let kept = state.gateway.settings.checkpoint.generations_kept;
+    let model = |id: &str, created_s: u64, parent: Option<&str>, generation: Option<&GenerationId>| {
         json!({
             "id": id,
             "object": "model",
@@ -32,14 +46,19 @@ fn models(state: &State) -> Vec<Value> {
             "max_model_len": info.context_length,
         })
     };
-    let mut models = vec![
-        model("base", state.started_s, None, Value::Null),
-        model("auto", state.started_s, Some("base"), Value::Null),
-    ];
+    let mut models =
+        vec![model("base", state.started_s, None, None), model("auto", state.started_s, Some("base"), None)];
     for (domain, lineage) in registry.try_manifest().iter().flat_map(|manifest| &manifest.lineages) {
-        let current = lineage.current.as_ref().and_then(|id| registry.generation(id));
-        let created_s = current.as_ref().map_or(state.started_s, |generation| generation.published_ms / 1000);
-        models.push(model(domain.as_str(), created_s, Some("base"), json!(lineage.current)));
+        let chain = registry.chain(domain);
+        let created_s = chain.first().map_or(state.started_s, |current| current.published_ms / 1000);
+        models.push(model(domain.as_str(), created_s, Some("base"), lineage.current.as_ref()));
+        // Each generation whose weights are still there is a model too.
+        for generation in chain.iter().take(kept) {
+            let named = |id: &GenerationId| format!("{domain}@{id}");
+            let parent = generation.parent.as_ref().map_or_else(|| "base".to_owned(), named);
+            let created_s = generation.published_ms / 1000;
+            models.push(model(&named(&generation.id), created_s, Some(&parent), Some(&generation.id)));
+        }
     }
     models
 }

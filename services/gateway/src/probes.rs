@@ -2,18 +2,32 @@
 
 use crate::adapters;
 use crate::error::Result;
+use crate::metrics;
+use crate::spec;
 use crate::state::{State, read};
+use crate::tally::Tally;
 use actix_web::{HttpResponse, web};
 use kit::ledger::DomainCounts;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// The process answers.
+#[utoipa::path(
+    get, path = "/livez", tag = "watch",
+    responses((status = 200, description = "It does.", body = String, content_type = "text/plain"))
+)]
 pub(crate) async fn livez() -> HttpResponse {
     HttpResponse::Ok().body("ok")
 }
 
 /// Requests for text can be answered.
+#[utoipa::path(
+    get, path = "/readyz", tag = "watch",
+    responses(
+        (status = 200, description = "They can.", body = String, content_type = "text/plain"),
+        (status = 503, description = "Not yet.", body = String, content_type = "text/plain")
+    )
+)]
 pub(crate) async fn readyz(state: web::Data<State>) -> HttpResponse {
     if state.is_ready() {
         HttpResponse::Ok().body("ready")
@@ -22,17 +36,34 @@ pub(crate) async fn readyz(state: web::Data<State>) -> HttpResponse {
     }
 }
 
+/// Tells whether it is well.
+#[utoipa::path(
+    get, path = "/health", tag = "watch",
+    responses((status = 200, description = "Whether requests for text can be answered.", body = spec::Health))
+)]
 pub(crate) async fn health(state: web::Data<State>) -> HttpResponse {
     let status = if state.is_ready() { "ok" } else { "not ready" };
     HttpResponse::Ok().json(json!({"status": status}))
 }
 
-pub(crate) async fn metrics(state: web::Data<State>) -> HttpResponse {
-    HttpResponse::Ok()
-        .content_type("text/plain; version=0.0.4; charset=utf-8")
-        .body(state.gateway.metrics.page())
+/// Counts and measures.
+#[utoipa::path(
+    get, path = "/metrics", tag = "watch",
+    responses((status = 200, description = "In Prometheus' text format.", body = String, content_type = "text/plain"))
+)]
+pub(crate) async fn metrics(state: web::Data<State>) -> Result<HttpResponse> {
+    let (ledger, registry) = (Arc::clone(&state.gateway.ledger), Arc::clone(&state.gateway.registry));
+    let tally = read(move || Tally::take(&ledger, registry.try_manifest().as_deref())).await?;
+    metrics::refresh(&tally, &state.gateway.registry);
+    let page = state.gateway.metrics.page();
+    Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(page))
 }
 
+/// Tells how the server is.
+#[utoipa::path(
+    get, path = "/v1/status", tag = "watch",
+    responses((status = 200, description = "All at once.", body = spec::Status))
+)]
 pub(crate) async fn status(state: web::Data<State>) -> Result<HttpResponse> {
     let gateway = &state.gateway;
     let (info, ledger, registry) = (&gateway.info, &gateway.ledger, &gateway.registry);

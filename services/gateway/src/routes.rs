@@ -2,7 +2,7 @@
 
 use crate::error::ApiError;
 use crate::state::State;
-use crate::{adapters, completions, documents, metrics, models, probes};
+use crate::{adapters, completions, documents, embeddings, lora, metrics, models, page, probes, spec, words};
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::middleware::Next;
@@ -30,11 +30,21 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     .service(at("/v1/adapters/{domain}/export", "GET").route(web::get().to(adapters::export)))
     .service(at("/v1/adapters/{domain}/import", "POST").route(web::post().to(adapters::import)))
     .service(at("/v1/adapters/{domain}/merge", "POST").route(web::post().to(adapters::merge)))
+    .service(at("/v1/load_lora_adapter", "POST").route(web::post().to(lora::load)))
+    .service(at("/v1/unload_lora_adapter", "POST").route(web::post().to(lora::unload)))
+    .service(at("/v1/embeddings", "POST").route(web::post().to(embeddings::create)))
+    .service(at("/tokenize", "POST").route(web::post().to(words::tokenize)))
+    .service(at("/detokenize", "POST").route(web::post().to(words::detokenize)))
     .service(at("/v1/status", "GET").route(web::get().to(probes::status)))
     .service(at("/livez", "GET").route(web::get().to(probes::livez)))
     .service(at("/readyz", "GET").route(web::get().to(probes::readyz)))
     .service(at("/health", "GET").route(web::get().to(probes::health)))
     .service(at("/metrics", "GET").route(web::get().to(probes::metrics)))
+    .service(at("/", "GET").route(web::get().to(page::show)))
+    .service(at("/events", "GET").route(web::get().to(page::follow)))
+    .service(at("/openapi.json", "GET").route(web::get().to(spec::json)))
+    .service(at("/docs", "GET").route(web::get().to(spec::read)))
+    .service(at("/assets/{name}", "GET").route(web::get().to(page::asset)))
     .app_data(
         web::PathConfig::default()
             .error_handler(|_, _| ApiError::malformed("the path is not valid UTF-8").into()),

@@ -1,7 +1,6 @@
 //! Binding, and serving until told to stop.
 
 use crate::Gateway;
-use crate::metrics::Recorder;
 use crate::routes::{guarded, routes};
 use crate::state::State;
 use actix_web::dev::Server;
@@ -25,7 +24,7 @@ const CONNECTIONS_PER_THREAD_MAX: usize = 8192;
 pub struct Bound {
     server: Server,
     address: SocketAddr,
-    recorder: Recorder,
+    state: web::Data<State>,
 }
 
 impl Gateway {
@@ -37,12 +36,12 @@ impl Gateway {
     pub fn bind(self, stop: Stop) -> anyhow::Result<Bound> {
         let listen = self.settings.gateway.listen.clone();
         let addresses = allowed(&listen, &self.settings.gateway.api_keys)?;
-        let recorder = self.metrics.clone();
         let header_time_max = Duration::from_secs(self.settings.gateway.header_seconds_max);
         let stop_seconds_max = self.settings.supervisor.stop_seconds_max;
         let state = web::Data::new(State::new(self, stop.clone()));
+        let shared = state.clone();
         let app =
-            move || App::new().app_data(state.clone()).configure(routes).wrap(middleware::from_fn(guarded));
+            move || App::new().app_data(shared.clone()).configure(routes).wrap(middleware::from_fn(guarded));
         let server = HttpServer::new(app)
             .workers(THREADS)
             .max_connections(CONNECTIONS_PER_THREAD_MAX)
@@ -57,7 +56,7 @@ impl Gateway {
             .shutdown_signal(stop.wait());
         let server = server.bind(&addresses[..1]).map_err(|error| explained(&listen, error))?;
         let address = server.addrs().first().copied().context("the server has no address")?;
-        Ok(Bound { server: server.run(), address, recorder })
+        Ok(Bound { server: server.run(), address, state })
     }
 
     /// Binds, and serves until `stop` is set and running requests have ended.
@@ -83,7 +82,8 @@ impl Bound {
         tracing::info!(address = %self.address, "listening");
         tokio::select! {
             ended = self.server => ended.context("the HTTP server ended"),
-            () = self.recorder.upkeep() => Ok(()),
+            () = self.state.gateway.metrics.clone().upkeep() => Ok(()),
+            () = self.state.pulse.watch(&self.state.gateway.metrics) => Ok(()),
         }
     }
 }

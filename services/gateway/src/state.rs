@@ -4,6 +4,7 @@ use crate::backlog::Backlog;
 use crate::disk::Disk;
 use crate::error::{ApiError, Result};
 use crate::guard::{Guard, Rate};
+use crate::page::{Board, Pulse};
 use crate::{Gateway, body, question, submission};
 use actix_web::web;
 use kit::lane::Stop;
@@ -28,6 +29,10 @@ pub(crate) struct State {
     pub bodies: body::Budget,
     pub backlog: Backlog,
     pub disk: Disk,
+    /// What the open pages show.
+    pub board: Board,
+    /// How learning went lately.
+    pub pulse: Pulse,
     pub started: Instant,
     /// When it started, for models that were never published: seconds since 1970.
     pub started_s: u64,
@@ -75,6 +80,8 @@ impl State {
             limits,
             backlog: Backlog::default(),
             disk: Disk::default(),
+            board: Board::default(),
+            pulse: Pulse::default(),
             started: Instant::now(),
             started_s: now_ms() / 1000,
             stop,

@@ -1,6 +1,8 @@
 //! What happens on the compute thread: all running answers go through the model together, a token each; between two
 //! steps answers come and go.
 
+mod embed;
+
 use crate::{Full, Language};
 use anyhow::Context;
 use kit::compute::{Engine as Steps, Running as Turned};

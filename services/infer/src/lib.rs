@@ -3,6 +3,7 @@
 //! A request keeps the adapters it started with to its end; a new generation is for the requests
 //! that come after it.
 
+mod embed;
 mod engine;
 mod profiles;
 mod router;

@@ -18,6 +18,7 @@ mod conversation;
 pub mod cpu;
 pub mod device;
 pub mod distillation;
+pub mod embed;
 pub mod ewc;
 pub mod generate;
 pub mod guard;

@@ -69,6 +69,27 @@ impl ingest::Encode for Text {
     }
 }
 
+impl gateway::Words for Text {
+    fn encode(&self, text: &str, whole: bool) -> anyhow::Result<Vec<u32>> {
+        let tokenizer = &self.language.tokenizer;
+        if whole { tokenizer.encode(text) } else { tokenizer.encode_continuation(text) }
+    }
+
+    fn encode_chat(&self, messages: &[Message], open: bool) -> anyhow::Result<Vec<u32>> {
+        let turns: Vec<(&str, &str)> =
+            messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+        self.language.template.encode_chat(&self.language.tokenizer, &turns, open)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> anyhow::Result<String> {
+        self.language.tokenizer.decode(tokens)
+    }
+
+    fn token(&self, id: u32) -> Option<String> {
+        self.language.tokenizer.token(id)
+    }
+}
+
 impl checkpoint::Peft for Text {
     fn import(&self, files: &PeftFiles) -> anyhow::Result<Vec<u8>> {
         let folder = tempfile::tempdir().context("no folder for the adapter's files")?;

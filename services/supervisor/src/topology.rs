@@ -27,8 +27,8 @@ use model::anchor;
 use model::llama::Base;
 use model::pack::Sequence;
 use proto::{
-    BaseId, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge, PeftFiles,
-    Publish, Published, Refusal, Rollback, RolledBack,
+    BaseId, Embed, Embedded, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge,
+    PeftFiles, Publish, Published, Refusal, Rollback, RolledBack,
 };
 use replay::{Mixer, Mixing, Settle};
 use std::path::PathBuf;
@@ -52,6 +52,7 @@ const GATE_ANCHORS: u64 = 2;
 pub struct Doors {
     pub publish: Door<Publish, Published>,
     pub generate: Door<Generate, Result<Events<GenerateEvent>, Full>>,
+    pub embed: Door<Embed, Result<Embedded, Refusal>>,
     pub rollback: Door<Rollback, Result<RolledBack, Refusal>>,
     pub forget: Door<Forget, Result<Forgotten, Refusal>>,
     pub import: Door<Import, Result<GenerationId, Refusal>>,
@@ -64,6 +65,7 @@ impl Doors {
         Self {
             publish: Door::new(1),
             generate: Door::new(generate_credit),
+            embed: Door::new(DOOR_CREDIT),
             rollback: Door::new(DOOR_CREDIT),
             forget: Door::new(DOOR_CREDIT),
             import: Door::new(DOOR_CREDIT),
@@ -198,6 +200,7 @@ impl Plant {
         let infer = crew.host(infer.await?);
         infer.answer_at(&self.doors.publish);
         infer.answer_at(&self.doors.generate);
+        infer.answer_at(&self.doors.embed);
         Ok(())
     }
 

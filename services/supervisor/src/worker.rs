@@ -159,12 +159,14 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
         registry: Arc::clone(&plant.registry),
         doors: gateway::Doors {
             generate: Arc::new(doors.generate.clone()),
+            embed: doors.embed.clone(),
             rollback: doors.rollback.clone(),
             forget: doors.forget.clone(),
             import: doors.import.clone(),
             merge: doors.merge.clone(),
             export: doors.export.clone(),
         },
+        words: Arc::clone(&plant.text) as Arc<dyn gateway::Words>,
         // Inference notes what it serves as soon as it does.
         ready: Box::new(move || registry.live() > 0),
         info: ServerInfo {

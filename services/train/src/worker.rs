@@ -373,7 +373,10 @@ fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
         Item::Rehearsed(n) => run.rehearsed[n].tokens.len(),
         Item::Anchor(_) => 0,
     };
-    run.report.tokens += places.iter().flatten().map(length).sum::<usize>() as u64;
+    let tokens = places.iter().flatten().map(length).sum::<usize>() as u64;
+    run.report.tokens += tokens;
+    metrics::counter!("engram:train_tokens_total", "lineage" => run.batch.lineage.to_string())
+        .increment(tokens);
 }
 
 fn as_fresh(example: &Example) -> Fresh {

@@ -3,15 +3,19 @@ use proto::MergeMethod;
 use serde_json::{Value, json};
 
 #[test]
-fn models_are_the_base_the_router_and_the_lineages() {
+fn models_are_the_base_the_router_and_the_lineages_with_their_generations() {
     let server = Server::start(&[]);
     let models = server.get("/v1/models").json();
     let ids: Vec<&Value> =
         models["data"].as_array().expect("a list").iter().map(|model| &model["id"]).collect();
-    assert_eq!(ids, ["base", "auto", "medical"]);
+    let named = [CURRENT, PARENT].map(|generation| format!("medical@{generation}"));
+    assert_eq!(ids, ["base", "auto", "medical", &named[0], &named[1]]);
     let medical = server.get("/v1/models/medical").json();
     assert_eq!((&medical["root"], &medical["parent"]), (&json!("tiny"), &json!("base")));
     assert_eq!((&medical["generation"], &medical["created"]), (&json!(CURRENT), &json!(1_700_000_000)));
+    for (model, parent) in [(&named[0], &*named[1]), (&named[1], "base")] {
+        assert_eq!(server.get(&format!("/v1/models/{model}")).json()["parent"], parent, "{model}");
+    }
     let unknown = server.get("/v1/models/poetry");
     assert_eq!((unknown.status, &unknown.json()["error"]["code"]), (404, &json!("model_not_found")));
 }

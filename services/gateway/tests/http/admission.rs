@@ -2,7 +2,7 @@ use crate::harness::{KEY, Server};
 use serde_json::json;
 
 /// Every route, with a body that it takes.
-const ROUTES: [(&str, &str, &str); 20] = [
+const ROUTES: [(&str, &str, &str); 25] = [
     ("GET", "/v1/documents", ""),
     ("POST", "/v1/documents", r#"{"text":"a"}"#),
     ("GET", "/v1/documents/some-id", ""),
@@ -17,6 +17,11 @@ const ROUTES: [(&str, &str, &str); 20] = [
     ("GET", "/v1/adapters/medical/export", ""),
     ("POST", "/v1/adapters/medical/import", r#"{"adapter_config":{},"adapter_model":""}"#),
     ("POST", "/v1/adapters/medical/merge", r#"{"from":"a+b"}"#),
+    ("POST", "/v1/load_lora_adapter", r#"{"lora_name":"a","lora_path":"a"}"#),
+    ("POST", "/v1/unload_lora_adapter", r#"{"lora_name":"a"}"#),
+    ("POST", "/v1/embeddings", r#"{"input":"a"}"#),
+    ("POST", "/tokenize", r#"{"prompt":"a"}"#),
+    ("POST", "/detokenize", r#"{"tokens":[97]}"#),
     ("GET", "/v1/status", ""),
     ("GET", "/metrics", ""),
     ("GET", "/nowhere", ""),
@@ -86,7 +91,7 @@ fn a_key_that_asks_too_often_is_told_when_to_come_back() {
 #[test]
 fn what_is_nowhere_is_404_and_the_wrong_method_405() {
     let server = Server::start(&[]);
-    for path in ["/", "/v1", "/v1/documents/", "/v1/adapters/medical", "//v1/models", "/v1/models/a/b"] {
+    for path in ["/page", "/v1", "/v1/documents/", "/v1/adapters/medical", "//v1/models", "/v1/models/a/b"] {
         let nowhere = server.get(path);
         assert_eq!(nowhere.status, 404, "{path}");
         nowhere.assert_error_form();

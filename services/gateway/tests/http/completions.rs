@@ -144,3 +144,16 @@ fn a_client_that_leaves_ends_its_generation() {
         eventually("it was given up", || server.seen.abandoned.load(Ordering::Relaxed) == count);
     }
 }
+
+#[test]
+fn embeddings_are_numbers_or_their_bytes() {
+    let server = Server::start(&[]);
+    let answer = server.post("/v1/embeddings", &json!({"input": ["ab", "abc"], "model": "base"})).json();
+    assert_eq!(answer["data"][1], json!({"object": "embedding", "index": 1, "embedding": [3.0, -0.5]}));
+    assert_eq!(answer["usage"], json!({"prompt_tokens": 5, "total_tokens": 5}));
+    let packed = server.post("/v1/embeddings", &json!({"input": "ab", "encoding_format": "base64"})).json();
+    // 2.0 and -0.5 as f32, little-endian.
+    assert_eq!(packed["data"][0]["embedding"], "AAAAQAAAAL8=");
+    let refused = server.post("/v1/embeddings", &json!({"input": ["ab", ""]}));
+    assert_eq!((refused.status, refused.param()), (400, json!("input[1]")));
+}

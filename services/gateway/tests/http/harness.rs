@@ -1,16 +1,16 @@
 //! A gateway that runs, and a client that can send what no client should.
 
 use futures_util::future::LocalBoxFuture;
-use gateway::{Doors, Gateway, Generator, Recorder, ServerInfo};
+use gateway::{Doors, Gateway, Generator, Recorder, ServerInfo, Words};
 use kit::lane::Stop;
 use kit::ledger::Ledger;
 use kit::link::{Door, Events, ReplyTo, Unanswered, events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use proto::{
-    BaseId, Blob, Choice, Domain, Export, FinishReason, Forget, Forgotten, Generate, GenerateEvent,
-    Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt, Receipt, Refusal,
-    Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
+    BaseId, Blob, Choice, Domain, Embed, Embedded, Export, FinishReason, Forget, Forgotten, Generate,
+    GenerateEvent, Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt,
+    Receipt, Refusal, Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
@@ -49,7 +49,8 @@ pub struct Server {
     pub ready: Arc<AtomicBool>,
     pub stop: Stop,
     pub thread: Option<JoinHandle<anyhow::Result<()>>>,
-    _folder: TempDir,
+    /// The data folder.
+    pub folder: TempDir,
 }
 
 impl Server {
@@ -69,7 +70,7 @@ impl Server {
             })
         });
         let address = bound.recv_timeout(Duration::from_secs(10)).expect("bound");
-        Self { address, ledger, seen, ready, stop, thread: Some(thread), _folder: folder }
+        Self { address, ledger, seen, ready, stop, thread: Some(thread), folder }
     }
 
     pub fn get(&self, path: &str) -> Answer {
@@ -206,6 +207,7 @@ pub fn gateway(flags: &[&str], folder: &TempDir, seen: &Arc<Seen>) -> (Gateway, 
         ledger: Arc::new(Ledger::open(&folder.path().join("ledger")).expect("a ledger")),
         registry: Arc::new(registry(folder)),
         doors: doors(seen),
+        words: Arc::new(Bytes),
         ready: Box::new(move || told.load(Ordering::Relaxed)),
         info: ServerInfo {
             base_name: "tiny".into(),
@@ -269,6 +271,13 @@ fn doors(seen: &Arc<Seen>) -> Doors {
     let (keep, merges) = (Arc::clone(seen), Arc::clone(seen));
     Doors {
         generate: Arc::new(Fake(Arc::clone(seen))),
+        embed: answered(|ask: Embed| match ask.text.as_str() {
+            "" => Err(Refusal::Invalid { param: "input".into(), message: "it is empty".into() }),
+            text => {
+                let choice = Choice { adapters: Vec::new(), confidence: None };
+                Ok(Embedded { vector: vec![text.len() as f32, -0.5], choice, tokens: text.len() as u32 })
+            }
+        }),
         rollback: answered(|ask: Rollback| match ask.expected {
             Some(expected) if expected.as_str() != CURRENT => {
                 Err(Refusal::Conflict(format!("it is {CURRENT}")))
@@ -309,6 +318,29 @@ where
         }
     });
     door
+}
+
+/// A token a byte, and 256 before each text.
+struct Bytes;
+
+impl Words for Bytes {
+    fn encode(&self, text: &str, whole: bool) -> anyhow::Result<Vec<u32>> {
+        let begin = whole.then_some(256);
+        Ok(begin.into_iter().chain(text.bytes().map(u32::from)).collect())
+    }
+
+    fn encode_chat(&self, messages: &[Message], open: bool) -> anyhow::Result<Vec<u32>> {
+        let text: String = messages.iter().map(|message| format!("{}\n", message.content)).collect();
+        self.encode(&text, open)
+    }
+
+    fn decode(&self, tokens: &[u32]) -> anyhow::Result<String> {
+        Ok(tokens.iter().filter_map(|id| u8::try_from(*id).ok()).map(char::from).collect())
+    }
+
+    fn token(&self, id: u32) -> Option<String> {
+        (id <= 256).then(|| id.to_string())
+    }
 }
 
 /// Answers by what the prompt says: `full`, `refuse`, `no model`, `too many`, `die`, `hang`, or

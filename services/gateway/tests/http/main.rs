@@ -7,5 +7,8 @@ mod bodies;
 mod completions;
 mod documents;
 mod harness;
+mod page;
 mod sampling;
 mod serving;
+mod spec;
+mod vllm;

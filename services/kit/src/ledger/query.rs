@@ -182,6 +182,28 @@ impl Ledger {
         })
     }
 
+    /// How many documents of a domain come after an ordinal and have something to learn, of those that
+    /// intake has judged.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn waiting(&self, domain: &Domain, after: u64) -> Result<u64> {
+        let (name, cursor) = (domain.as_str(), self.intake_cursor());
+        if after >= cursor {
+            return Ok(0);
+        }
+        self.shared.read(|read| {
+            let (mut count, mut last) = (0, after);
+            let table = read.open_table(EXAMPLES)?;
+            for row in table.range((name, after + 1, 0)..=(name, cursor, u32::MAX))? {
+                let ordinal = row?.0.value().1;
+                count += u64::from(ordinal != last);
+                last = ordinal;
+            }
+            Ok(count)
+        })
+    }
+
     /// Examples by name, in the order asked for. Those that are not there any more are left out.
     ///
     /// # Errors

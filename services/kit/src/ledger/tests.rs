@@ -176,6 +176,8 @@ async fn a_window_holds_whole_documents_in_order() {
     let small = ledger.fresh(None, 0, 0, 100).expect("a window");
     assert_eq!((small.documents, small.through, small.examples.len()), (1, 1, 1));
     assert_eq!(ledger.fresh(None, 0, 100, 2).expect("a window").through, 2);
+    let waiting = [0, 1, 2, 5].map(|after| ledger.waiting(&a, after).expect("a count"));
+    assert_eq!(waiting, [2, 1, 1, 0], "1 and 5: 3 was refused");
     let none = ledger.fresh(Some(&a), 5, 100, 100).expect("a window");
     assert_eq!(none, FreshWindow { through: 5, ..FreshWindow::default() });
 }

@@ -18,9 +18,11 @@ mod disk;
 mod documents;
 mod doors;
 mod error;
+mod feedback;
 mod fields;
 mod guard;
 mod json;
+mod lesson;
 mod logprobs;
 mod messages;
 mod metrics;
@@ -34,10 +36,12 @@ mod selector;
 mod server;
 mod state;
 mod submission;
+mod upload;
 
 pub use doors::{Doors, Generator};
 pub use metrics::Recorder;
 pub use server::Bound;
+pub use upload::{FOLDER as UPLOADS, Found, Reader};
 
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
@@ -56,6 +60,8 @@ pub struct Gateway {
     pub registry: Arc<Registry>,
     /// The services behind it.
     pub doors: Doors,
+    /// Finds the documents in files.
+    pub reader: Arc<dyn Reader>,
     /// Whether requests for text can be answered now.
     pub ready: Box<dyn Fn() -> bool + Send + Sync>,
     /// What it says of the server.

@@ -17,6 +17,7 @@ mod conversation;
 pub mod device;
 pub mod distillation;
 pub mod ewc;
+pub mod fuse;
 pub mod generate;
 pub mod guard;
 pub mod hf;

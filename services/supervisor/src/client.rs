@@ -55,6 +55,14 @@ pub struct Refused {
     message: String,
 }
 
+/// That nobody answers.
+#[derive(Debug, thiserror::Error)]
+#[error("no server answers at {server} ({error}); start one with 'engram up', or name another with --server")]
+pub struct NoServer {
+    server: String,
+    error: String,
+}
+
 /// A request.
 #[derive(Clone, Copy)]
 struct Ask<'a> {
@@ -202,10 +210,7 @@ impl Client {
     }
 
     fn unreachable(&self, error: &ureq::Error) -> anyhow::Error {
-        let server = &self.server;
-        anyhow!(
-            "no server answers at {server} ({error}); start one with 'engram up', or name another with --server"
-        )
+        NoServer { server: self.server.clone(), error: error.to_string() }.into()
     }
 
     fn refused(&self, status: StatusCode, answer: &Value) -> anyhow::Error {

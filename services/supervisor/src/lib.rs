@@ -26,10 +26,12 @@ mod lifeline;
 mod logits;
 mod pretrain;
 mod report;
+mod sending;
 mod status;
 mod text;
 mod topology;
 mod up;
+mod watch;
 mod worker;
 
 pub use cli::main;

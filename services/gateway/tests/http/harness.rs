@@ -13,6 +13,7 @@ use proto::{
     Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -49,7 +50,7 @@ pub struct Server {
     pub ready: Arc<AtomicBool>,
     pub stop: Stop,
     pub thread: Option<JoinHandle<anyhow::Result<()>>>,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Server {
@@ -69,7 +70,7 @@ impl Server {
             })
         });
         let address = bound.recv_timeout(Duration::from_secs(10)).expect("bound");
-        Self { address, ledger, seen, ready, stop, thread: Some(thread), _folder: folder }
+        Self { address, ledger, seen, ready, stop, thread: Some(thread), folder }
     }
 
     pub fn get(&self, path: &str) -> Answer {
@@ -102,6 +103,12 @@ impl Server {
         // A server that refuses early may close before all of it is written.
         let _ = stream.write_all(bytes);
         Answer::read(&mut stream)
+    }
+
+    /// Files that are left of uploads.
+    pub fn uploads(&self) -> Vec<std::fs::DirEntry> {
+        let folder = self.folder.path().join(gateway::UPLOADS);
+        std::fs::read_dir(folder).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect())
     }
 
     pub fn connect(&self) -> TcpStream {
@@ -206,6 +213,7 @@ pub fn gateway(flags: &[&str], folder: &TempDir, seen: &Arc<Seen>) -> (Gateway, 
         ledger: Arc::new(Ledger::open(&folder.path().join("ledger")).expect("a ledger")),
         registry: Arc::new(registry(folder)),
         doors: doors(seen),
+        reader: Arc::new(Lines),
         ready: Box::new(move || told.load(Ordering::Relaxed)),
         info: ServerInfo {
             base_name: "tiny".into(),
@@ -309,6 +317,24 @@ where
         }
     });
     door
+}
+
+/// Finds a document in each line; `unusable` cannot be read.
+struct Lines;
+
+impl gateway::Reader for Lines {
+    fn documents(&self, mut file: File, name: &str) -> Result<Vec<gateway::Found>, String> {
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(|error| error.to_string())?;
+        if text == "unusable" {
+            return Err(format!("{name} cannot be read"));
+        }
+        let found = |(number, line): (usize, &str)| gateway::Found {
+            place: format!("{name}:{}", number + 1),
+            body: serde_json::Map::from_iter([("text".to_owned(), line.into())]),
+        };
+        Ok(text.lines().enumerate().map(found).collect())
+    }
 }
 
 /// Answers by what the prompt says: `full`, `refuse`, `no model`, `too many`, `die`, `hang`, or

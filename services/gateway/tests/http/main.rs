@@ -7,5 +7,7 @@ mod bodies;
 mod completions;
 mod documents;
 mod harness;
+mod lessons;
 mod sampling;
 mod serving;
+mod uploads;

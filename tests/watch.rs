@@ -87,7 +87,12 @@ fn what_is_new_changed_renamed_or_deleted_is_known_again_after_each_look() {
     let before = server.get("/v1/documents").ok();
     folder.write("b.jsonl", &(line(2) + &line(4)));
     fs::copy(folder.dir().join("a.md"), folder.dir().join("c.md")).expect("copied");
-    assert_eq!(folder.once(&server), ["learn notes/b.jsonl 2 documents", "learn notes/c.md 1 document"]);
+    let told = [
+        "learn notes/b.jsonl 2 documents",
+        "forgot notes/b.jsonl 1 document that it no longer says",
+        "learn notes/c.md 1 document",
+    ];
+    assert_eq!(folder.once(&server), told);
     assert_eq!(known(&server), texts(&[1, 2, 4]));
     let after = server.get("/v1/documents").ok();
     let accepted = |list: &serde_json::Value, text: &str| {

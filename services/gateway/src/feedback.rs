@@ -3,7 +3,7 @@
 use crate::body::Body;
 use crate::documents;
 use crate::doors;
-use crate::error::{ApiError, Result};
+use crate::error::Result;
 use crate::fields::Fields;
 use crate::state::{State, now_ms, read as read_ledger};
 use crate::submission;

@@ -17,10 +17,9 @@ use futures_util::StreamExt;
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
 use std::future::Future;
-use std::io::Seek;
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
@@ -188,14 +187,15 @@ impl Form {
             tracing::error!(error = format!("{error:#}"), "an upload could not be written");
             ApiError::busy("the upload could not be written to disk", 1)
         };
-        let mut file = tokio::fs::File::from_std(uploads.file().map_err(failed)?);
+        let mut file = uploads.file().map_err(failed)?;
         while let Some(chunk) = self.in_time(field.next()).await? {
             let chunk = chunk.map_err(|error| malformed(&error))?;
             self.count(chunk.len())?;
-            file.write_all(&chunk).await.map_err(|error| failed(error.into()))?;
+            // On a thread that may wait for the disk.
+            let written = web::block(move || file.write_all(&chunk).map(|()| file)).await;
+            let written = written.map_err(|error| ApiError::internal(&error))?;
+            file = written.map_err(|error| failed(error.into()))?;
         }
-        file.flush().await.map_err(|error| failed(error.into()))?;
-        let mut file = file.into_std().await;
         file.rewind().map_err(|error| failed(error.into()))?;
         Ok(file)
     }

@@ -1,5 +1,6 @@
 //! A running server, as the other commands see it.
 
+use crate::waiting::Waiting;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 use std::cell::Cell;
@@ -149,6 +150,7 @@ impl Client {
     }
 
     fn json(&self, ask: Ask<'_>) -> Result<Value> {
+        let _waiting = Waiting::start();
         let mut response = self.send(ask)?;
         let answer = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string();
         let answer = answer.with_context(|| format!("{} broke off its answer", self.server))?;

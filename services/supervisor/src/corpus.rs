@@ -98,6 +98,7 @@ fn source_name(root: &Path, path: &Path) -> String {
 
 impl SourceFile {
     /// A file under its own name.
+    #[cfg(test)]
     pub fn new(root: &Path, path: PathBuf) -> Self {
         Self { name: source_name(root, &path), path }
     }

@@ -31,6 +31,7 @@ mod status;
 mod text;
 mod topology;
 mod up;
+mod waiting;
 mod watch;
 mod worker;
 

@@ -129,9 +129,10 @@ impl Applying<'_> {
         let says: BTreeSet<String> =
             sent.iter().filter_map(|sent| sent.answer["id"].as_str().map(str::to_owned)).collect();
         // A version that nothing can be read from is most likely half of one: what was known stays known.
-        let kept = if says.is_empty() && !errors.is_empty() { before.documents } else { says };
+        let unreadable = says.is_empty() && !errors.is_empty();
+        let kept = if unreadable { before.documents.clone() } else { says };
         self.state.stale.extend(may_know.difference(&kept).cloned());
-        let count = kept.len();
+        let (count, dropped) = (kept.len(), before.documents.difference(&kept).count());
         self.state.files.insert(name.to_owned(), seen.known(kept));
         self.state.save()?;
         fail::fail_point!("watch::known");
@@ -141,7 +142,11 @@ impl Applying<'_> {
         if !sent.is_empty() {
             self.line("learn", name, &counted(count))?;
         }
-        self.forget_stale()
+        self.forget_stale()?;
+        if dropped > 0 {
+            self.line("forgot", name, &format!("{} that it no longer says", counted(dropped)))?;
+        }
+        Ok(())
     }
 
     /// Has the server forget what no file says any more.

@@ -27,12 +27,9 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         let [first, last, steps, seconds] =
             ["first_loss", "last_loss", "steps", "seconds"].map(|name| plain(&report[name]));
         if oneline {
-            writeln!(
-                out,
-                "{}{live} {} documents, loss {first} to {last}",
-                of("generation"),
-                of("documents")
-            )?;
+            let many = if generation["documents"] == 1 { "" } else { "s" };
+            let (name, documents) = (of("generation"), of("documents"));
+            writeln!(out, "{name}{live} {documents} document{many}, loss {first} to {last}")?;
             continue;
         }
         let blank = if place > 0 { "\n" } else { "" };

@@ -35,11 +35,15 @@ pub(crate) async fn submit(
     let (body, _held) = body.json()?;
     let Feedback { said, learned } = feedback(body)?;
     let (limits, now) = (state.limits.submission, now_ms());
-    let was = submission::read(said, None, limits, now)?.documents.swap_remove(0).id;
     let submission = submission::read(learned, None, limits, now)?;
-    let corrected = submission.documents[0].id != was;
+    // A bad answer may be one that no document could hold, such as none at all.
+    let was = submission::read(said, None, limits, now).ok().map(|mut said| said.documents.swap_remove(0).id);
+    let wrong = was.filter(|was| *was != submission.documents[0].id);
     let mut answer = documents::append(&state, submission).await?.swap_remove(0);
-    answer["forgotten"] = if corrected { json!(forgotten(&state, was).await?) } else { Value::Null };
+    answer["forgotten"] = match wrong {
+        Some(wrong) => json!(forgotten(&state, wrong).await?),
+        None => Value::Null,
+    };
     Ok(HttpResponse::Accepted().json(answer))
 }
 

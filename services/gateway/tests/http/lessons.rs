@@ -98,6 +98,8 @@ fn feedback_teaches_what_was_good_and_puts_right_what_was_not() {
     let mut elsewhere = bad;
     elsewhere["domain"] = "other".into();
     assert_eq!(say(elsewhere)["forgotten"], Value::Null, "another domain never learned it");
+    let silent = say(json!({"rating": "bad", "messages": talk(""), "correction": "Under the mat."}));
+    assert_eq!(silent["forgotten"], Value::Null, "an empty answer was never learned");
     let answer = server.post("/v1/feedback", &json!({"rating": "bad", "prompt": "q", "completion": "a"}));
     assert_eq!((answer.status, answer.param()), (400, json!("correction")));
     assert_eq!(server.get("/v1/feedback").status, 405);

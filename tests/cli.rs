@@ -59,6 +59,7 @@ fn help_teaches_by_examples() {
     for command in [
         "up",
         "learn",
+        "watch",
         "distill",
         "generate",
         "chat",
@@ -69,6 +70,8 @@ fn help_teaches_by_examples() {
         "logits",
         "doctor",
         "pretrain",
+        "bench",
+        "completions",
     ] {
         let output = engram(&[command, "--help"]);
         let told = String::from_utf8_lossy(&output.stdout);
@@ -116,11 +119,38 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     with(&server, &["generate", "A miller", "--model", "notes", "--max-tokens", "4"]);
     serde_json::from_str::<Value>(&with(&server, &["status", "--json"])).expect("JSON");
 
+    let glance = with(&server, &["status"]);
+    assert!(glance.contains("3 accepted") && glance.contains("notes   3"), "{glance}");
+
     let before = server.generations("notes");
+    let log = with(&server, &["adapters", "log", "notes"]);
+    assert!(
+        log.starts_with(&format!("generation {} (live)\nParent:    {}\n", before[0], before[1])),
+        "{log}"
+    );
+    assert_eq!(with(&server, &["adapters", "log", "notes", "--oneline"]).lines().count(), before.len());
+    let base = server.data().with_file_name("base");
+    let base = base.to_str().expect("a path");
+    let apart = [&format!("notes@{}", before[1]), "notes", "--base", base];
+    let diff = with(&server, &[&["adapters", "diff"], &apart[..]].concat());
+    assert!(diff.contains(&format!("+ {id}  stdin\n1 documents added, 0 removed\n")), "{diff}");
+    assert!(diff.contains(" q_proj    | "), "{diff}");
+    let same = with(&server, &["adapters", "diff", "notes", "notes", "--base", base]);
+    assert!(same.contains("0 documents added") && same.contains("0.0 %"), "{same}");
     assert!(with(&server, &["adapters", "list"]).contains(&before[0]));
     let out = folder.path().join("exported");
     let out = out.to_str().expect("a path");
     with(&server, &["adapters", "export", "notes", "--out", out]);
+    let whole = folder.path().join("whole");
+    let whole = whole.to_str().expect("a path");
+    let merged = ["adapters", "export", "notes", "--merged", "--base", base, "--out", whole];
+    with(&server, &merged);
+    let again = engram(&[&merged[..], &["--server", &server.url()]].concat());
+    assert!(String::from_utf8_lossy(&again.stderr).contains("there already"), "{again:?}");
+    let other = ["adapters", "export", "notes", "--merged", "--out", "elsewhere", "--server", &server.url()];
+    let other = String::from_utf8_lossy(&engram(&other).stderr).into_owned();
+    assert!(other.contains("another base than nano"), "{other}");
+    assert_logits_equal(base, out, whole, folder.path());
     with(&server, &["adapters", "rollback", "notes"]);
     with(&server, &["adapters", "import", out, "--domain", "copied"]);
     let copied = server.complete("copied", "A miller", 8);
@@ -172,6 +202,149 @@ fn logits_equal_the_golden_ones() {
     assert_eq!(expected.len(), computed.len());
     let distance = expected.iter().zip(&computed).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(distance < 1e-4, "{distance}");
+}
+
+/// The whole model computes what base and adapter do, and not what the base does.
+fn assert_logits_equal(base: &str, adapter: &str, whole: &str, folder: &Path) {
+    let ids = folder.join("ids.safetensors");
+    let bytes: Vec<u8> = (10..42i64).flat_map(i64::to_le_bytes).collect();
+    let tensor =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![1, 32], &bytes).expect("ids");
+    fs::write(&ids, safetensors::serialize([("input_ids", tensor)], None).expect("bytes")).expect("written");
+    let logits = |base: &str, adapter: Option<&str>| {
+        let out = folder.join("logits.safetensors");
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(["logits", "--device", "cpu", "--base", base])
+            .arg("--ids")
+            .arg(&ids)
+            .arg("--out")
+            .arg(&out);
+        if let Some(adapter) = adapter {
+            command.args(["--adapter", adapter]);
+        }
+        let output = command.output().expect("run");
+        assert!(output.status.success(), "{output:?}");
+        values(&out)
+    };
+    let apart = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    let (fused, sum, alone) = (logits(whole, None), logits(base, Some(adapter)), logits(base, None));
+    assert!(apart(&fused, &sum) < 1e-4, "{}", apart(&fused, &sum));
+    assert!(apart(&fused, &alone) > 1e-2, "{}", apart(&fused, &alone));
+}
+
+#[test]
+fn a_conversation_teaches_only_when_it_is_told_to() {
+    let server = Setup::tiny().start();
+    let talk = |lines: &str| {
+        let mut chat = Command::new(PROGRAM);
+        chat.args(["chat", "--model", "base", "--max-tokens", "4", "--server", &server.url()]);
+        let chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut chat = chat.spawn().expect("started");
+        chat.stdin.take().expect("piped").write_all(lines.as_bytes()).expect("written");
+        let output = chat.wait_with_output().expect("ended");
+        assert!(output.status.success(), "{output:?}");
+        (
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (told, complained) = talk("/help\n/model\n/learn\n/lern\nWho keeps the bees?\n/quit\nnot said\n");
+    assert!(
+        told.contains("/learn TEXT") && told.contains("there are: ") && told.contains("base answers"),
+        "{told}"
+    );
+    assert!(complained.contains("nothing to learn yet") && complained.contains("no /lern"), "{complained}");
+    assert_eq!(server.get("/v1/documents").ok()["documents"], json!([]), "nobody said /learn");
+
+    let (told, _) =
+        talk("Who keeps the bees?\n/learn Aurelia keeps them, behind the glass factory.\n/clear\n");
+    let id = told.split("documents show ").nth(1).expect("an id").trim().to_owned();
+    let document = server.get(&format!("/v1/documents/{id}?content=true")).ok();
+    let messages = &document["content"]["messages"];
+    assert_eq!(messages[0]["content"], "Who keeps the bees?");
+    assert_eq!(messages[1]["content"], "Aurelia keeps them, behind the glass factory.");
+    assert_eq!((&document["domain"], &document["source"]), (&json!("general"), &json!("feedback")));
+    let settled = server.settle(&[id], std::time::Duration::from_secs(60));
+    assert_eq!(settled[0]["status"], "live", "{settled:?}");
+}
+
+#[test]
+fn exit_codes_tell_scripts_what_happened() {
+    let server = Setup::tiny().start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mixed = folder.path().join("mixed.jsonl");
+    fs::write(&mixed, format!("{}\nnonsense\n", json!({"text": sentence(1)}))).expect("written");
+    let bad = folder.path().join("bad.jsonl");
+    fs::write(&bad, "nonsense\n").expect("written");
+    let code = |arguments: &[&str]| engram(arguments).status.code();
+    let url = server.url();
+    let learn = |path: &Path| code(&["learn", path.to_str().expect("a path"), "--server", &url]);
+    assert_eq!(learn(&mixed), Some(4));
+    assert_eq!(learn(&bad), Some(1));
+    assert_eq!(code(&["status", "--server", &url]), Some(0));
+    assert_eq!(code(&["status", "--server", "http://127.0.0.1:9"]), Some(3));
+    assert_eq!(code(&["staus"]), Some(2));
+}
+
+#[test]
+fn shells_complete_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = engram(&["completions", shell]);
+        let script = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{output:?}");
+        for word in ["watch", "learn", "rollback", "dry-run", "completions"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    // A shell that takes the script, and completes with it.
+    let script = "source <(\"$0\" completions bash); COMP_WORDS=(engram wat); COMP_CWORD=1; _engram engram wat engram; \
+        echo \"${COMPREPLY[@]}\"";
+    let output = Command::new("bash").args(["-c", script, PROGRAM]).output().expect("bash runs");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "watch", "{output:?}");
+}
+
+#[test]
+fn a_status_that_is_watched_goes_on_through_a_restart() {
+    let mut server = Setup::tiny().start();
+    let mut watch = Command::new(PROGRAM);
+    watch.args(["status", "--json", "--watch", "1", "--server", &server.url()]);
+    let mut watch = watch.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("started");
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(watch.stdout.take().expect("piped")));
+    let mut pid = || -> Value {
+        let line = lines.next().expect("a line").expect("text");
+        serde_json::from_str::<Value>(&line).expect("JSON")["pid"].clone()
+    };
+    let first = pid();
+    assert_eq!(pid(), first);
+    let worker = server.worker_id();
+    assert!(server.kill_worker());
+    server.wait_new_worker(worker, std::time::Duration::from_secs(60));
+    while pid() == first {}
+    watch.kill().expect("killed");
+    watch.wait().expect("ended");
+}
+
+#[test]
+fn the_doctor_says_in_words_what_is_there_and_what_is_not() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().to_str().expect("a path");
+    let output = engram(&["doctor", "--data", data, "--listen", "127.0.0.1:0", "--set", "base.device=cpu"]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{told}");
+    for said in ["libtorch   2.11.0", "bf16  ", "the processor (cpu, ", "4.9 M parameters", "all is well"] {
+        assert!(told.contains(said), "{said}: {told}");
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().expect("an address").to_string();
+    let output = engram(&["doctor", "--data", data, "--listen", &taken, "--base", "/no/such/base"]);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let failed: Vec<&str> = told.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert!(
+        failed.len() == 2 && failed[0].contains("there is no base") && failed[1].contains("--listen"),
+        "{told}"
+    );
+    assert_eq!(output.status.code(), Some(1));
 }
 
 fn values(file: &Path) -> Vec<f32> {

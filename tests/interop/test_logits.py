@@ -50,3 +50,20 @@ def test_peft_computes_the_logits_of_an_exported_adapter(server, base, tokenizer
         theirs = PeftModel.from_pretrained(base, adapter)(ids).logits
     assert (logits(NANO, ids, adapter) - theirs).abs().max() < TOLERANCE
     assert (theirs - alone).abs().max() > 0.1, "an adapter that has learned something changes something"
+
+
+def test_a_merged_model_is_one_to_transformers_with_equal_logits(server, base, tokenizer, logits, tmp_path):
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    export = [ENGRAM, "adapters", "--server", server.url, "export", DOMAIN]
+    subprocess.run([*export, "--out", adapter], check=True, timeout=60)
+    subprocess.run([*export, "--merged", "--out", whole], check=True, timeout=60)
+    ids = tokenizer(QUESTION + ANSWER, return_tensors="pt").input_ids
+    merged = AutoModelForCausalLM.from_pretrained(whole)
+    assert merged.dtype == torch.float32, "it says in which format it is"
+    with torch.no_grad():
+        theirs, peft = merged(ids).logits, PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert (theirs - peft).abs().max() < TOLERANCE
+    assert (logits(whole, ids) - theirs).abs().max() < TOLERANCE
+    said = AutoTokenizer.from_pretrained(whole)
+    answer = merged.generate(said(QUESTION, return_tensors="pt").input_ids, max_new_tokens=24, do_sample=False)
+    assert ANSWER.strip() in said.decode(answer[0], skip_special_tokens=True)

@@ -24,6 +24,14 @@ pub(crate) struct Limits {
     pub bytes_per_s_min: u32,
 }
 
+impl Limits {
+    /// How long after its head the next bytes of a body may come, when so many have.
+    pub(crate) fn patience(self, bytes: usize) -> Duration {
+        let earned = bytes as u64 / u64::from(self.bytes_per_s_min.max(1));
+        (LAG_MAX + Duration::from_secs(earned)).min(self.time_max)
+    }
+}
+
 /// The memory that all bodies share: a permit a byte.
 pub(crate) type Budget = Arc<Semaphore>;
 
@@ -49,17 +57,8 @@ impl Body {
         let start = Instant::now();
         let mut body = Self { bytes: Vec::new(), permit: None };
         loop {
-            let earned = body.bytes.len() as u64 / u64::from(limits.bytes_per_s_min.max(1));
-            let patience = (LAG_MAX + Duration::from_secs(earned)).min(limits.time_max);
-            match timeout_at(start + patience, payload.next()).await {
-                Err(_) => {
-                    let message = format!(
-                        "the body came too slowly: it takes at most {} s in all, and {} bytes/s",
-                        limits.time_max.as_secs(),
-                        limits.bytes_per_s_min
-                    );
-                    return Err(ApiError::too_slow(message));
-                }
+            match timeout_at(start + limits.patience(body.bytes.len()), payload.next()).await {
+                Err(_) => return Err(too_slow(limits)),
                 Ok(None) => return Ok(body),
                 Ok(Some(Err(_))) => return Err(ApiError::malformed("the body ended too early")),
                 Ok(Some(Ok(chunk))) => body.push(&chunk, limits, budget)?,
@@ -115,7 +114,16 @@ fn is_json(content_type: &str) -> bool {
     kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
 }
 
-fn too_large(limits: Limits) -> ApiError {
+/// The error of a body that comes more slowly than its limits say.
+pub(crate) fn too_slow(limits: Limits) -> ApiError {
+    let (seconds, rate) = (limits.time_max.as_secs(), limits.bytes_per_s_min);
+    let message =
+        format!("the body came too slowly: it takes at most {seconds} s in all, and {rate} bytes/s");
+    ApiError::too_slow(message)
+}
+
+/// The error of a body that is larger than its limits say.
+pub(crate) fn too_large(limits: Limits) -> ApiError {
     ApiError::too_large(format!(
         "the body is over {} bytes, which is what this path takes: send less in one request",
         limits.bytes_max

@@ -5,6 +5,7 @@ use crate::body::Body;
 use crate::doors::unanswered;
 use crate::error::{ApiError, Result};
 use crate::events;
+use crate::lesson::Lesson;
 use crate::metrics::Running;
 use crate::question::{self, Form, Question};
 use crate::spec;
@@ -57,8 +58,10 @@ async fn answer(
     let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
     let (body, held) = body.json()?;
     let info = &state.gateway.info;
-    let Question { generate, stream, asked } = question::read(body, form, state.limits.question, random())?;
+    let Question { generate, stream, learn, asked } =
+        question::read(body, form, state.limits.question, random())?;
     drop(held);
+    let learn = learn.map(|learn| (learn, generate.prompt.clone()));
     let time_max = state.limits.generation_time_max;
     let deadline = Instant::now() + time_max;
     let running = Running::start();
@@ -68,8 +71,10 @@ async fn answer(
         started(events.map_err(unanswered)?).await
     };
     let (choice, events) = timeout_at(deadline, begin).await.map_err(|_| out_of_time(time_max))??;
+    let lesson = learn.map(|(learn, prompt)| Lesson::new(learn, prompt, &choice));
     let answer = Answer::new(asked, choice, &info.base_id, random(), now_ms() / 1000);
-    let told = Told { answer, events, n, open: n, usage: Usage::default(), running, deadline, time_max };
+    let (usage, state) = (Usage::default(), state.clone());
+    let told = Told { answer, events, n, open: n, usage, lesson, state, running, deadline, time_max };
     if stream { Ok(told.streamed()) } else { told.whole().await }
 }
 
@@ -93,6 +98,9 @@ struct Told {
     open: u32,
     /// Tokens of those that have.
     usage: Usage,
+    /// Where the exchange is to be learned.
+    lesson: Option<Lesson>,
+    state: web::Data<State>,
     running: Running,
     deadline: Instant,
     time_max: Duration,
@@ -128,7 +136,13 @@ impl Told {
     async fn whole(mut self) -> Result<HttpResponse> {
         let (deadline, time_max) = (self.deadline, self.time_max);
         let completions = timeout_at(deadline, self.collect()).await.map_err(|_| out_of_time(time_max))??;
-        Ok(HttpResponse::Ok().json(self.answer.whole(&completions, self.usage)))
+        let mut whole = self.answer.whole(&completions, self.usage);
+        if let (Some(mut lesson), [only]) = (self.lesson, &completions[..]) {
+            lesson.hear(&only.text);
+            let reason = only.reason.unwrap_or(FinishReason::Length);
+            whole["engram"]["document"] = lesson.submit(&self.state, reason).await;
+        }
+        Ok(HttpResponse::Ok().json(whole))
     }
 
     async fn collect(&mut self) -> Result<Vec<Completion>> {
@@ -180,8 +194,17 @@ impl Told {
         }
         while let Some(step) = self.next().await? {
             let chunk = match step {
-                Step::Text { index, text, logprobs } => self.answer.piece(index, &text, &logprobs),
-                Step::End { index, reason } => self.answer.closing(index, reason),
+                Step::Text { index, text, logprobs } => {
+                    self.lesson.iter_mut().for_each(|lesson| lesson.hear(&text));
+                    self.answer.piece(index, &text, &logprobs)
+                }
+                Step::End { index, reason } => {
+                    let mut closing = self.answer.closing(index, reason);
+                    if let Some(lesson) = self.lesson.take() {
+                        closing["engram"]["document"] = lesson.submit(&self.state, reason).await;
+                    }
+                    closing
+                }
             };
             send(event(&chunk)).await;
         }

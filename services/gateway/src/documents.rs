@@ -33,11 +33,20 @@ pub(crate) async fn submit(
     let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
     let (body, _held) = body.json()?;
     let key = idempotency_key(&request)?;
-    let Submission { documents, many } = submission::read(body, key, state.limits.submission, now_ms())?;
-    admit(&state, documents.len() as u64)?;
+    let submission = submission::read(body, key, state.limits.submission, now_ms())?;
+    let many = submission.many;
+    let mut answers = append(&state, submission).await?;
+    let answer = if many { json!({"documents": answers}) } else { answers.swap_remove(0) };
+    Ok(HttpResponse::Accepted().json(answer))
+}
+
+/// Writes documents to the ledger, and says how each of them stands.
+pub(crate) async fn append(state: &State, submission: Submission) -> Result<Vec<Value>> {
+    let Submission { documents, many } = submission;
+    admit(state, documents.len() as u64)?;
     let names: Vec<(DocumentId, Domain)> =
         documents.iter().map(|document| (document.id.clone(), document.domain.clone())).collect();
-    let before = statuses(&state, names.iter().map(|(id, _)| id.clone()).collect()).await?;
+    let before = statuses(state, names.iter().map(|(id, _)| id.clone()).collect()).await?;
     // What was put aside and comes again is to be learned after all.
     let aside = before.iter().filter(|status| status.status == Stage::SetAside);
     let again = aside.map(|status| status.id.clone()).collect();
@@ -53,22 +62,21 @@ pub(crate) async fn submit(
         .iter()
         .zip(&appended)
         .map(|((id, domain), appended)| json!({"id": id, "status": stage(id, appended), "domain": domain}));
-    let mut answers: Vec<Value> = answers.collect();
+    let answers: Vec<Value> = answers.collect();
     let new = appended.iter().filter(|one| matches!(one, Appended::New { .. })).count();
     metrics::documents_accepted(new as u64);
-    let answer = if many { json!({"documents": answers}) } else { answers.swap_remove(0) };
-    Ok(HttpResponse::Accepted().json(answer))
+    Ok(answers)
 }
 
 /// Whether there is room for more documents, in the queue of those to judge and on the disk.
-fn admit(state: &State, incoming: u64) -> Result<()> {
+pub(crate) fn admit(state: &State, incoming: u64) -> Result<()> {
     let (ledger, settings) = (&state.gateway.ledger, &state.gateway.settings);
     let depth_max = settings.gateway.intake_documents_max;
     state.backlog.admit(ledger.intake_cursor(), ledger.head(), incoming, depth_max)?;
     state.disk.admit(&state.gateway.info.data_dir, settings.limits.disk_free_intake_percent)
 }
 
-fn idempotency_key(request: &HttpRequest) -> Result<Option<&str>> {
+pub(crate) fn idempotency_key(request: &HttpRequest) -> Result<Option<&str>> {
     let Some(value) = request.headers().get("idempotency-key") else { return Ok(None) };
     let readable = value.to_str().map(Some);
     readable.map_err(|_| ApiError::invalid("Idempotency-Key", "'Idempotency-Key' is not ASCII text"))

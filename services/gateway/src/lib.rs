@@ -20,9 +20,11 @@ mod doors;
 mod embeddings;
 mod error;
 mod events;
+mod feedback;
 mod fields;
 mod guard;
 mod json;
+mod lesson;
 mod logprobs;
 mod lora;
 mod messages;
@@ -40,11 +42,13 @@ mod spec;
 mod state;
 mod submission;
 mod tally;
+mod upload;
 mod words;
 
 pub use doors::{Doors, Generator};
 pub use metrics::Recorder;
 pub use server::Bound;
+pub use upload::{FOLDER as UPLOADS, Found, Reader};
 pub use words::Words;
 
 use kit::ledger::Ledger;
@@ -66,6 +70,8 @@ pub struct Gateway {
     pub doors: Doors,
     /// The text side of the base.
     pub words: Arc<dyn Words>,
+    /// Finds the documents in files.
+    pub reader: Arc<dyn Reader>,
     /// Whether requests for text can be answered now.
     pub ready: Box<dyn Fn() -> bool + Send + Sync>,
     /// What it says of the server.

@@ -3,6 +3,7 @@
 
 use crate::error::{ApiError, Result};
 use crate::fields::Fields;
+use crate::lesson::{self, Learn};
 use crate::{messages, sampling, selector};
 use proto::{Generate, Prompt};
 use serde_json::{Map, Value};
@@ -26,6 +27,8 @@ pub(crate) struct Question {
     pub generate: Generate,
     /// Whether the answer comes as events.
     pub stream: bool,
+    /// Whether the exchange is learned.
+    pub learn: Option<Learn>,
     /// For the answer.
     pub asked: Asked,
 }
@@ -76,6 +79,7 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
     }
     let sampling = sampling::read(&mut fields, form, limits.tokens_default, seed)?;
     let n = answers(&mut fields)?;
+    let learn = if form == Form::Chat { lesson::read(&mut fields, n)? } else { None };
     let stream = fields.bool("stream")?.unwrap_or(false);
     let include_usage = stream_options(&mut fields, stream)?;
     // OpenAI uses it to watch for abuse; here as there it has no effect on the answer.
@@ -91,7 +95,7 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
         }
     }
     let asked = Asked { form, model, include_usage, logprobs: sampling.logprobs.is_some() };
-    Ok(Question { generate: Generate { adapters, prompt, sampling, n }, stream, asked })
+    Ok(Question { generate: Generate { adapters, prompt, sampling, n }, stream, learn, asked })
 }
 
 fn prompt_bytes(prompt: &Prompt) -> usize {

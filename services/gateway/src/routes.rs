@@ -2,9 +2,13 @@
 
 use crate::error::ApiError;
 use crate::state::State;
-use crate::{adapters, completions, documents, embeddings, lora, metrics, models, page, probes, spec, words};
+use crate::{
+    adapters, completions, documents, embeddings, feedback, lora, metrics, models, page, probes, spec,
+    upload, words,
+};
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::guard::fn_guard;
 use actix_web::middleware::Next;
 use actix_web::{HttpRequest, Resource, ResponseError, web};
 
@@ -13,6 +17,7 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     app.service(
         at("/v1/documents", "GET, POST")
             .route(web::get().to(documents::list))
+            .route(web::post().guard(fn_guard(upload::is_upload)).to(upload::submit))
             .route(web::post().to(documents::submit)),
     )
     .service(
@@ -20,6 +25,7 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
             .route(web::get().to(documents::show))
             .route(web::delete().to(documents::forget)),
     )
+    .service(at("/v1/feedback", "POST").route(web::post().to(feedback::submit)))
     .service(at("/v1/chat/completions", "POST").route(web::post().to(completions::chat)))
     .service(at("/v1/completions", "POST").route(web::post().to(completions::text)))
     .service(at("/v1/models", "GET").route(web::get().to(models::list)))

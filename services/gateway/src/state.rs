@@ -5,6 +5,7 @@ use crate::disk::Disk;
 use crate::error::{ApiError, Result};
 use crate::guard::{Guard, Rate};
 use crate::page::{Board, Pulse};
+use crate::upload::Uploads;
 use crate::{Gateway, body, question, submission};
 use actix_web::web;
 use kit::lane::Stop;
@@ -19,6 +20,8 @@ use tokio::sync::Semaphore;
 const BODY_BYTES_PER_S_MIN: u32 = 1024;
 /// An import may come over a slow line: its 64 MiB at 1 MiB/s, and as much again.
 const IMPORT_TIME_MAX: Duration = Duration::from_secs(128);
+/// Files are as large, and may come over a slower line.
+const UPLOAD_TIME_MAX: Duration = Duration::from_secs(600);
 
 /// The gateway with what it measures and remembers while it serves.
 pub(crate) struct State {
@@ -33,6 +36,7 @@ pub(crate) struct State {
     pub board: Board,
     /// How learning went lately.
     pub pulse: Pulse,
+    pub uploads: Uploads,
     pub started: Instant,
     /// When it started, for models that were never published: seconds since 1970.
     pub started_s: u64,
@@ -46,6 +50,8 @@ pub(crate) struct Limits {
     pub body: body::Limits,
     /// Of an adapter that is imported.
     pub import: body::Limits,
+    /// Of files that are submitted.
+    pub upload: body::Limits,
     pub submission: submission::Limits,
     pub question: question::Limits,
     pub generation_time_max: Duration,
@@ -62,6 +68,7 @@ impl State {
         let limits = Limits {
             body,
             import: body::Limits { bytes_max: s.import_bytes_max, time_max: IMPORT_TIME_MAX, ..body },
+            upload: body::Limits { bytes_max: s.upload_bytes_max, time_max: UPLOAD_TIME_MAX, ..body },
             submission: submission::Limits {
                 documents_max: s.documents_per_request_max,
                 document_bytes_max: s.document_bytes_max,
@@ -82,6 +89,7 @@ impl State {
             disk: Disk::default(),
             board: Board::default(),
             pulse: Pulse::default(),
+            uploads: Uploads::new(&gateway.info.data_dir),
             started: Instant::now(),
             started_s: now_ms() / 1000,
             stop,

@@ -1,8 +1,10 @@
-//! Cuts documents into trainable pieces: parse, chunk on natural boundaries, tokenise.
+//! Finds documents in files ([`read`]), and cuts them into trainable pieces: chunk on natural boundaries,
+//! tokenise.
 
 mod chunk;
 mod feed;
 mod questions;
+pub mod read;
 
 pub use feed::Feeder;
 

@@ -60,6 +60,7 @@ section!(
         api_keys: Vec<String>,
         body_bytes_max: usize,
         import_bytes_max: usize,
+        upload_bytes_max: usize,
         document_bytes_max: usize,
         documents_per_request_max: usize,
         intake_documents_max: u64,
@@ -332,6 +333,7 @@ impl Settings {
         within("base.threads", self.base.threads, 0..=1024)?;
         within("gateway.body_bytes_max", g.body_bytes_max, 1024..=1 << 30)?;
         within("gateway.import_bytes_max", g.import_bytes_max, 1024..=1 << 31)?;
+        within("gateway.upload_bytes_max", g.upload_bytes_max, 1024..=1 << 31)?;
         within("gateway.document_bytes_max", g.document_bytes_max, 64..=1 << 26)?;
         within("gateway.documents_per_request_max", g.documents_per_request_max, 1..=100_000)?;
         within("gateway.intake_documents_max", g.intake_documents_max, 1..=100_000_000)?;

@@ -290,6 +290,35 @@ mod tests {
         );
     }
 
+    /// What Python's templates make of conversations, for the shapes that most models use;
+    /// `tests/interop/test_templates.py` has transformers say the same.
+    #[test]
+    fn templates_of_the_common_shapes_render_as_in_python() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/chat");
+        let mut rendered = 0;
+        for file in std::fs::read_dir(folder).unwrap() {
+            let golden: Value =
+                serde_json::from_slice(&std::fs::read(file.unwrap().path()).unwrap()).unwrap();
+            let of = |name: &str| golden[name].as_str().unwrap();
+            let template =
+                ChatTemplate::new(Some(of("chat_template")), of("bos_token"), of("eos_token")).unwrap();
+            for case in golden["cases"].as_array().unwrap() {
+                let said = |message: &'static str, turn: &Value| turn[message].as_str().unwrap().to_string();
+                let turns: Vec<(String, String)> = case["messages"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|turn| (said("role", turn), said("content", turn)))
+                    .collect();
+                let turns: Vec<Turn> = turns.iter().map(|(role, content)| (&**role, &**content)).collect();
+                let text = template.render(&turns, case["add_generation_prompt"] == true);
+                assert_eq!(text.ok().as_deref(), case["text"].as_str(), "{case}");
+                rendered += 1;
+            }
+        }
+        assert_eq!(rendered, 4 * 12);
+    }
+
     #[test]
     fn templates_cannot_run_for_ever_or_break_the_caller() {
         let endless = "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}";

@@ -20,6 +20,7 @@ pub mod device;
 pub mod distillation;
 pub mod embed;
 pub mod ewc;
+pub mod fuse;
 pub mod generate;
 pub mod guard;
 pub mod hf;

@@ -1,23 +1,25 @@
 //! `engram adapters`: what was learned, as versions that can be inspected, undone and exchanged.
 
-use crate::client::{Client, ServerArgs, segment};
-use crate::status::{plain, show, table};
-use anyhow::{Context, Result, anyhow};
-use base64::{Engine, engine::general_purpose::STANDARD};
-use serde_json::{Value, json};
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+mod folder;
+mod history;
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+use crate::client::{Client, ServerArgs, segment};
+use crate::status::{show, table};
+use anyhow::Result;
+use folder::Merged;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::PathBuf;
 
 const EXAMPLES: &str = "\
 Examples:
   engram adapters list
   engram adapters log medical                    each generation, with its retention receipt
+  engram adapters log medical --oneline
+  engram adapters diff medical@3d63e485a58f8654 medical    what was learned between the two
   engram adapters rollback medical               serve the generation before the current one
   engram adapters export medical --out medical/  a folder that PEFT, vLLM and others load
+  engram adapters export medical --merged --out whole/     base and adapter in one, for any program
   engram adapters import medical/ --domain medical
   engram adapters merge medical:0.7 law:0.3 --into forensics --method ties";
 
@@ -42,6 +44,21 @@ enum Command {
     Log {
         /// The domain.
         domain: String,
+        /// A line each.
+        #[arg(long)]
+        oneline: bool,
+    },
+    /// Show what one generation has learned that another has not, and how far apart their weights are.
+    Diff {
+        /// The one: a domain for its current generation, or DOMAIN@GENERATION.
+        #[arg(value_name = "DOMAIN[@GENERATION]")]
+        a: String,
+        /// The other.
+        #[arg(value_name = "DOMAIN[@GENERATION]")]
+        b: String,
+        /// The base they belong to, by whose shape their weights are compared.
+        #[arg(long, value_name = "NAME|DIR|ORG/NAME", default_value = crate::base::BUILT_IN)]
+        base: String,
     },
     /// Serve an older generation of a domain.
     Rollback {
@@ -51,7 +68,7 @@ enum Command {
         #[arg(long, value_name = "GENERATION")]
         to: Option<String>,
     },
-    /// Write a generation to a folder, in the PEFT format.
+    /// Write a generation to a folder, in the PEFT format; or with its base, as a whole model.
     Export {
         /// The domain.
         domain: String,
@@ -61,6 +78,8 @@ enum Command {
         /// The generation; the current one, if none is given.
         #[arg(long)]
         generation: Option<String>,
+        #[command(flatten)]
+        merged: Merged,
     },
     /// Serve an adapter that was made elsewhere, from a folder in the PEFT format.
     Import {
@@ -99,20 +118,28 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let path = |domain: &str, action: &str| format!("/v1/adapters/{}/{action}", segment(domain));
     match &args.command {
         Command::List => list(&client.get("/v1/adapters")?, args.json, out),
-        Command::Log { domain } => log(&client.get(&path(domain, "log"))?, args.json, out),
+        Command::Log { domain, oneline } => {
+            history::log(&client.get(&path(domain, "log"))?, *oneline, args.json, out)
+        }
+        Command::Diff { a, b, base } => {
+            history::diff(&client, (a.as_str(), b.as_str()), base, args.json, out)
+        }
         Command::Rollback { domain, to } => {
             let body = to.as_ref().map_or_else(|| json!({}), |to| json!({ "to": to }));
             show(&client.post(&path(domain, "rollback"), &body)?, args.json, out)
         }
-        Command::Export { domain, out: dir, generation } => {
-            let query = generation.as_ref().map(|id| format!("?generation={}", segment(id)));
-            let answer = client.get(&(path(domain, "export") + &query.unwrap_or_default()))?;
-            save(&answer, dir)?;
+        Command::Export { domain, out: dir, generation, merged } => {
+            let adapter = folder::fetch(&client, domain, generation.as_deref())?;
+            if merged.merged {
+                merged.write(&client, &adapter, dir)?
+            } else {
+                folder::save(&adapter, dir)?
+            }
             writeln!(out, "{}", dir.display())?;
             Ok(())
         }
         Command::Import { dir, domain } => {
-            show(&client.post(&path(domain, "import"), &load(dir)?)?, args.json, out)
+            show(&client.post(&path(domain, "import"), &folder::load(dir)?)?, args.json, out)
         }
         Command::Merge { from, into, method, rank, density, seed } => {
             let mut body = json!({"from": from.join("+"), "method": method, "seed": seed});
@@ -131,82 +158,5 @@ fn list(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
     match answer["adapters"].as_array() {
         Some(rows) if !json => table(&["domain", "generation", "documents"], rows, out),
         _ => show(answer, json, out),
-    }
-}
-
-/// Each generation with what it learned, and with its retention receipt: by how much the loss on what
-/// was known before has risen.
-fn log(answer: &Value, json: bool, out: &mut dyn Write) -> Result<()> {
-    let generations = match answer["generations"].as_array() {
-        Some(generations) if !json => generations,
-        _ => return show(answer, json, out),
-    };
-    for generation in generations {
-        let (report, of) = (&generation["report"], |name: &str| plain(&generation[name]));
-        let live = if generation["live"] == true { "  live" } else { "" };
-        writeln!(out, "{}  {} documents{live}", of("generation"), of("documents"))?;
-        let [first, last, steps, seconds] =
-            ["first_loss", "last_loss", "steps", "seconds"].map(|name| plain(&report[name]));
-        writeln!(out, "  learning   {first} to {last} nats a token, {steps} steps, {seconds} s")?;
-        let probes = generation["receipt"]["probes"].as_array().map(Vec::as_slice).unwrap_or_default();
-        for probe in probes.iter().filter(|probe| probe["measure"]["examples"] != 0) {
-            let [best, after, examples] =
-                ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
-            writeln!(
-                out,
-                "  {:9}  {best} to {after} nats a token, {examples} examples",
-                plain(&probe["probe"])
-            )?;
-        }
-    }
-    Ok(())
-}
-
-fn save(answer: &Value, dir: &Path) -> Result<()> {
-    let weights = answer["adapter_model"].as_str().unwrap_or_default();
-    let weights =
-        STANDARD.decode(weights).map_err(|error| anyhow!("the server's export is damaged: {error}"))?;
-    let write = |name: &str, bytes: &[u8]| {
-        let file = dir.join(name);
-        fs::write(&file, bytes).with_context(|| format!("{} cannot be written", file.display()))
-    };
-    fs::create_dir_all(dir).with_context(|| format!("{} cannot be made", dir.display()))?;
-    write(CONFIG_FILE, format!("{:#}\n", answer["adapter_config"]).as_bytes())?;
-    write(WEIGHTS_FILE, &weights)
-}
-
-fn load(dir: &Path) -> Result<Value> {
-    let read = |name: &str| {
-        let file = dir.join(name);
-        fs::read(&file).with_context(|| {
-            format!(
-                "{} cannot be read; an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}",
-                file.display()
-            )
-        })
-    };
-    let config: Value = serde_json::from_slice(&read(CONFIG_FILE)?)
-        .with_context(|| format!("{} is not JSON", dir.join(CONFIG_FILE).display()))?;
-    Ok(json!({ "adapter_config": config, "adapter_model": STANDARD.encode(read(WEIGHTS_FILE)?) }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_saved_is_what_is_loaded() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let adapter = json!({"adapter_config": {"r": 16}, "adapter_model": STANDARD.encode([0, 159, 255])});
-        let dir = folder.path().join("deep/adapter");
-        save(&adapter, &dir).expect("saved");
-        assert_eq!(load(&dir).expect("loaded"), adapter);
-    }
-
-    #[test]
-    fn a_folder_without_an_adapter_is_told_what_it_lacks() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let error = format!("{:#}", load(folder.path()).expect_err("empty"));
-        assert!(error.contains(CONFIG_FILE) && error.contains(WEIGHTS_FILE), "{error}");
     }
 }

@@ -1,22 +1,42 @@
 //! `engram chat`: a conversation with a running server.
 
+mod input;
+
 use crate::ask::SamplingArgs;
 use crate::client::{Client, ServerArgs, watched};
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
+use input::Input;
 use serde_json::{Value, json};
-use std::io::{BufRead, Write};
+use std::io::Write;
 
 const EXAMPLES: &str = "\
 Examples:
   engram chat
   engram chat --model python --temperature 0.7
+  engram chat --system 'Answer in one sentence.'
 
-In the conversation: /clear starts anew, /model NAME changes who answers, /quit leaves.";
+In the conversation, a line that starts with / is for the program; /help lists what there is:
+  /learn                learn the last question with its answer
+  /learn Under the pot. learn the last question with this answer
+  /model python         let another adapter answer";
+
+const HELP: &str = "\
+/learn            learn the last question with its answer
+/learn TEXT       learn the last question with TEXT as its answer; the answer that was given is forgotten
+/model            say who answers, and list who could
+/model NAME       let NAME answer: auto, base, a domain, or domains joined by +
+/clear            start anew
+/help             this
+/quit             leave; so does the end of the input (Ctrl-D)
+Anything else is said to the model. Nothing of it is learned without /learn.";
 
 /// What `engram chat` takes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
+    /// What the model is told before the conversation.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -28,56 +48,125 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let client = Client::new(&args.server)?;
     client.get("/v1/models")?;
     let mut request = args.sampling.request(true);
-    let mut messages: Vec<Value> = Vec::new();
-    prompt();
-    for line in std::io::stdin().lock().lines() {
-        let line = line.context("standard input is not UTF-8 text")?;
-        match line.trim() {
-            "" => {}
-            "/quit" | "/exit" => break,
-            "/clear" => messages.clear(),
-            command if command.starts_with("/model ") => {
-                request["model"] = json!(command["/model ".len()..].trim());
-            }
-            said => {
-                messages.push(json!({"role": "user", "content": said}));
-                request["messages"] = json!(messages);
-                match answer(&client, &request, out) {
-                    Ok(content) => messages.push(json!({"role": "assistant", "content": content})),
-                    // What could not be answered is taken back, so that the conversation can go on.
-                    Err(error) => {
-                        messages.pop();
-                        eprintln!("engram: {error:#}");
-                    }
-                }
-            }
+    let system = args.system.as_ref().map(|text| json!({"role": "system", "content": text}));
+    let messages = system.iter().cloned().collect();
+    let mut input = Input::new()?;
+    if input.is_terminal() {
+        eprintln!("/help lists what there is besides talking");
+    }
+    let mut talk = Talk { client: &client, system, messages, last: None, out };
+    while let Some(line) = input.next_line("> ")? {
+        let line = line.trim();
+        if ["/quit", "/exit"].contains(&line) {
+            break;
         }
-        prompt();
+        // What could not be done is told, so that the conversation can go on.
+        if let Err(error) = talk.hear(line, &mut request) {
+            eprintln!("engram: {error:#}");
+        }
     }
     Ok(())
 }
 
-fn prompt() {
-    if watched() {
-        eprint!("> ");
-    }
+/// The last question, its answer, and the domain that gave it, where it was one.
+struct Exchange {
+    question: Value,
+    answer: Value,
+    domain: Option<String>,
 }
 
-fn answer(client: &Client, request: &Value, out: &mut dyn Write) -> Result<String> {
-    let (mut content, mut from) = (String::new(), String::new());
-    client.stream("/v1/chat/completions", request, |event| {
-        let text = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
-        content.push_str(text);
-        if let Some(adapters) = event["engram"]["adapters"].as_array() {
-            let names: Vec<&str> = adapters.iter().filter_map(|adapter| adapter["domain"].as_str()).collect();
-            from = names.join("+");
+struct Talk<'a> {
+    client: &'a Client,
+    system: Option<Value>,
+    messages: Vec<Value>,
+    last: Option<Exchange>,
+    out: &'a mut dyn Write,
+}
+
+impl Talk<'_> {
+    fn hear(&mut self, line: &str, request: &mut Value) -> Result<()> {
+        let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        match (command, rest.trim()) {
+            ("", _) => Ok(()),
+            ("/help" | "/?", _) => Ok(writeln!(self.out, "{HELP}")?),
+            ("/clear", _) => {
+                self.messages = self.system.iter().cloned().collect();
+                self.last = None;
+                Ok(())
+            }
+            ("/model", "") => self.models(request),
+            ("/model", name) => {
+                request["model"] = json!(name);
+                Ok(())
+            }
+            ("/learn", correction) => self.learn(correction),
+            (command, _) if command.starts_with('/') && !command[1..].contains('/') => {
+                bail!("there is no {command}; /help lists what there is")
+            }
+            _ => self.ask(line, request),
         }
-        out.write_all(text.as_bytes())?;
-        Ok(out.flush()?)
-    })?;
-    writeln!(out)?;
-    if watched() && !from.is_empty() {
-        eprintln!("[{from}]");
     }
-    Ok(content)
+
+    fn models(&mut self, request: &Value) -> Result<()> {
+        writeln!(self.out, "{} answers", request["model"].as_str().unwrap_or("auto"))?;
+        let models = self.client.get("/v1/models")?;
+        let names = models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str());
+        Ok(writeln!(self.out, "there are: {}", names.collect::<Vec<_>>().join(" "))?)
+    }
+
+    fn ask(&mut self, line: &str, request: &mut Value) -> Result<()> {
+        let question = json!({"role": "user", "content": line});
+        self.messages.push(question.clone());
+        request["messages"] = json!(self.messages);
+        let told = self.answer(request);
+        // What could not be answered is taken back.
+        let (content, domains) = told.inspect_err(|_| drop(self.messages.pop()))?;
+        let answer = json!({"role": "assistant", "content": content});
+        self.messages.push(answer.clone());
+        let domain = if domains.len() == 1 { domains.into_iter().next() } else { None };
+        self.last = Some(Exchange { question, answer, domain });
+        Ok(())
+    }
+
+    /// Prints the answer while it comes; what it was, and which domains gave it.
+    fn answer(&mut self, request: &Value) -> Result<(String, Vec<String>)> {
+        let (mut content, mut domains) = (String::new(), Vec::new());
+        let out = &mut *self.out;
+        self.client.stream("/v1/chat/completions", request, |event| {
+            let text = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+            content.push_str(text);
+            if let Some(adapters) = event["engram"]["adapters"].as_array() {
+                let names = adapters.iter().filter_map(|adapter| adapter["domain"].as_str());
+                domains = names.map(str::to_owned).collect();
+            }
+            out.write_all(text.as_bytes())?;
+            Ok(out.flush()?)
+        })?;
+        writeln!(out)?;
+        if watched() && !domains.is_empty() {
+            eprintln!("[{}]", domains.join("+"));
+        }
+        Ok((content, domains))
+    }
+
+    fn learn(&mut self, correction: &str) -> Result<()> {
+        let Some(Exchange { question, answer, domain }) = &self.last else {
+            bail!("there is nothing to learn yet: ask something first");
+        };
+        let mut feedback = json!({"rating": "good", "messages": [question, answer]});
+        if !correction.is_empty() {
+            feedback["rating"] = json!("bad");
+            feedback["correction"] = json!(correction);
+        }
+        if let Some(domain) = domain {
+            feedback["domain"] = json!(domain);
+        }
+        let told = self.client.post("/v1/feedback", &feedback)?;
+        let of = |field: &str| told[field].as_str().unwrap_or("-").to_owned();
+        writeln!(self.out, "learning it in {}: engram documents show {}", of("domain"), of("id"))?;
+        if let Some(forgotten) = told["forgotten"].as_str() {
+            writeln!(self.out, "forgot {forgotten}, which taught the other answer")?;
+        }
+        Ok(self.out.flush()?)
+    }
 }

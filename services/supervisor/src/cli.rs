@@ -1,11 +1,14 @@
 //! The command line: what can be asked, and how failures are told.
 
+use crate::client::NoServer;
 use crate::{
-    adapters, ask, bench, chat, distill, doctor, documents, eval, learn, logits, pretrain, status, up,
+    adapters, ask, bench, chat, distill, doctor, documents, eval, learn, logits, pretrain, status, up, watch,
 };
-use clap::{Parser, Subcommand, error::ErrorKind};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use clap_complete::Shell;
 use std::io::{self, Write};
-use std::process::ExitCode;
+use std::path::PathBuf;
+use std::process::{ExitCode, exit};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -13,7 +16,10 @@ Examples:
   engram learn notes/ facts.jsonl --wait   teach it files, and wait until it knows them
   engram generate 'Where is the key?'      ask what it has learned
   engram chat                              talk with it
-  engram status                            see what it is doing";
+  engram status                            see what it is doing
+
+Ends with 0 when all was done, 1 when it failed, 2 when the command line is wrong, 3 when no server answers, and 4 when
+only a part could be done, as when some of many files cannot be read.";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -34,6 +40,8 @@ enum Command {
     Up(up::Args),
     /// Teach a running server files and folders.
     Learn(learn::Args),
+    /// Keep a running server up to date with a folder: learn what changes, forget what is deleted.
+    Watch(watch::Args),
     /// Let a larger model teach a running server.
     Distill(distill::Args),
     /// Let a running server continue a prompt.
@@ -56,10 +64,33 @@ enum Command {
     Logits(logits::Args),
     /// Check this machine and say what is amiss.
     Doctor(doctor::Args),
+    /// Print a script with which a shell completes commands and flags.
+    Completions(Completions),
     /// What `up` keeps alive: not for people.
     #[command(hide = true)]
     Worker,
+    /// What turns HTML and PDF into text: not for people.
+    #[command(hide = true)]
+    Convert { form: ingest::read::Form, to: PathBuf },
 }
+
+/// What `engram completions` takes.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  source <(engram completions bash)                        for this shell
+  engram completions bash > ~/.local/share/bash-completion/completions/engram
+  engram completions zsh > ~/.zfunc/_engram                with ~/.zfunc in fpath
+  engram completions fish > ~/.config/fish/completions/engram.fish")]
+struct Completions {
+    /// The shell.
+    shell: Shell,
+}
+
+/// A command that did a part of what it was to do, as it has told already.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Partly(pub String);
 
 /// Runs the command line of this process.
 ///
@@ -75,7 +106,21 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // `engram documents list | head` has got what it wanted.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
+        Err(error) => {
+            fail(&format!("{error:#}"));
+            code(&error)
+        }
+    }
+}
+
+/// What the program ends with, for scripts to go by.
+fn code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<NoServer>() {
+        ExitCode::from(3)
+    } else if error.is::<Partly>() {
+        ExitCode::from(4)
+    } else {
+        ExitCode::FAILURE
     }
 }
 
@@ -83,6 +128,7 @@ fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
     match command {
         Command::Up(args) => up::run(&args, out),
         Command::Learn(args) => learn::run(&args, out),
+        Command::Watch(args) => watch::run(&args, out),
         Command::Distill(args) => distill::run(&args, out),
         Command::Generate(args) => ask::run(&args, out),
         Command::Chat(args) => chat::run(&args, out),
@@ -94,7 +140,14 @@ fn run(command: Command, out: &mut dyn Write) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(&args, out),
         Command::Logits(args) => logits::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
+        Command::Completions(Completions { shell }) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "engram", &mut script);
+            Ok(out.write_all(&script)?)
+        }
         Command::Worker => up::worker(),
+        // What it ends with says what came of it.
+        Command::Convert { form, to } => exit(i32::from(ingest::read::convert(form, &to)?)),
     }
 }
 
@@ -105,11 +158,10 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn fail(message: &str) -> ExitCode {
+fn fail(message: &str) {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
     // Nobody is left to be told when stderr is closed too.
     let _ = writeln!(io::stderr(), "engram: {line}");
-    ExitCode::FAILURE
 }
 
 /// Help goes out as it is; a mistake becomes one line, with clap's hint when it has one.
@@ -133,7 +185,6 @@ fn usage(error: &clap::Error) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

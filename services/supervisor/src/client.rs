@@ -1,5 +1,6 @@
 //! A running server, as the other commands see it.
 
+use crate::waiting::Waiting;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 use std::cell::Cell;
@@ -53,6 +54,14 @@ pub struct Refused {
     /// What the server answered it with.
     pub status: StatusCode,
     message: String,
+}
+
+/// That nobody answers.
+#[derive(Debug, thiserror::Error)]
+#[error("no server answers at {server} ({error}); start one with 'engram up', or name another with --server")]
+pub struct NoServer {
+    server: String,
+    error: String,
 }
 
 /// A request.
@@ -141,6 +150,7 @@ impl Client {
     }
 
     fn json(&self, ask: Ask<'_>) -> Result<Value> {
+        let _waiting = Waiting::start();
         let mut response = self.send(ask)?;
         let answer = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_string();
         let answer = answer.with_context(|| format!("{} broke off its answer", self.server))?;
@@ -202,10 +212,7 @@ impl Client {
     }
 
     fn unreachable(&self, error: &ureq::Error) -> anyhow::Error {
-        let server = &self.server;
-        anyhow!(
-            "no server answers at {server} ({error}); start one with 'engram up', or name another with --server"
-        )
+        NoServer { server: self.server.clone(), error: error.to_string() }.into()
     }
 
     fn refused(&self, status: StatusCode, answer: &Value) -> anyhow::Error {

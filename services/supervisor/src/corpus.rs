@@ -1,39 +1,48 @@
 //! Files and folders as documents: what `engram learn` sends.
 
-use anyhow::{Context, Result, anyhow, bail};
+pub use ingest::read::{Draft, Reader, STDIN, split, tail as source};
+
+use anyhow::{Context, Result, bail};
 use ignore::WalkBuilder;
-use serde_json::{Map, Value};
-use std::fs;
-use std::io::Read;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 
 /// The server takes documents up to this size, bytes; longer text is sent in parts.
 pub const DOCUMENT_BYTES_MAX: usize = 64 * 1024;
-/// A larger file is a dump or a disk image, not something to read, bytes.
-const FILE_BYTES_MAX: u64 = 256 << 20;
-/// A file with a zero byte in its first so many bytes is taken for binary.
-const SNIFFED_BYTES: usize = 8 * 1024;
 
-/// The fields of a document that the server knows. Data sets often carry others, for others.
-const FIELDS: [&str; 8] =
-    ["text", "prompt", "completion", "messages", "domain", "importance", "source", "derived_from"];
-/// The server takes sources up to this length, bytes.
-const SOURCE_BYTES_MAX: usize = 256;
-
-/// A document on its way to the server.
-#[derive(Debug, PartialEq)]
-pub struct Draft {
-    /// Where a person finds it: `notes.md`, `notes.md#2`, `facts.jsonl:17`.
-    pub place: String,
-    /// The body of the request.
-    pub body: Map<String, Value>,
-}
+/// Beside a file of examples to learn, these are examples to measure with.
+const MEASURED: [&str; 2] = ["valid.jsonl", "test.jsonl"];
+const LEARNED: &str = "train.jsonl";
 
 /// A file to read, and the name that its documents carry as their source.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceFile {
-    path: PathBuf,
+    /// Where it is; `-` is standard input.
+    pub path: PathBuf,
     name: String,
+}
+
+/// Files that were found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// To read, in a stable order.
+    pub files: Vec<SourceFile>,
+    /// Left out: `valid.jsonl` and `test.jsonl` beside a `train.jsonl`.
+    pub measured: Vec<PathBuf>,
+}
+
+/// A reader of files for this machine's user.
+///
+/// # Errors
+/// When this program cannot find itself.
+pub fn reader() -> Result<Reader> {
+    Ok(Reader {
+        program: std::env::current_exe().context("this program cannot find itself")?,
+        scratch: std::env::temp_dir(),
+        document_bytes_max: DOCUMENT_BYTES_MAX,
+    })
 }
 
 /// The files under `paths`, in a stable order. What git ignores and what is hidden is left out,
@@ -41,11 +50,11 @@ pub struct SourceFile {
 ///
 /// # Errors
 /// When a path cannot be read.
-pub fn files(paths: &[PathBuf]) -> Result<Vec<SourceFile>> {
-    let mut found = Vec::new();
+pub fn files(paths: &[PathBuf]) -> Result<Found> {
+    let mut found = Found::default();
     for root in paths {
         if root.as_os_str() == "-" {
-            found.push(SourceFile { path: root.clone(), name: "stdin".into() });
+            found.files.push(SourceFile { path: root.clone(), name: STDIN.into() });
             continue;
         }
         if !root.exists() {
@@ -55,179 +64,118 @@ pub fn files(paths: &[PathBuf]) -> Result<Vec<SourceFile>> {
         for entry in walk {
             let entry = entry.with_context(|| format!("{} cannot be read", root.display()))?;
             if entry.file_type().is_some_and(|kind| kind.is_file()) {
-                found.push(SourceFile { name: source_name(root, entry.path()), path: entry.into_path() });
+                let name = source_name(root, entry.path());
+                let (named, path) = (entry.depth() == 0, entry.into_path());
+                if named || !is_measured(&path) {
+                    found.files.push(SourceFile { name, path });
+                } else {
+                    found.measured.push(path);
+                }
             }
         }
     }
+    let mut seen = BTreeSet::new();
+    found.files.retain(|file| seen.insert(file.path.clone()));
     Ok(found)
+}
+
+/// Whether this is one of the files that a data set is measured with: learning them would make it
+/// look better than it is.
+fn is_measured(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| MEASURED.iter().any(|measured| name == *measured))
+        && path.with_file_name(LEARNED).exists()
 }
 
 /// A file of a folder is named from the folder on; one that was named itself, by its file name.
 fn source_name(root: &Path, path: &Path) -> String {
-    let parent = root.parent().unwrap_or(root);
-    path.strip_prefix(parent).unwrap_or(path).to_string_lossy().into_owned()
+    // The name of `.` and of `../..` is that of the folder they stand for.
+    let whole = if root.file_name().is_some() { None } else { root.canonicalize().ok() };
+    let inside = path.strip_prefix(root).unwrap_or(path);
+    let name = whole.as_deref().unwrap_or(root).file_name().map(PathBuf::from).unwrap_or_default();
+    let name = if inside.as_os_str().is_empty() { name } else { name.join(inside) };
+    name.to_string_lossy().into_owned()
 }
 
 impl SourceFile {
+    /// A file under its own name.
+    #[cfg(test)]
+    pub fn new(root: &Path, path: PathBuf) -> Self {
+        Self { name: source_name(root, &path), path }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its documents; a line that cannot be one is an error of its own. A binary file has none.
+    /// Its documents; a part that cannot be one is an error of its own. A binary file has none.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn documents(&self) -> Result<Vec<Result<Draft>>> {
-        let bytes = self.read().with_context(|| format!("{} cannot be read", self.path.display()))?;
-        if bytes[..bytes.len().min(SNIFFED_BYTES)].contains(&0) {
-            return Ok(Vec::new());
-        }
-        let Ok(text) = String::from_utf8(bytes) else {
-            return Ok(vec![Err(anyhow!("{} is neither UTF-8 text nor a known binary form", self.name))]);
-        };
-        let lines = self.path.extension().is_some_and(|extension| extension == "jsonl")
-            || (self.name == "stdin" && text.trim_start().starts_with('{'));
-        if !lines {
-            return Ok(parts(&self.name, &text, &Map::new()));
-        }
-        let numbered = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        Ok(numbered.flat_map(|(number, line)| self.line(number + 1, line)).collect())
-    }
-
-    fn read(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        if self.name == "stdin" {
-            std::io::stdin().lock().take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    pub fn documents(&self, reader: &Reader) -> Result<Vec<Result<Draft>>> {
+        let file = if self.name == STDIN {
+            // Kept, so that it can be looked at before it is read.
+            let mut kept = tempfile::tempfile().context("there is no room for what comes in")?;
+            io::copy(&mut io::stdin().lock(), &mut kept).context("standard input cannot be read")?;
+            kept.rewind()?;
+            kept
         } else {
-            fs::File::open(&self.path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-        }
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            bail!("it is larger than {} MiB; split it first", FILE_BYTES_MAX >> 20);
-        }
-        Ok(bytes)
-    }
-
-    fn line(&self, number: usize, line: &str) -> Vec<Result<Draft>> {
-        let place = format!("{}:{number}", self.name);
-        let Ok(Value::Object(mut body)) = serde_json::from_str(line) else {
-            return vec![Err(anyhow!("{place} is not a JSON object"))];
+            File::open(&self.path).with_context(|| format!("{} cannot be read", self.path.display()))?
         };
-        body.retain(|field, _| FIELDS.contains(&field.as_str()));
-        body.entry("source").or_insert_with(|| source(&self.name).into());
-        let has = |key: &str| body.contains_key(key);
-        if has("prompt") && has("completion") || has("messages") {
-            return vec![Ok(Draft { place, body })];
-        }
-        match body.remove("text") {
-            Some(Value::String(text)) => parts(&place, &text, &body),
-            _ => vec![Err(anyhow!(
-                "{place} has none of the three forms {{\"text\"}}, {{\"prompt\", \"completion\"}}, {{\"messages\"}}"
-            ))],
-        }
+        reader.documents(file, &self.name)
     }
-}
-
-/// Text as one document, or as many when it is longer than the server takes.
-fn parts(place: &str, text: &str, fields: &Map<String, Value>) -> Vec<Result<Draft>> {
-    let pieces = split(text, DOCUMENT_BYTES_MAX);
-    let many = pieces.len() > 1;
-    let draft = |(index, piece): (usize, &str)| {
-        let place = if many { format!("{place}#{}", index + 1) } else { place.to_owned() };
-        let mut body = fields.clone();
-        body.insert("text".into(), piece.into());
-        body.entry("source").or_insert_with(|| source(&place).into());
-        Ok(Draft { place, body })
-    };
-    pieces.into_iter().enumerate().map(draft).collect()
-}
-
-/// A place as a source: of one that is too long, the end says more than the beginning.
-pub fn source(place: &str) -> &str {
-    let least = place.len().saturating_sub(SOURCE_BYTES_MAX);
-    let start = (least..place.len()).find(|at| place.is_char_boundary(*at));
-    &place[start.unwrap_or(0)..]
-}
-
-/// Cuts text into pieces of at most `limit` bytes: at the last blank line that fits, else at the
-/// last line break, else at the last space, else between two characters. Blank pieces are dropped.
-pub fn split(text: &str, limit: usize) -> Vec<&str> {
-    let mut pieces = Vec::new();
-    let mut rest = text;
-    while rest.len() > limit {
-        let end = (1..=limit).rev().find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
-        let window = &rest[..end];
-        let cut = ["\n\n", "\n", " "]
-            .iter()
-            .find_map(|border| window.rfind(border).map(|at| at + border.len()))
-            .unwrap_or(window.len());
-        let (piece, after) = rest.split_at(cut);
-        pieces.push(piece);
-        rest = after;
-    }
-    pieces.push(rest);
-    pieces.retain(|piece| !piece.trim().is_empty());
-    pieces
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
-    fn drafts_of(name: &str, content: &[u8]) -> Vec<Result<Draft>> {
+    fn folder_of(files: &[(&str, &str)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join(name);
-        fs::write(&path, content).expect("written");
-        let found = files(&[path]).expect("found");
-        found[0].documents().expect("readable")
+        for (name, text) in files {
+            let at = folder.path().join(name);
+            fs::create_dir_all(at.parent().expect("a parent")).expect("made");
+            fs::write(at, text).expect("written");
+        }
+        folder
     }
 
-    #[test]
-    fn a_split_loses_nothing_but_blank_pieces_and_prefers_paragraphs() {
-        let text = "one two\n\nthree four\n\nfive".repeat(50);
-        let pieces = split(&text, 100);
-        assert_eq!(pieces.concat(), text);
-        assert!(pieces.iter().all(|piece| piece.len() <= 100));
-        assert!(pieces[..pieces.len() - 1].iter().all(|piece| piece.ends_with("\n\n")));
-        assert_eq!(split("ééééé", 3), ["é", "é", "é", "é", "é"]);
-        assert!(split(" \n\n ", 100).is_empty());
-    }
-
-    #[test]
-    fn a_line_of_each_form_is_a_document_and_a_bad_one_harms_no_neighbour() {
-        let lines = b"{\"text\":\"a\"}\n\nnonsense\n{\"prompt\":\"p\",\"completion\":\"c\",\"source\":\"s\"}\n{\"messages\":[]}\n{\"x\":1}\n";
-        let drafts = drafts_of("facts.jsonl", lines);
-        let places: Vec<_> = drafts.iter().flatten().map(|draft| draft.place.as_str()).collect();
-        assert_eq!(places, ["facts.jsonl:1", "facts.jsonl:4", "facts.jsonl:5"]);
-        let errors: Vec<_> = drafts.iter().filter_map(|draft| draft.as_ref().err()).collect();
-        assert!(errors[0].to_string().contains("facts.jsonl:3"), "{errors:?}");
-        assert!(errors[1].to_string().contains("facts.jsonl:6"), "{errors:?}");
-        let sources: Vec<_> = drafts.iter().flatten().map(|draft| draft.body["source"].clone()).collect();
-        assert_eq!(sources, ["facts.jsonl", "s", "facts.jsonl"]);
-    }
-
-    #[test]
-    fn long_text_comes_in_numbered_parts_and_binary_files_do_not_come_at_all() {
-        let drafts = drafts_of("long.md", "word ".repeat(20_000).as_bytes());
-        let places: Vec<_> = drafts.iter().flatten().map(|draft| draft.place.as_str()).collect();
-        assert_eq!(places, ["long.md#1", "long.md#2"]);
-        assert!(drafts_of("image.png", b"\x89PNG\0\0").is_empty());
-        assert!(drafts_of("latin.txt", b"caf\xe9")[0].is_err());
+    fn names(paths: &[PathBuf]) -> Vec<String> {
+        files(paths).expect("found").files.iter().map(|file| file.name.clone()).collect()
     }
 
     #[test]
     fn folders_are_read_without_what_is_hidden_or_ignored() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let at = |name: &str| folder.path().join("notes").join(name);
-        for (name, text) in
-            [("b.md", "b"), ("a.txt", "a"), (".secret", "s"), ("out/x.o", "x"), (".gitignore", "out/")]
-        {
-            fs::create_dir_all(at(name).parent().expect("a parent")).expect("made");
-            fs::write(at(name), text).expect("written");
-        }
-        let found = files(&[folder.path().join("notes")]).expect("found");
-        let names: Vec<_> = found.iter().map(SourceFile::name).collect();
-        assert_eq!(names, ["notes/a.txt", "notes/b.md"]);
+        let folder = folder_of(&[
+            ("notes/b.md", "b"),
+            ("notes/a.txt", "a"),
+            ("notes/.secret", "s"),
+            ("notes/out/x.o", "x"),
+            ("notes/.gitignore", "out/"),
+        ]);
+        let notes = folder.path().join("notes");
+        assert_eq!(names(&[notes.clone()]), ["notes/a.txt", "notes/b.md"]);
+        assert_eq!(names(&[notes.join("a.txt"), notes.clone()]), ["a.txt", "notes/b.md"], "each once");
+        assert_eq!(names(&[notes.join("../notes")]), ["notes/a.txt", "notes/b.md"]);
         assert!(files(&[folder.path().join("nothing")]).is_err());
+    }
+
+    #[test]
+    fn what_a_data_set_is_measured_with_is_not_learned_unless_it_is_named() {
+        let folder = folder_of(&[
+            ("set/train.jsonl", "{}"),
+            ("set/valid.jsonl", "{}"),
+            ("set/test.jsonl", "{}"),
+            ("other/test.jsonl", "{}"),
+        ]);
+        let set = folder.path().join("set");
+        assert_eq!(
+            names(&[set.clone(), folder.path().join("other")]),
+            ["set/train.jsonl", "other/test.jsonl"]
+        );
+        let found = files(&[set.clone(), set.join("test.jsonl")]).expect("found");
+        assert_eq!(found.measured, [set.join("test.jsonl"), set.join("valid.jsonl")]);
+        assert!(found.files.iter().any(|file| file.name == "test.jsonl"));
     }
 }

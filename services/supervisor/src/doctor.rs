@@ -3,10 +3,12 @@
 use crate::report;
 use crate::up::{self, Plan};
 use anyhow::{Context, Result, bail};
-use model::device::Placement;
+use model::device::{DeviceChoice, Placement, Precision, PrecisionChoice};
+use model::hf::ModelConfig;
 use serde_json::json;
 use std::io::Write;
 use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use tch::{Device, Kind, Tensor};
 
@@ -66,6 +68,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     if amiss > 0 {
         bail!("{amiss} of these checks failed: 'engram up' needs them mended");
     }
+    if !args.json {
+        writeln!(out, "all is well: 'engram up' will start")?;
+    }
     Ok(())
 }
 
@@ -78,15 +83,45 @@ fn findings(args: &up::Args) -> Vec<Finding> {
     let speed = placement.as_ref().map_err(|_| anyhow::anyhow!("not measured")).and_then(speed);
     vec![
         ("settings", Ok("each is known and in its range".to_owned())),
-        ("libtorch", Ok(LIBTORCH_VERSION.to_owned())),
+        ("libtorch", Ok(format!("{LIBTORCH_VERSION} is here, and computes"))),
         ("cores", Ok(report::threads(plan.settings.base.threads))),
-        ("device", placement.map(|placement| placement.to_string())),
+        ("bf16", placement.as_ref().map_err(|_| anyhow::anyhow!("not tried")).map(bf16)),
+        ("device", placement.map(|placement| device(&placement))),
         ("speed", speed),
-        ("base", plan.base_dir().map(|dir| dir.display().to_string())),
-        ("data", plan.make_data_dir().map(|()| plan.data_dir.display().to_string())),
+        ("base", plan.base_dir().and_then(|dir| base(&dir))),
+        ("data", plan.make_data_dir().map(|()| format!("everything is kept in {}", plan.data_dir.display()))),
         ("disk", disk(&plan)),
         ("address", address(&plan)),
     ]
+}
+
+fn device(placement: &Placement) -> String {
+    match placement.device {
+        Device::Cpu => format!("the processor ({placement}); no GPU is used"),
+        _ => format!("the GPU ({placement})"),
+    }
+}
+
+/// Whether 16-bit numbers can be computed with, and whether it pays.
+fn bf16(placement: &Placement) -> String {
+    let on = |precision| {
+        let choice = if placement.device == Device::Cpu { DeviceChoice::Cpu } else { DeviceChoice::Auto };
+        Placement::resolve(choice, precision, placement.quantisation).map(|found| found.precision)
+    };
+    let native = on(PrecisionChoice::Auto).is_ok_and(|precision| precision == Precision::Bf16);
+    match (native, on(PrecisionChoice::Bf16)) {
+        (true, _) => "this device has it: half the memory of f32, and faster".to_owned(),
+        (false, Ok(_)) => {
+            "it works and is not faster here: f32 is used, unless base.precision says bf16".to_owned()
+        }
+        (false, Err(error)) => format!("this device cannot be trusted with it ({error:#}): f32 is used"),
+    }
+}
+
+fn base(dir: &Path) -> Result<String> {
+    let config = ModelConfig::load(dir)?;
+    let (millions, context) = (config.parameter_count() as f64 / 1e6, config.max_positions);
+    Ok(format!("{millions:.1} M parameters, context of {context} tokens, in {}", dir.display()))
 }
 
 /// The best of a few products, so that the first one's setting up does not count.

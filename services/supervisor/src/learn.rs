@@ -1,10 +1,12 @@
 //! `engram learn`: files and folders to a running server.
 
-use crate::client::{Client, Refused, ServerArgs, segment};
-use crate::corpus::{self, Draft, SourceFile};
+use crate::cli::Partly;
+use crate::client::{Client, ServerArgs, segment};
+use crate::corpus::{self, Draft, Found, SourceFile};
+use crate::sending::{Sending, Sent};
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,14 +16,11 @@ use std::time::Duration;
 const EXAMPLES: &str = "\
 Examples:
   engram learn facts.jsonl --wait               lines of one document a line
-  engram learn docs/ src/ --domain project      text and source code, as deep as it goes
+  engram learn docs/ src/ --domain project      text and source code, as deep as it goes, but for what git ignores
+  engram learn report.pdf page.html notes.md    PDF, HTML, Markdown
   engram learn key.txt --importance 1.0         the last to be forgotten, should room run out
   echo 'The key is under the pot.' | engram learn -";
 
-/// Documents a request may hold.
-const BATCH_DOCUMENTS_MAX: usize = 100;
-/// A request may hold 1 MiB; the rest is room for its frame, bytes.
-const BATCH_BYTES_MAX: usize = (1 << 20) - 4096;
 /// How long a full or restarting server is waited for.
 const PATIENCE: Duration = Duration::from_secs(600);
 const POLL_PAUSE: Duration = Duration::from_millis(250);
@@ -49,25 +48,19 @@ pub struct Args {
     server: ServerArgs,
 }
 
-/// A document that the server has taken.
-struct Sent {
-    place: String,
-    answer: Value,
-}
-
 /// Sends the documents, and with `--wait` follows each until it is settled.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     if args.importance.is_some_and(|importance| !(0.0..=1.0).contains(&importance)) {
         bail!("--importance is a number from 0 to 1");
     }
-    let files = corpus::files(&args.paths)?;
+    let Found { files, measured } = corpus::files(&args.paths)?;
     let client = Client::new(&args.server)?.patient(PATIENCE);
     // Asked first, so that a server that is not there is told before the files are read.
     client.get("/v1/status")?;
-    let mut sending =
-        Sending { client: &client, batch: Vec::new(), bytes: 0, sent: Vec::new(), unusable: Vec::new() };
-    sending.files(args, &files)?;
-    let Sending { mut sent, unusable, .. } = sending;
+    for path in measured {
+        eprintln!("engram: left out: {}, which is to measure with; name it to learn it", path.display());
+    }
+    let (mut sent, unusable) = send(&client, args, &files)?;
     if args.wait {
         follow(&client, &mut sent)?;
     }
@@ -79,7 +72,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         bail!("there was nothing to learn in what was named");
     }
     if !unusable.is_empty() {
-        bail!("{} of {} could not be used, as told above", unusable.len(), unusable.len() + sent.len());
+        let (lost, all) = (unusable.len(), unusable.len() + sent.len());
+        let told = format!("{lost} of {all} could not be used, as told above");
+        if sent.is_empty() {
+            bail!(told);
+        }
+        return Err(Partly(told).into());
     }
     if args.wait && !sent.iter().any(|sent| ["live", "probe"].contains(&status_of(&sent.answer))) {
         bail!("nothing of it was learned, for the reasons above");
@@ -97,82 +95,21 @@ fn with_flags(args: &Args, mut draft: Draft) -> Draft {
     draft
 }
 
-/// Documents on their way, in batches.
-struct Sending<'a> {
-    client: &'a Client,
-    batch: Vec<Draft>,
-    bytes: usize,
-    sent: Vec<Sent>,
-    unusable: Vec<anyhow::Error>,
-}
-
-impl Sending<'_> {
-    fn files(&mut self, args: &Args, files: &[SourceFile]) -> Result<()> {
-        let bar = bar(files.len(), "sending");
-        for file in files {
-            bar.set_message(file.name().to_owned());
-            for draft in file.documents().unwrap_or_else(|error| vec![Err(error)]) {
-                match draft {
-                    Ok(draft) => self.push(with_flags(args, draft))?,
-                    Err(error) => self.unusable.push(error),
-                }
-            }
-            bar.inc(1);
-        }
-        self.post()?;
-        bar.finish_and_clear();
-        Ok(())
-    }
-
-    fn push(&mut self, draft: Draft) -> Result<()> {
-        let size = size_of(&draft);
-        if self.batch.len() == BATCH_DOCUMENTS_MAX || self.bytes + size > BATCH_BYTES_MAX {
-            self.post()?;
-        }
-        self.bytes += size;
-        self.batch.push(draft);
-        Ok(())
-    }
-
-    /// Sends the batch. The server takes it whole or not at all: a document that it names as the
-    /// reason is left out, and the rest goes again. That is harmless even when the answer was lost,
-    /// because a document's id is the hash of what it says.
-    fn post(&mut self) -> Result<()> {
-        self.bytes = 0;
-        let mut batch = std::mem::take(&mut self.batch);
-        while !batch.is_empty() {
-            let bodies: Vec<&Map<String, Value>> = batch.iter().map(|draft| &draft.body).collect();
-            match self.client.post("/v1/documents", &json!({ "documents": bodies })) {
-                Ok(answer) => return self.taken(batch, &answer),
-                Err(error) => match offender(&error).filter(|place| *place < batch.len()) {
-                    Some(place) => self.unusable.push(error.context(batch.remove(place).place)),
-                    None => return Err(error),
-                },
+fn send(client: &Client, args: &Args, files: &[SourceFile]) -> Result<(Vec<Sent>, Vec<anyhow::Error>)> {
+    let mut sending = Sending::to(client);
+    let (reader, bar) = (corpus::reader()?, bar(files.len(), "sending"));
+    for file in files {
+        bar.set_message(file.name().to_owned());
+        for draft in file.documents(&reader).unwrap_or_else(|error| vec![Err(error)]) {
+            match draft {
+                Ok(draft) => sending.push(with_flags(args, draft))?,
+                Err(error) => sending.leave_out(error),
             }
         }
-        Ok(())
+        bar.inc(1);
     }
-
-    fn taken(&mut self, batch: Vec<Draft>, answer: &Value) -> Result<()> {
-        let answers = answer["documents"].as_array().cloned().unwrap_or_default();
-        if answers.len() != batch.len() {
-            bail!("the server took {} documents of {}; is --server an Engram?", answers.len(), batch.len());
-        }
-        let pairs = batch.into_iter().zip(answers);
-        self.sent.extend(pairs.map(|(draft, answer)| Sent { place: draft.place, answer }));
-        Ok(())
-    }
-}
-
-/// The document that a refusal is about: its `param` is `documents[3]`, or a field of that.
-fn offender(error: &anyhow::Error) -> Option<usize> {
-    let param = error.downcast_ref::<Refused>()?.param.as_deref()?;
-    let (place, _) = param.strip_prefix("documents[")?.split_once(']')?;
-    place.parse().ok()
-}
-
-fn size_of(draft: &Draft) -> usize {
-    serde_json::to_vec(&draft.body).map_or(0, |bytes| bytes.len() + 1)
+    bar.finish_and_clear();
+    sending.finish()
 }
 
 /// Asks for each document in turn until it is settled. They are learned in order, so that by the

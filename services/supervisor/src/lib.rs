@@ -26,10 +26,13 @@ mod lifeline;
 mod logits;
 mod pretrain;
 mod report;
+mod sending;
 mod status;
 mod text;
 mod topology;
 mod up;
+mod waiting;
+mod watch;
 mod worker;
 
 pub use cli::main;

@@ -2,29 +2,119 @@
 
 use crate::client::{Client, ServerArgs};
 use anyhow::Result;
-use serde_json::Value;
-use std::io::Write;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal, Write};
+use std::thread;
+use std::time::Duration;
 
 const EXAMPLES: &str = "\
 Examples:
   engram status
-  engram status --json | jq .";
+  engram status --watch            every two seconds, until Ctrl-C
+  engram status --json | jq .documents
+  engram status --json --watch 10 >> status.jsonl";
+
+/// Moves to the upper left corner and clears from there on.
+const CLEAR: &str = "\x1b[H\x1b[J";
 
 /// What `engram status` takes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Print the answer as JSON.
+    /// Print all that the server says, as JSON.
     #[arg(long)]
     json: bool,
+    /// Look again every so many seconds, until stopped.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+        value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
     #[command(flatten)]
     server: ServerArgs,
 }
 
 /// Prints what the server says of itself.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
-    let status = Client::new(&args.server)?.get("/v1/status")?;
-    show(&status, args.json, out)
+    let client = Client::new(&args.server)?;
+    let status = client.get("/v1/status")?;
+    let Some(seconds) = args.watch else {
+        return if args.json { show(&status, true, out) } else { glance(&status, out) };
+    };
+    let clear = !args.json && io::stdout().is_terminal();
+    let mut answer = Ok(status);
+    loop {
+        if clear {
+            write!(out, "{CLEAR}")?;
+        }
+        match &answer {
+            Ok(status) if args.json => writeln!(out, "{status}")?,
+            Ok(status) => glance(status, out)?,
+            Err(error) => eprintln!("engram: {error:#}; looking again"),
+        }
+        out.flush()?;
+        thread::sleep(Duration::from_secs(seconds));
+        answer = client.get("/v1/status");
+    }
+}
+
+/// What one wants to see first, on a screen.
+fn glance(status: &Value, out: &mut dyn Write) -> Result<()> {
+    let (base, documents) = (&status["base"], &status["documents"]);
+    let ready = if status["ready"] == true { "ready" } else { "not ready yet" };
+    let up = lasted(status["uptime_s"].as_u64().unwrap_or(0));
+    writeln!(out, "server     {ready}, up {up}, version {}", plain(&status["version"]))?;
+    let millions = base["parameters"].as_f64().unwrap_or(0.0) / 1e6;
+    let [name, context, device, precision] =
+        ["name", "context_length", "device", "precision"].map(|field| plain(&base[field]));
+    writeln!(
+        out,
+        "base       {name}, {millions:.1} M parameters, context {context}, on {device} in {precision}"
+    )?;
+    let [accepted, backlog, learned] =
+        ["accepted", "backlog", "learned"].map(|field| plain(&documents[field]));
+    writeln!(out, "documents  {accepted} accepted, {backlog} waiting to be judged, {learned} learned")?;
+    let learning = if status["learning"] == true { "on" } else { "off (train.enabled)" };
+    writeln!(out, "learning   {learning}")?;
+    let rows: Vec<Value> = domains(status);
+    if !rows.is_empty() {
+        writeln!(out)?;
+        let columns = ["domain", "documents", "kept", "refused", "learned", "set aside", "serves"];
+        table(&columns, &rows, out)?;
+    }
+    Ok(())
+}
+
+/// A row for each domain that has documents or an adapter.
+fn domains(status: &Value) -> Vec<Value> {
+    let adapters = status["adapters"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut rows: BTreeMap<String, Value> = status["domains"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(domain, counts)| {
+            let mut row = counts.clone();
+            row["domain"] = json!(domain);
+            (domain.clone(), row)
+        })
+        .collect();
+    for adapter in adapters {
+        let domain = plain(&adapter["domain"]);
+        let row = rows.entry(domain.clone()).or_insert_with(|| json!({"domain": domain}));
+        row["learned"] = adapter["documents"].clone();
+        row["set aside"] = json!(adapter["set_aside"].as_array().map_or(0, Vec::len));
+        row["serves"] = adapter["generation"].clone();
+    }
+    rows.into_values().collect()
+}
+
+/// A time as a person says it.
+fn lasted(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds / 60),
+        7200..=172_799 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
 }
 
 /// An answer as JSON, or as indented lines of names and values.
@@ -107,6 +197,30 @@ pub fn table(columns: &[&str], rows: &[Value], out: &mut dyn Write) -> Result<()
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_glance_shows_server_base_documents_and_domains() {
+        let status = json!({
+            "version": "0.1.0", "ready": true, "uptime_s": 200, "learning": true,
+            "base": {"name": "nano", "parameters": 4_900_000, "context_length": 512, "device": "cpu", "precision": "f32"},
+            "documents": {"accepted": 3, "backlog": 0, "learned": 2},
+            "domains": {"home": {"documents": 3, "kept": 2, "refused": 1}},
+            "adapters": [{"domain": "home", "documents": 2, "set_aside": [], "generation": "ab"},
+                         {"domain": "merged", "documents": 0, "set_aside": [], "generation": "cd"}],
+        });
+        let mut out = Vec::new();
+        glance(&status, &mut out).expect("shown");
+        let told = String::from_utf8(out).expect("text");
+        for line in [
+            "server     ready, up 3 min, version 0.1.0",
+            "base       nano, 4.9 M parameters, context 512, on cpu in f32",
+            "documents  3 accepted, 0 waiting to be judged, 2 learned",
+            "home    3          2     1        2        0          ab",
+        ] {
+            assert!(told.lines().any(|told| told == line), "{line}: {told}");
+        }
+        assert!(told.contains("merged  -") && told.contains("cd"), "{told}");
+    }
 
     #[test]
     fn nested_answers_are_indented_and_tables_aligned() {

@@ -16,6 +16,7 @@ use model::hf::base_id;
 use model::llama::Base;
 use proto::{BaseId, Blob, Manifest};
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -167,6 +168,11 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
             export: doors.export.clone(),
         },
         words: Arc::clone(&plant.text) as Arc<dyn gateway::Words>,
+        reader: Arc::new(Files(ingest::read::Reader {
+            program: std::env::current_exe().context("this program cannot find itself")?,
+            scratch: data_dir.join(gateway::UPLOADS),
+            document_bytes_max: plant.settings.gateway.document_bytes_max,
+        })),
         // Inference notes what it serves as soon as it does.
         ready: Box::new(move || registry.live() > 0),
         info: ServerInfo {
@@ -182,6 +188,20 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
         },
         metrics: Recorder::install()?,
     })
+}
+
+/// How an upload is read: as `engram learn` reads files, but whole or not at all.
+struct Files(ingest::read::Reader);
+
+impl gateway::Reader for Files {
+    fn documents(&self, file: File, name: &str) -> Result<Vec<gateway::Found>, String> {
+        let found = self.0.documents(file, name).map_err(|error| format!("{error:#}"))?;
+        let one = |draft: anyhow::Result<ingest::read::Draft>| match draft {
+            Ok(draft) => Ok(gateway::Found { place: draft.place, body: draft.body }),
+            Err(error) => Err(format!("{error:#}")),
+        };
+        found.into_iter().map(one).collect()
+    }
 }
 
 /// Without these lanes there is no service: the process ends, and a new one has a fresh start.

@@ -55,10 +55,11 @@ const WORDS: [&str; 12] = [
     "00000000000000aa",
     "é\n",
 ];
-const PATHS: [&str; 5] = [
+const PATHS: [&str; 6] = [
     "/v1/documents",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/feedback",
     "/v1/adapters/medical/rollback",
     "/v1/adapters/medical/import",
 ];

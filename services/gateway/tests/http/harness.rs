@@ -13,6 +13,7 @@ use proto::{
     Receipt, Refusal, Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -103,6 +104,12 @@ impl Server {
         // A server that refuses early may close before all of it is written.
         let _ = stream.write_all(bytes);
         Answer::read(&mut stream)
+    }
+
+    /// Files that are left of uploads.
+    pub fn uploads(&self) -> Vec<std::fs::DirEntry> {
+        let folder = self.folder.path().join(gateway::UPLOADS);
+        std::fs::read_dir(folder).map_or_else(|_| Vec::new(), |entries| entries.flatten().collect())
     }
 
     pub fn connect(&self) -> TcpStream {
@@ -208,6 +215,7 @@ pub fn gateway(flags: &[&str], folder: &TempDir, seen: &Arc<Seen>) -> (Gateway, 
         registry: Arc::new(registry(folder)),
         doors: doors(seen),
         words: Arc::new(Bytes),
+        reader: Arc::new(Lines),
         ready: Box::new(move || told.load(Ordering::Relaxed)),
         info: ServerInfo {
             base_name: "tiny".into(),
@@ -340,6 +348,24 @@ impl Words for Bytes {
 
     fn token(&self, id: u32) -> Option<String> {
         (id <= 256).then(|| id.to_string())
+    }
+}
+
+/// Finds a document in each line; `unusable` cannot be read.
+struct Lines;
+
+impl gateway::Reader for Lines {
+    fn documents(&self, mut file: File, name: &str) -> Result<Vec<gateway::Found>, String> {
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(|error| error.to_string())?;
+        if text == "unusable" {
+            return Err(format!("{name} cannot be read"));
+        }
+        let found = |(number, line): (usize, &str)| gateway::Found {
+            place: format!("{name}:{}", number + 1),
+            body: serde_json::Map::from_iter([("text".to_owned(), line.into())]),
+        };
+        Ok(text.lines().enumerate().map(found).collect())
     }
 }
 

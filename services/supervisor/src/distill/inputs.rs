@@ -111,8 +111,9 @@ pub fn read(args: &InputArgs, client: Option<&Client>, domain: &str, questions: 
             units.push(place.clone(), corpus::source(&place).to_owned(), None, (Form::Pairs, request));
         }
     }
-    for file in corpus::files(&args.about)? {
-        for draft in file.documents()? {
+    let reader = corpus::reader()?;
+    for file in corpus::files(&args.about)?.files {
+        for draft in file.documents(&reader)? {
             match draft {
                 Ok(draft) => {
                     let derived_from = corpus::source(&draft.place).to_owned();

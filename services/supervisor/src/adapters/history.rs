@@ -1,0 +1,227 @@
+//! What was learned when: `engram adapters log` and `diff`.
+
+use super::folder;
+use crate::client::{Client, segment};
+use crate::status::{plain, show};
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::time::{Duration, UNIX_EPOCH};
+
+/// Documents are listed so many at a time.
+const PAGE: usize = 1000;
+/// The longest bar.
+const BAR: f64 = 40.0;
+
+/// Each generation with what it learned, and with its retention receipt: by how much the loss on what
+/// was known before has risen.
+pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Result<()> {
+    let generations = match answer["generations"].as_array() {
+        Some(generations) if !json => generations,
+        _ => return show(answer, json, out),
+    };
+    for (place, generation) in generations.iter().enumerate() {
+        let (report, of) = (&generation["report"], |name: &str| plain(&generation[name]));
+        let live = if generation["live"] == true { " (live)" } else { "" };
+        let [first, last, steps, seconds] =
+            ["first_loss", "last_loss", "steps", "seconds"].map(|name| plain(&report[name]));
+        if oneline {
+            let many = if generation["documents"] == 1 { "" } else { "s" };
+            let (name, documents) = (of("generation"), of("documents"));
+            writeln!(out, "{name}{live} {documents} document{many}, loss {first} to {last}")?;
+            continue;
+        }
+        let blank = if place > 0 { "\n" } else { "" };
+        writeln!(out, "{blank}generation {}{live}", of("generation"))?;
+        let merged = generation["merged_from"].as_array().filter(|parts| !parts.is_empty());
+        match merged {
+            Some(parts) => {
+                writeln!(out, "Merge:     {}", parts.iter().map(plain).collect::<Vec<_>>().join(" "))?
+            }
+            None => writeln!(out, "Parent:    {}", of("parent"))?,
+        }
+        writeln!(out, "Date:      {}", date(&generation["published_ms"]))?;
+        writeln!(out, "Documents: {}\n", of("documents"))?;
+        writeln!(out, "    learning   {first} to {last} nats a token, {steps} steps, {seconds} s")?;
+        receipt(&generation["receipt"], out)?;
+    }
+    Ok(())
+}
+
+fn receipt(receipt: &Value, out: &mut dyn Write) -> Result<()> {
+    let probes = receipt["probes"].as_array().map(Vec::as_slice).unwrap_or_default();
+    for probe in probes.iter().filter(|probe| probe["measure"]["examples"] != 0) {
+        let [best, after, examples] =
+            ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
+        let name = plain(&probe["probe"]);
+        writeln!(out, "    {name:9}  {best} to {after} nats a token, {examples} examples")?;
+    }
+    Ok(())
+}
+
+fn date(ms: &Value) -> String {
+    let since = ms.as_u64().map(Duration::from_millis);
+    since.map_or_else(|| "-".into(), |since| httpdate::fmt_http_date(UNIX_EPOCH + since))
+}
+
+/// A generation of a domain.
+struct Side {
+    domain: String,
+    generation: String,
+    /// It and those before it; none of one that was rolled back.
+    chain: BTreeSet<String>,
+}
+
+impl Side {
+    fn find(client: &Client, name: &str) -> Result<Self> {
+        let (domain, generation) = match name.split_once('@') {
+            Some((domain, generation)) => (domain, Some(generation)),
+            None => (name, None),
+        };
+        let log = client.get(&format!("/v1/adapters/{}/log", segment(domain)))?;
+        let current = log["current"].as_str();
+        let generation = generation.or(current);
+        let generation =
+            generation.with_context(|| format!("{domain} serves the base: it has no generation"))?;
+        let kept: Vec<&str> = log["generations"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry["generation"].as_str())
+            .skip_while(|id| *id != generation)
+            .collect();
+        let chain = kept.into_iter().map(str::to_owned).collect();
+        Ok(Self { domain: domain.to_owned(), generation: generation.to_owned(), chain })
+    }
+
+    fn name(&self) -> String {
+        format!("{}@{}", self.domain, self.generation)
+    }
+}
+
+/// What `b` has learned and `a` has not, and the other way round; and how far apart their weights are.
+pub fn diff(
+    client: &Client,
+    (a, b): (&str, &str),
+    base: &str,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let (a, b) = (Side::find(client, a)?, Side::find(client, b)?);
+    let (mut added, mut removed) = (Vec::new(), Vec::new());
+    for domain in BTreeSet::from([&a.domain, &b.domain]) {
+        for document in documents(client, domain)? {
+            let Some(generation) = document["generation"].as_str() else { continue };
+            match (a.chain.contains(generation), b.chain.contains(generation)) {
+                (false, true) => added.push(document),
+                (true, false) => removed.push(document),
+                _ => {}
+            }
+        }
+    }
+    let distances = distances(client, &a, &b, base);
+    if json {
+        let weights = distances.as_ref().ok();
+        let answer =
+            json!({"a": a.name(), "b": b.name(), "added": added, "removed": removed, "weights": weights});
+        return show(&answer, true, out);
+    }
+    writeln!(out, "diff {} {}", a.name(), b.name())?;
+    for side in [&a, &b].into_iter().filter(|side| side.chain.is_empty()) {
+        writeln!(out, "{} was rolled back: its documents are not told apart", side.name())?;
+    }
+    for (sign, documents) in [('-', &removed), ('+', &added)] {
+        for document in documents {
+            let source = document["source"].as_str().unwrap_or_default();
+            let line = format!("{sign} {}  {source}", plain(&document["id"]));
+            writeln!(out, "{}", line.trim_end())?;
+        }
+    }
+    writeln!(out, "{} documents added, {} removed", added.len(), removed.len())?;
+    match distances {
+        Ok(distances) => stat(&distances, out),
+        Err(error) => Ok(writeln!(out, "weights are not compared: {error:#}")?),
+    }
+}
+
+fn stat(distances: &BTreeMap<String, f64>, out: &mut dyn Write) -> Result<()> {
+    let width = distances.keys().map(String::len).max().unwrap_or(0);
+    for (target, share) in distances {
+        let bar = "+".repeat((share.min(1.0) * BAR).round() as usize);
+        writeln!(out, " {target:width$} | {:5.1} % {bar}", share * 100.0)?;
+    }
+    Ok(())
+}
+
+fn documents(client: &Client, domain: &str) -> Result<Vec<Value>> {
+    let (mut all, mut before) = (Vec::new(), String::new());
+    loop {
+        let page = client.get(&format!("/v1/documents?limit={PAGE}&domain={}{before}", segment(domain)))?;
+        let page = page["documents"].as_array().cloned().unwrap_or_default();
+        match page.last().and_then(|last| last["id"].as_str()) {
+            Some(last) => before = format!("&before={}", segment(last)),
+            None => break,
+        }
+        all.extend(page);
+    }
+    // The order of learning; the server lists the newest first.
+    all.reverse();
+    Ok(all)
+}
+
+/// By kind of matrix: how much of what the larger of the two changes in the base they differ by.
+fn distances(client: &Client, a: &Side, b: &Side, base: &str) -> Result<BTreeMap<String, f64>> {
+    let base = folder::base_of(client, base)?;
+    let changes = |side: &Side| -> Result<BTreeMap<String, tch::Tensor>> {
+        let adapter = folder::fetch(client, &side.domain, Some(&side.generation))?;
+        Ok(folder::loaded(&adapter, &base)?.changes()?.into_iter().collect())
+    };
+    let (a, b) = (changes(a)?, changes(b)?);
+    let square = |tensor: &tch::Tensor| -> Result<f64> {
+        Ok(tensor.f_square()?.f_sum(tch::Kind::Double)?.f_double_value(&[])?)
+    };
+    let mut sums: BTreeMap<String, [f64; 3]> = BTreeMap::new();
+    for module in a.keys().chain(b.keys()).collect::<BTreeSet<_>>() {
+        let sums = sums.entry(module.rsplit('.').next().unwrap_or(module).to_owned()).or_default();
+        let apart = match (a.get(module), b.get(module)) {
+            (Some(x), Some(y)) => square(&x.f_sub(y)?)?,
+            (Some(only), None) | (None, Some(only)) => square(only)?,
+            (None, None) => 0.0,
+        };
+        let of = |side: &BTreeMap<String, tch::Tensor>| side.get(module).map_or(Ok(0.0), square);
+        for (sum, more) in sums.iter_mut().zip([apart, of(&a)?, of(&b)?]) {
+            *sum += more;
+        }
+    }
+    let share = |[apart, x, y]: [f64; 3]| if apart > 0.0 { (apart / x.max(y)).sqrt() } else { 0.0 };
+    Ok(sums.into_iter().map(|(target, sums)| (target, share(sums))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(oneline: bool) -> String {
+        let probe = json!({"probe": "anchor", "measure": {"best": 2.5, "after": 2.75, "examples": 32}});
+        let answer = json!({"generations": [
+            {"generation": "bb", "live": true, "parent": "aa", "documents": 3, "published_ms": 1_700_000_000_000u64,
+             "report": {"first_loss": 6.5, "last_loss": 0.5, "steps": 19, "seconds": 0.25},
+             "receipt": {"probes": [probe]}},
+            {"generation": "aa", "live": false, "parent": null, "merged_from": ["x", "y"], "documents": 1},
+        ]});
+        let mut out = Vec::new();
+        log(&answer, oneline, false, &mut out).expect("shown");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn a_log_reads_like_that_of_git() {
+        let full = told(false);
+        let expected = "generation bb (live)\nParent:    aa\nDate:      Tue, 14 Nov 2023 22:13:20 GMT\nDocuments: 3\n\n    \
+            learning   6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
+            anchor     2.5000 to 2.7500 nats a token, 32 examples\n\ngeneration aa\nMerge:     x y\n";
+        assert!(full.starts_with(expected), "{full}");
+        assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, loss 6.5000 to 0.5000"));
+    }
+}

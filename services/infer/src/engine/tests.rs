@@ -228,7 +228,7 @@ async fn nothing_of_a_forgotten_generation_stays() {
     let first = ask(&mut engine, &[weighted(&kept, 1.0)]);
     engine.finish();
     let of_kept = engine.batch.kept_tokens();
-    assert!(of_kept > 64);
+    assert!(of_kept >= 64);
     drop(first);
     // Read with it, alone and in a sum; then one runs and one waits while it is forgotten.
     let before = ask(&mut engine, &[weighted(&gone, 1.0)]);
@@ -244,7 +244,7 @@ async fn nothing_of_a_forgotten_generation_stays() {
     engine.finish();
     assert_eq!(engine.batch.kept_tokens(), of_kept);
     assert_eq!(answers(under_way, 1).await, answers(before, 1).await);
-    assert!(!answers(waits, 1).await[0].0.is_empty());
+    assert!(answers(waits, 1).await[0].2.completion_tokens > 0);
     engine.keep(&[kept].into());
     assert_eq!((engine.adapters.len(), engine.adapted.len()), (1, 1));
 }

@@ -19,6 +19,7 @@ impl Engine {
                 active.push((adapter, f64::from(weighted.weight)));
             }
         }
-        embed(&self.base, &self.base.activate(&active)?, tokens)
+        let base = self.batch.base();
+        embed(base, &base.activate(&active)?, tokens)
     }
 }

@@ -100,9 +100,6 @@ fn what_a_machine_lacks_is_told_and_not_worked_around() {
             assert!(!success && found["found"].as_str().is_some_and(|told| told.contains(device)), "{found}");
         }
     }
-    let without_key =
-        engram(&["up", "--config", &config("production.toml"), "--data", &data, "--base", &data]);
-    assert!(!without_key.status.success());
     let (base, success) = check("default.toml", "base");
     assert!(success && base["found"].as_str().is_some_and(|told| told.contains("4.9 M")), "{base}");
 }
@@ -147,19 +144,14 @@ fn the_systemd_unit_is_sound() {
         .replace("file:///etc/engram/production.toml", "https://example.org");
     let file = folder.path().join("engram.service");
     fs::write(&file, here).expect("written");
-    let output =
-        Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&file).output().expect("run");
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    let ours: Vec<&str> = told.lines().filter(|line| line.contains("engram.service")).collect();
-    assert!(ours.is_empty(), "{told}");
+    let verify = |file: &Path| {
+        Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(file).output().expect("run")
+    };
+    let output = verify(&file);
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     let broken = folder.path().join("broken.service");
     fs::write(&broken, "[Service]\nExecStart=/no/such/program\n").expect("written");
-    let output =
-        Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&broken).output().expect("run");
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    if !told.contains("/no/such/program") {
-        eprintln!("systemd-analyze cannot verify here: {told}");
-    }
+    assert!(!verify(&broken).status.success(), "the check can fail");
 }
 
 #[test]
@@ -172,7 +164,7 @@ fn the_containerfile_copies_what_is_there_and_starts_what_is_known() {
         assert!(root().join(from).exists(), "{line}");
     }
     let commands = ["CMD [", "ENTRYPOINT ["].map(|start| {
-        let line = file.lines().filter(|line| line.starts_with(start)).next_back().expect(start);
+        let line = file.lines().rfind(|line| line.starts_with(start)).expect(start);
         let words = line.split_once(' ').expect("words").1;
         serde_json::from_str::<Vec<String>>(words).expect("a list")
     });

@@ -155,7 +155,7 @@ mod tests {
             ("notes/.gitignore", "out/"),
         ]);
         let notes = folder.path().join("notes");
-        assert_eq!(names(&[notes.clone()]), ["notes/a.txt", "notes/b.md"]);
+        assert_eq!(names(std::slice::from_ref(&notes)), ["notes/a.txt", "notes/b.md"]);
         assert_eq!(names(&[notes.join("a.txt"), notes.clone()]), ["a.txt", "notes/b.md"], "each once");
         assert_eq!(names(&[notes.join("../notes")]), ["notes/a.txt", "notes/b.md"]);
         assert!(files(&[folder.path().join("nothing")]).is_err());

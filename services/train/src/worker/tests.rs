@@ -1,0 +1,118 @@
+use super::*;
+use model::device::{Placement, Precision};
+use model::hf::ModelConfig;
+use proto::Domain;
+
+const SHAPE: &str = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64,
+    "tie_word_embeddings": true}"#;
+
+fn example(ordinal: u64) -> Example {
+    Example {
+        id: ExampleId { ordinal, chunk: 0 },
+        domain: Domain::general(),
+        piece: proto::Piece {
+            tokens: (0..16).map(|t| (t * 7 + ordinal as u32 * 3) % 64).collect(),
+            learned: vec![(0, 16)],
+        },
+        importance: 0.5,
+        marked: false,
+        held_out: false,
+        signature: Vec::new(),
+    }
+}
+
+fn worker(precision: Precision, alpha: f64) -> Worker {
+    let placement = Placement { precision, ..Placement::CPU_F32 };
+    let shape = ModelConfig::from_json(SHAPE).expect("a shape");
+    let course = Course {
+        passes: 1,
+        answer_passes_max: 1,
+        loss_target: 0.05,
+        steps_min: 1,
+        step_tokens: 4096,
+        anchor_share: 0.0,
+        answer_rate: 1.0,
+    };
+    let training = Training {
+        lora: LoraConfig { alpha, ..LoraConfig::default() },
+        learner: LearnerConfig::default(),
+        rate: 1e-9,
+        course,
+        micro_tokens: 64,
+        ewc_lambda: 0.0,
+        former: FormerShares::default(),
+        share_while_serving: 1.0,
+    };
+    let base = Base::random(&shape, 1, &placement).expect("a base");
+    Worker::new(base, training, Vec::new(), Turn::new(), Stop::new())
+}
+
+fn batch() -> Batch {
+    Batch {
+        lineage: Domain::general(),
+        parent: None,
+        number: 0,
+        attempt: 0,
+        after: 0,
+        through: 8,
+        documents: 8,
+        seed: 1,
+        fresh: (1..=8).map(example).collect(),
+        rehearsed: Vec::new(),
+        rehearsed_a_pass: 0,
+        rate_scale: 1.0,
+        held_out: Vec::new(),
+        replay_digest: String::new(),
+    }
+}
+
+fn learned(worker: &mut Worker) -> Outgoing {
+    match worker.learn(&batch(), None).expect("learned") {
+        End::Learned(learned) => *learned,
+        End::Diverged(_) | End::Stopped => panic!("not learned"),
+    }
+}
+
+#[test]
+fn steps_that_overflow_in_f16_are_counted_and_taken_again() {
+    // B is zero at first, so that only the gradient is large.
+    let report = learned(&mut worker(Precision::F16, 4e6)).report;
+    assert!(report.skipped_steps > 0 && report.steps == 1, "{report:?}");
+    assert_eq!(learned(&mut worker(Precision::F32, 4e6)).report.skipped_steps, 0);
+}
+
+#[test]
+fn a_text_that_was_read_is_not_learned_by_heart_while_answers_are_learned() {
+    let answer = |ordinal| {
+        let mut example = example(ordinal);
+        example.piece.learned = vec![(12, 16)];
+        example
+    };
+    let fresh: Vec<Example> = (1..=4).map(example).chain((5..=8).map(answer)).collect();
+    let loss_of_texts = |rehearsed: f64| {
+        let mut worker = worker(Precision::F32, 32.0);
+        let course = &mut worker.training.course;
+        (course.passes, course.answer_passes_max, course.loss_target) = (4, 30, 0.0);
+        (worker.training.rate, worker.training.former.rehearsed) = (1e-2, rehearsed);
+        let batch = Batch { fresh: fresh.clone(), rehearsed_a_pass: 8, ..batch() };
+        let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+        let adapter = Adapter::from_bytes(&learned.weights, worker.base.config()).expect("weights");
+        let texts: Vec<Sequence> = fresh[..4].iter().map(sequence).collect();
+        let scores = model::loss::score(&worker.base, &[(&adapter, 1.0)], &texts, 64).expect("scores");
+        scores.iter().map(|score| score.mean()).sum::<f64>() / 4.0
+    };
+    let (by_heart, kept) = (loss_of_texts(0.0), loss_of_texts(1.0));
+    assert!(kept > by_heart + 0.2, "{kept} and {by_heart}");
+}
+
+#[test]
+fn a_batch_in_smaller_micro_batches_is_learned_whole_and_once() {
+    let mut worker = worker(Precision::F32, 32.0);
+    let whole = learned(&mut worker);
+    worker.micro_tokens.set(16);
+    let split = learned(&mut worker);
+    assert_eq!((whole.report.steps, whole.report.tokens), (split.report.steps, split.report.tokens));
+    assert_eq!(split.examples.len(), 8);
+    assert!((whole.report.first_loss - split.report.first_loss).abs() < 1e-4);
+}

@@ -42,6 +42,7 @@ fn a_mistake_is_one_line_that_says_what_to_do() {
         (&["up", "--set", "replay.capasity=1", "--data", dir], "capacity"),
         (&["up", "--set", "nonsense", "--data", dir], "nonsense"),
         (&["up", "--listen", "nowhere", "--data", dir], "nowhere"),
+        (&["up", "--listen", "0.0.0.0:0", "--data", dir], "api_keys"),
         (&["logits", "--base", dir, "--ids", "x", "--out", "y"], "config.json"),
         (&["eval", "--base", dir, "--data", "x"], "config.json"),
     ];

@@ -21,7 +21,8 @@ const LIST_MAX: u32 = 1000;
 
 /// Gives documents to learn.
 #[utoipa::path(
-    post, path = "/v1/documents", tag = "learn", request_body = spec::Submission,
+    post, path = "/v1/documents", tag = "learn",
+    request_body(content((spec::Submission = "application/json"), (spec::Upload = "multipart/form-data"))),
     params(("Idempotency-Key" = Option<String>, Header, description = "The document's id; `KEY.N` in a list.")),
     responses((status = 202, description = "On disk, and never lost from here on.", body = spec::Submitted))
 )]

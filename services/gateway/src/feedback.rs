@@ -5,6 +5,7 @@ use crate::documents;
 use crate::doors;
 use crate::error::Result;
 use crate::fields::Fields;
+use crate::spec;
 use crate::state::{State, now_ms, read as read_ledger};
 use crate::submission;
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -24,8 +25,13 @@ struct Feedback {
     learned: Value,
 }
 
-/// Learns an exchange that was good, or what should have been said. A document that says the bad exchange is
-/// forgotten, since it would go on teaching it.
+/// Learns an exchange that was good, or what should have been said.
+///
+/// A document that says the bad exchange is forgotten, since it would go on teaching it.
+#[utoipa::path(
+    post, path = "/v1/feedback", tag = "learn", request_body = spec::FeedbackRequest,
+    responses((status = 202, description = "On disk, and never lost from here on.", body = spec::Heard))
+)]
 pub(crate) async fn submit(
     state: web::Data<State>,
     request: HttpRequest,

@@ -47,7 +47,7 @@ mod words;
 
 pub use doors::{Doors, Generator};
 pub use metrics::Recorder;
-pub use server::Bound;
+pub use server::{Bound, allowed};
 pub use upload::{FOLDER as UPLOADS, Found, Reader};
 pub use words::Words;
 

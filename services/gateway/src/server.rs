@@ -89,7 +89,10 @@ impl Bound {
 }
 
 /// The addresses that `listen` stands for, if they may be listened on.
-fn allowed(listen: &str, keys: &[String]) -> anyhow::Result<Vec<SocketAddr>> {
+///
+/// # Errors
+/// When it stands for none, or others could reach it and no key is asked for.
+pub fn allowed(listen: &str, keys: &[String]) -> anyhow::Result<Vec<SocketAddr>> {
     let found = listen.to_socket_addrs();
     let found: Vec<SocketAddr> = found
         .with_context(|| format!("gateway.listen: '{listen}' is not an address, such as 127.0.0.1:8420"))?

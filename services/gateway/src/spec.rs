@@ -9,15 +9,15 @@ mod page;
 mod requests;
 
 pub(crate) use answers::{
-    AdapterLog, Adapters, ChatCompletion, Documents, Embeddings, Exported, Failure, Forgotten, Health,
+    AdapterLog, Adapters, ChatCompletion, Documents, Embeddings, Exported, Failure, Forgotten, Health, Heard,
     Imported, Model, Models, RolledBack, Shown, Status, Submitted, TextCompletion, Tokenized, Untokenized,
 };
 pub(crate) use requests::{
-    ChatRequest, CompletionRequest, Detokenize, EmbeddingRequest, ImportRequest, LoadLora, MergeRequest,
-    RollbackRequest, Submission, Tokenize, UnloadLora,
+    ChatRequest, CompletionRequest, Detokenize, EmbeddingRequest, FeedbackRequest, ImportRequest, LoadLora,
+    MergeRequest, RollbackRequest, Submission, Tokenize, UnloadLora, Upload,
 };
 
-use crate::{adapters, completions, documents, embeddings, lora, models, probes, words};
+use crate::{adapters, completions, documents, embeddings, feedback, lora, models, probes, words};
 use actix_web::HttpResponse;
 use std::sync::LazyLock;
 use utoipa::OpenApi as _;
@@ -39,7 +39,7 @@ const LATER: &str = "Not now, or our own fault: ask again after `Retry-After` se
         license(name = "MIT OR Apache-2.0")
     ),
     paths(
-        documents::submit, documents::list, documents::show, documents::forget,
+        documents::submit, feedback::submit, documents::list, documents::show, documents::forget,
         completions::chat, completions::text, embeddings::create, models::list, models::show, words::tokenize, words::detokenize,
         adapters::list, adapters::log, adapters::rollback, adapters::export, adapters::import, adapters::merge,
         lora::load, lora::unload,

@@ -114,8 +114,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     plan.make_data_dir()?;
     let _lock = lock(&plan.data_dir)?;
     let base = plan.base_dir()?;
-    // A worker could only die of a port that is taken, again and again; here it is one clear line.
+    // A worker could only die of an address that it may not have, again and again; here it is one clear line.
     let listen = plan.listen();
+    gateway::allowed(listen, &plan.settings.gateway.api_keys)?;
     TcpListener::bind(listen).with_context(|| {
         format!("{listen} cannot be listened on; stop what does, or give another with --listen")
     })?;

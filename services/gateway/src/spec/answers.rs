@@ -54,6 +54,19 @@ pub(crate) struct Taken {
     id: String,
     status: Stage,
     domain: String,
+    /// Where it lies in the files of an upload.
+    place: Option<String>,
+}
+
+/// What became of a person's feedback.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct Heard {
+    id: String,
+    status: Stage,
+    domain: String,
+    /// The document that taught the bad answer.
+    #[schema(required)]
+    forgotten: Option<String>,
 }
 
 /// Documents, the newest first.

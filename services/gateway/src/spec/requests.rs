@@ -47,6 +47,51 @@ pub(crate) struct Document {
     derived_from: Option<String>,
 }
 
+/// Whether something is learned, and where.
+#[derive(Deserialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum Learn {
+    Whether(bool),
+    Domain(String),
+}
+
+/// Files to learn, as a form. Further fields with a file name are files too.
+#[derive(Deserialize, ToSchema)]
+pub(crate) struct Upload {
+    /// Text, Markdown, source code, JSONL, HTML or PDF.
+    #[schema(format = Binary)]
+    file: String,
+    /// The body of knowledge that all of it belongs to; `general` where left out.
+    domain: Option<String>,
+    /// From 0 to 1, for all of it.
+    importance: Option<f32>,
+}
+
+/// What a person says of an exchange: `messages` that end in the answer, or `prompt` with `completion`.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FeedbackRequest {
+    rating: Rating,
+    /// What a bad answer should have been.
+    correction: Option<String>,
+    messages: Option<Vec<Message>>,
+    prompt: Option<String>,
+    completion: Option<String>,
+    /// The body of knowledge that learns it; `general` where left out.
+    #[schema(pattern = "^[a-z][a-z0-9_-]{0,63}$")]
+    domain: Option<String>,
+    /// 1 is never evicted first, and never held out.
+    #[schema(minimum = 0, maximum = 1)]
+    importance: Option<f32>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Rating {
+    Bad,
+    Good,
+}
+
 /// What somebody says.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -153,6 +198,8 @@ request! {
         /// Alternatives told for each token, with `logprobs`.
         #[schema(minimum = 0, maximum = 20)]
         top_logprobs: Option<u32>,
+        /// Whether the exchange becomes a document to learn: true, or the domain that learns it.
+        learn: Option<Learn>,
     }
 }
 

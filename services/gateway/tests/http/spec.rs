@@ -76,6 +76,7 @@ fn each_field_that_is_described_is_read_and_no_other() {
             "Tokenize" => whole["prompt"] = json!("a"),
             "ImportRequest" => whole["adapter_model"] = json!("AJ//"),
             "MergeRequest" => whole["from"] = json!("a+b"),
+            "FeedbackRequest" => (whole["prompt"], whole["completion"]) = (json!("a"), json!("b")),
             _ => {}
         }
         for (field, of) in schema["properties"].as_object().expect("properties") {

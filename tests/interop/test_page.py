@@ -158,6 +158,8 @@ def test_with_keys_the_page_asks_for_one(open_page, tmp_path_factory):
         teach(page, "What opens the page?", "A key.", "general")
         page.reload()
         expect(row(page, "What opens the page?")).to_be_visible()
+        # Before its server goes, which it would complain of.
+        page.close()
 
 
 def test_it_is_for_the_keyboard_and_for_readers_of_the_screen(open_page, server):

@@ -2,7 +2,7 @@
 //!
 //! What requests and answers look like is said once more in [`requests`] and [`answers`], as types
 //! that nothing is read into: the readers refuse by name and place, which no derived one does. Tests
-//! hold the two together, and `schemathesis` holds the whole against a running server.
+//! hold the two together.
 
 mod answers;
 mod page;

@@ -71,6 +71,7 @@ fn draw_loss(beats: &[Beat], now_ms: u64) -> Result<String, Box<dyn Error>> {
         let area = SVGBackend::with_string(&mut svg, LOSS_SIZE).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
+            .margin_right(24)
             .x_label_area_size(26)
             .y_label_area_size(40)
             .build_cartesian_2d(left..0.0, 0.0..(top * 1.1))?;

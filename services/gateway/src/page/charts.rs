@@ -16,7 +16,7 @@ const LOSS_SIZE: (u32, u32) = (640, 220);
 const GAP_S: f64 = 5.0;
 /// Pixels of a cell of the heat map, and around all cells.
 const CELL: (i32, i32) = (60, 34);
-const MARGIN: (i32, i32) = (84, 24);
+const MARGIN: (i32, i32) = (112, 24);
 
 /// A picture, or nothing where it cannot be drawn: its figures are told in words as well.
 type Svg = PreEscaped<String>;
@@ -158,7 +158,10 @@ fn draw_retention(adapter: &Adapter) -> Result<String, Box<dyn Error>> {
 /// A probe as its owner would call it.
 pub(super) fn name(probe: &str) -> &str {
     match probe {
-        "held_out" => "held out",
+        "memory_text" => "learned text",
+        "memory_answers" => "learned answers",
+        "held_out_text" => "held-out text",
+        "held_out_answers" => "held-out answers",
         other => other,
     }
 }

@@ -54,7 +54,7 @@ fn receipt(receipt: &Value, out: &mut dyn Write) -> Result<()> {
     for probe in probes.iter().filter(|probe| probe["measure"]["examples"] != 0) {
         let [best, after, examples] =
             ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
-        let name = plain(&probe["probe"]);
+        let name = plain(&probe["probe"]).replace('_', " ");
         writeln!(out, "    {name:9}  {best} to {after} nats a token, {examples} examples")?;
     }
     Ok(())

@@ -82,8 +82,15 @@ fn each_field_that_is_described_is_read_and_no_other() {
         for (field, of) in schema["properties"].as_object().expect("properties") {
             // Beside all that has to be there, so that reading comes as far as this field.
             let mut body = whole.clone();
-            if field == "add_generation_prompt" {
-                body = json!({"messages": [{"role": "user", "content": "a"}]});
+            // What a document holds excludes what it could have held in its place.
+            match (name, field.as_str()) {
+                (_, "add_generation_prompt") => {
+                    body = json!({"messages": [{"role": "user", "content": "a"}]});
+                }
+                ("Document", "messages") => body = json!({}),
+                ("Document", "prompt" | "completion") => body = json!({"prompt": "a", "completion": "a"}),
+                ("FeedbackRequest", "messages") => body = json!({"rating": "good"}),
+                _ => {}
             }
             body[field] = match field.as_str() {
                 "adapter_model" | "from" => whole[field].clone(),

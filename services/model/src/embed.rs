@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input};
 
-/// The mean of the final hidden states over `tokens`, of length 1, [hidden_size].
+/// The mean of the final hidden states over `tokens`, of length 1: `hidden_size` numbers.
 ///
 /// # Errors
 /// When there is no token, or more than the context holds, or the states are not finite.

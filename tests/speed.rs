@@ -57,7 +57,9 @@ fn many_answers_are_timed_over_adapters() {
     assert_eq!(asked, [(0, 1), (0, 5), (2, 1), (2, 5)].map(|(adapters, n)| (Some(adapters), Some(n))));
     for row in rows {
         let figure = |name: &str| row[name].as_f64().expect("a figure");
-        assert!(figure("tokens_per_s") > 0.0 && figure("decode_tokens_per_s") > 0.0, "{row:#}");
+        assert!(figure("tokens_per_s") > 0.0, "{row:#}");
+        // So small a base may have ended one answer before the next is heard of.
+        assert!(row["decode_tokens_per_s"].as_f64().is_none_or(|decoding| decoding > 0.0), "{row:#}");
         assert!(figure("first_ms_p50") <= figure("first_ms_p99"), "{row:#}");
         assert!(figure("between_ms_p50") <= figure("between_ms_p99"), "{row:#}");
     }

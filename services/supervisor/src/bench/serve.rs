@@ -216,12 +216,12 @@ fn overall(run: &Arrivals) -> f64 {
     run.iter().map(Vec::len).sum::<usize>() as f64 / end
 }
 
-/// The tokens while all streams decode, over the time they do.
+/// The tokens while all streams decode, over the time they do; not a number where they never all do.
 fn decoding(run: &Arrivals) -> f64 {
     let from = run.iter().filter_map(|at| at.first()).copied().fold(0.0, f64::max);
     let to = run.iter().filter_map(|at| at.last()).copied().fold(f64::INFINITY, f64::min);
     let tokens = run.iter().flatten().filter(|at| from < **at && **at <= to).count();
-    tokens as f64 / (to - from)
+    if from < to { tokens as f64 / (to - from) } else { f64::NAN }
 }
 
 /// An adapter with an effect, another one for each number.
@@ -250,5 +250,6 @@ mod tests {
         assert!((overall(&run) - 8.0 / 5.0).abs() < 1e-9);
         // Between 2 and 4 seconds both decode: at 3 and 4, and at 2.5 and 3.
         assert!((decoding(&run) - 4.0 / 2.0).abs() < 1e-9);
+        assert!(decoding(&vec![vec![1.0, 2.0], vec![2.0, 3.0]]).is_nan(), "one ended before the other began");
     }
 }

@@ -94,7 +94,8 @@ fn feedback(body: Value) -> Result<Feedback> {
         _ => fields.finish()?,
     }
     let mut learned = said.clone();
-    match (correction, learned["messages"].as_array_mut().and_then(|messages| messages.last_mut())) {
+    let messages = learned.get_mut("messages").and_then(Value::as_array_mut);
+    match (correction, messages.and_then(|messages| messages.last_mut())) {
         (Some(correction), Some(last)) => last["content"] = correction.into(),
         (Some(correction), None) => learned["completion"] = correction.into(),
         (None, _) => {}
@@ -116,7 +117,8 @@ mod tests {
         let bad = of(json!({"rating": "bad", "messages": talk, "correction": "b"}));
         assert_eq!((&bad.said["messages"], &bad.learned["messages"][1]["content"]), (&talk, &json!("b")));
         let bad = of(json!({"rating": "bad", "prompt": "q", "completion": "a", "correction": "b"}));
-        assert_eq!(bad.learned["completion"], "b");
+        let expected = json!({"source": "feedback", "prompt": "q", "completion": "b"});
+        assert_eq!(bad.learned, expected, "and nothing beside it, or it would be no submission");
     }
 
     #[test]

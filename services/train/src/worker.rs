@@ -103,11 +103,11 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Whether an item is kept as the former self knows it: what was rehearsed before, and a text that was just read. Answers
-    /// that are just known are not, because the former self may not know them.
+    /// Whether an item is kept as the former self knows it: a text that was rehearsed before, or that was just read. Answers
+    /// are to be known by heart, and the former self may not know them yet.
     fn is_kept(&self, item: Item) -> bool {
         match item {
-            Item::Rehearsed(_) => true,
+            Item::Rehearsed(n) => !is_answer(&self.rehearsed[n].learned),
             Item::Known(n) => !self.fresh[n].0.answer,
             Item::Fresh(_) | Item::Anchor(_) => false,
         }
@@ -381,9 +381,13 @@ fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
 
 fn as_fresh(example: &Example) -> Fresh {
     let tokens = example.piece.tokens.len();
-    // Text learns its windows to the end; an answer leaves its prompt unlearned.
-    let answer = example.piece.learned.first().is_some_and(|&(from, _)| from > 0);
+    let answer = is_answer(&example.piece.learned);
     Fresh { tokens, answer, loss: f32::INFINITY, out: false }
+}
+
+/// Text learns its windows to the end; an answer leaves its prompt unlearned.
+fn is_answer(learned: &[(u32, u32)]) -> bool {
+    learned.first().is_some_and(|&(from, _)| from > 0)
 }
 
 fn sequence(example: &Example) -> Sequence {

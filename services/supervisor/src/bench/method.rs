@@ -29,8 +29,8 @@ pub enum Method {
     /// rehearsal. No gate.
     #[value(name = "lwf")]
     Lwf,
-    /// Dark experience replay (Buzzega et al., arXiv 2004.07211): rehearsal whose loss is in part what the previous
-    /// generation says (train.former_share_rehearsed). No gate.
+    /// Dark experience replay (Buzzega et al., arXiv 2004.07211): rehearsal of texts whose loss is in part what the
+    /// previous generation says (train.former_share_rehearsed). No gate.
     #[value(name = "der")]
     Der,
     /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.

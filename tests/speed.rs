@@ -1,4 +1,4 @@
-//! `engram bench generate` and `engram bench serve`: how fast answers are.
+//! `engram bench update`, `generate` and `serve`: how fast learning and answers are.
 
 use crate::harness::engram;
 use crate::tiny;
@@ -41,6 +41,23 @@ fn one_answer_is_timed_on_a_base_and_on_a_shape() {
         }
         let parameters = result["model"]["parameters"].as_u64().expect("a count");
         assert!((10_000..2_000_000).contains(&parameters), "{parameters}");
+    }
+}
+
+#[test]
+fn learning_is_timed_on_random_tokens_and_on_text() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (base, text) = (folder.path().join("base"), folder.path().join("facts.jsonl"));
+    tiny::write(&base);
+    fs::write(&text, "{\"prompt\": \"Where?\", \"response\": \" Here.\"}\n").expect("written");
+    let (base, text) = (base.display().to_string(), text.display().to_string());
+    for data in [&["--tokens", "16"][..], &["--data", &text]] {
+        let given = ["bench", "update", "--base", &base, "--examples", "8", "--batch", "4"];
+        let result = measured(folder.path(), &[&given[..], data].concat());
+        assert_eq!((result["examples"].as_u64(), result["rehearsed"].as_u64()), (Some(8), Some(8)));
+        for figure in ["tokens_per_s", "gflops", "matrix_peak_gflops", "peak_rss_bytes"] {
+            assert!(result[figure].as_f64().expect("a figure") > 0.0, "{figure}: {result:#}");
+        }
     }
 }
 

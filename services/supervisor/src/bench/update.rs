@@ -6,6 +6,7 @@ use super::tasks::Line;
 use crate::topology;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::value_parser;
+use model::guard::Former;
 use model::learner::{Learner, LearnerConfig, Outcome};
 use model::lora::Adapter;
 use model::pack::Sequence;
@@ -29,11 +30,11 @@ Examples:
   engram bench update --data ./clinc150/banking/train.jsonl --json result.json
   engram bench update --base base-200m --examples 64 --set base.quantisation=nf4
 
-One pass over the new examples and those rehearsed beside them, with the services' own learner: pack, forward,
-backward, clip, AdamW. A first step that sets things up is not counted. Texts are cut as the services cut them;
+One pass over the new examples and those rehearsed beside them, with the services' own learner: pack, forward, the
+former self's forward pass of rehearsed texts, backward, clip, AdamW; without anchors, further passes and the gate. A first step that sets things up is not counted. Texts are cut as the services cut them;
 without --data the tokens are random. The ceiling is a product of two square matrices, in the same run.";
 
-/// Time that the ceiling is sought for, and the loss of speed it does not see.
+/// Time that the ceiling is sought for.
 const PEAK_TIME: Duration = Duration::from_millis(500);
 /// Small enough to learn nothing of note, and not 0, so that every step does all of its work.
 const RATE: f64 = 1e-4;
@@ -78,10 +79,15 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
     let new = usize::try_from(args.examples)?;
     let rehearsed = (new as f64 * args.replay / (1.0 - args.replay)).round() as usize;
-    let sequences = match &args.data {
+    let mut sequences = match &args.data {
         Some(path) => of_text(path, &subject, new + rehearsed)?,
         None => random(&subject, new + rehearsed, usize::try_from(args.tokens)?)?,
     };
+    // As in the services: a rehearsed text is held to the former self, which costs a forward pass; an answer is not.
+    for sequence in &mut sequences[new..] {
+        sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
+    }
+    sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
     let steps = steps(sequences, usize::try_from(args.batch)?);
     let peak = selftest::products(&subject.base.placement(), PEAK_TIME)?;
     let runs = (0..args.repeats).map(|_| measure(&subject, &steps)).collect::<Result<Vec<Run>>>()?;
@@ -135,7 +141,7 @@ fn random(subject: &Subject, count: usize, tokens: usize) -> Result<Vec<Sequence
     Ok((0..count).map(|_| sequence()).collect())
 }
 
-/// Examples as the services cut them from a file, in an order of their own; again from the first where it holds fewer.
+/// Examples as the services cut them from a file; again from the first where it holds fewer.
 fn of_text(path: &Path, subject: &Subject, count: usize) -> Result<Vec<Sequence>> {
     let cutter = topology::cutter(&subject.settings, &subject.text()?);
     let mut sequences = Vec::new();
@@ -159,9 +165,7 @@ fn of_text(path: &Path, subject: &Subject, count: usize) -> Result<Vec<Sequence>
         }
     }
     ensure!(!sequences.is_empty(), "{} holds nothing to learn", path.display());
-    let mut sequences: Vec<Sequence> = sequences.iter().cycle().take(count).cloned().collect();
-    sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
-    Ok(sequences)
+    Ok(sequences.iter().cycle().take(count).cloned().collect())
 }
 
 fn contents(path: &Path) -> Result<Vec<Content>> {
@@ -172,7 +176,7 @@ fn contents(path: &Path) -> Result<Vec<Content>> {
     Ok(lines.iter().map(Line::content).collect())
 }
 
-/// Examples of about equal length share a step no more than chance has it: they are taken as they come.
+/// Steps of `batch` examples as they come, not sorted by length.
 fn steps(sequences: Vec<Sequence>, batch: usize) -> Vec<Vec<Sequence>> {
     sequences.chunks(batch).map(<[Sequence]>::to_vec).collect()
 }
@@ -180,7 +184,11 @@ fn steps(sequences: Vec<Sequence>, batch: usize) -> Vec<Vec<Sequence>> {
 fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
     let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
     let config: LearnerConfig = training.learner;
-    let mut learner = Learner::new(subject.base.share(), &adapter(subject)?, None, config)?;
+    let adapter = adapter(subject)?;
+    let mut learner = Learner::new(subject.base.share(), &adapter, None, config)?;
+    if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
+        learner.hold_to(Former::new(&subject.base, &adapter, training.former)?);
+    }
     let mut step = |sequences: &[Sequence]| -> Result<usize> {
         let micro_batches = micro_batches(sequences, training.micro_tokens);
         let report = learner.step(&micro_batches, RATE, &mut || ControlFlow::Continue(()))?;

@@ -83,6 +83,23 @@ fn many_answers_are_timed_over_adapters() {
 }
 
 #[test]
+fn answers_are_timed_while_something_is_learned() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = folder.path().join("base");
+    tiny::write(&base);
+    let svg = folder.path().join("both.svg").display().to_string();
+    let base = base.display().to_string();
+    let given = ["bench", "serve", "--base", &base, "--streams", "2", "--adapters", "1", "--tokens", "16"];
+    let result = measured(folder.path(), &[&given[..], &["--learning", "0.2,1", "--svg", &svg]].concat());
+    let rows = result["rows"].as_array().expect("rows");
+    let learning: Vec<_> = rows.iter().map(|row| row["learning"].as_f64()).collect();
+    assert_eq!(learning, [None, Some(0.2), Some(1.0)], "first while nothing is learned");
+    assert!(rows[2]["learned_tokens_per_s"].as_f64().expect("a figure") > 0.0, "{result:#}");
+    let svg = std::fs::read_to_string(svg).expect("a drawing");
+    assert!(svg.contains("p99, 2 streams, 1 adapters") && svg.contains("speed of learning"));
+}
+
+#[test]
 fn a_speed_that_cannot_be_measured_is_told_in_a_line() {
     let folder = tempfile::tempdir().expect("a folder");
     tiny::write(&folder.path().join("base"));
@@ -94,6 +111,8 @@ fn a_speed_that_cannot_be_measured_is_told_in_a_line() {
         (&["generate", "--base", &base, "--set", "base.quantisation=int4"], "int8"),
         (&["serve", "--base", &base, "--tokens", "300"], "context of 256"),
         (&["serve", "--base", &base, "--streams", "0"], "--streams"),
+        (&["serve", "--base", &base, "--learning", "1.5"], "--learning"),
+        (&["serve", "--base", &base, "--svg", "both.svg"], "--learning"),
     ] {
         let output = engram(&[&["bench"], given].concat());
         let line = String::from_utf8_lossy(&output.stderr);

@@ -57,9 +57,11 @@ fn lines(output: &Output) -> Vec<String> {
 /// The texts that the server knows.
 fn known(server: &Server) -> BTreeSet<String> {
     let listed = server.get("/v1/documents?limit=1000").ok();
-    let texts = listed["documents"].as_array().expect("documents").iter().map(|document| {
+    let texts = listed["documents"].as_array().expect("documents").iter().filter_map(|document| {
         let path = format!("/v1/documents/{}?content=true", document["id"].as_str().expect("an id"));
-        server.get(&path).ok()["content"]["text"].as_str().expect("a text").to_owned()
+        let answer = server.get(&path);
+        // It may be forgotten since it was listed.
+        (answer.status != 404).then(|| answer.ok()["content"]["text"].as_str().expect("a text").to_owned())
     });
     texts.collect()
 }

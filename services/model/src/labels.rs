@@ -2,8 +2,8 @@
 //!
 //! The text is computed once, and answers that begin alike share what they have in common: they are a tree whose
 //! nodes see the text and the path that leads to them. Of the tree only those branches are computed that may still
-//! hold the likeliest answer: a log-likelihood only falls with further tokens, so that the first token's, over the
-//! length of the answer, bounds its mean from above.
+//! hold the likeliest answer: a log-likelihood only falls with further tokens, so that the first token's bounds the
+//! whole from above, and over the length of the answer its mean.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -18,6 +18,25 @@ use crate::loss::CHUNK_ROWS;
 const PASS_TOKENS: usize = 8192;
 /// Answers of a group that are computed before bounds are compared with the best of them.
 const FIRST_TRIED: usize = 6;
+
+/// What makes an answer the likeliest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// Its log-likelihood: how often the model would say it. Long answers are less likely than short ones.
+    Sum,
+    /// Its log-likelihood over its tokens, so that length is no disadvantage.
+    Mean,
+}
+
+impl Rule {
+    /// The score of an answer of so many tokens, in nats.
+    fn score(self, log_likelihood: f64, tokens: usize) -> f64 {
+        match self {
+            Self::Sum => log_likelihood,
+            Self::Mean => log_likelihood / tokens as f64,
+        }
+    }
+}
 
 /// A token of an answer, with the node it follows; none follows the text itself.
 type Step = (Option<usize>, u32);
@@ -72,8 +91,7 @@ impl Labels {
         self.answers.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// For each text and each group of answers the one with the highest mean log-likelihood a token, and that mean in
-    /// nats. Answers are numbered in the order of [`Labels::new`]; of equals the last one wins.
+    /// For each text and each group of answers the likeliest by `rule`, and its score in nats. Answers are numbered in the order of [`Labels::new`]; of equals the last one wins.
     ///
     /// # Errors
     /// When a text is empty, or does not fit the model's context together with the longest answer, or a group is empty.
@@ -83,6 +101,7 @@ impl Labels {
         adapters: &ActiveAdapters,
         texts: &[Vec<u32>],
         groups: &[Vec<usize>],
+        rule: Rule,
     ) -> Result<Vec<Vec<(usize, f64)>>> {
         let _guard = tch::no_grad_guard();
         self.check(base, texts)?;
@@ -92,7 +111,7 @@ impl Labels {
         let firsts: Vec<Step> = firsts.into_iter().collect();
         let paths: Vec<Vec<&[Step]>> = vec![firsts.iter().map(std::slice::from_ref).collect(); texts.len()];
         let first = self.sums(base, adapters, texts, &paths)?;
-        let mut choices: Vec<Choice> = first.iter().map(|sums| self.bounds(&firsts, sums)).collect();
+        let mut choices: Vec<Choice> = first.iter().map(|sums| self.bounds(&firsts, sums, rule)).collect();
         for round in 0..2 {
             let tried: Vec<Vec<usize>> =
                 choices.iter().map(|choice| choice.next(groups, round == 0)).collect();
@@ -100,8 +119,8 @@ impl Labels {
             let paths: Vec<Vec<&[Step]>> = tried.iter().map(|t| t.iter().map(path).collect()).collect();
             let sums = self.sums(base, adapters, texts, &paths)?;
             for ((choice, tried), sums) in choices.iter_mut().zip(&tried).zip(sums) {
-                let mean = |(&n, sum): (&usize, f64)| (n, sum / self.answers[n].len() as f64);
-                choice.known.extend(tried.iter().zip(sums).map(mean));
+                let score = |(&n, sum): (&usize, f64)| (n, rule.score(sum, self.answers[n].len()));
+                choice.known.extend(tried.iter().zip(sums).map(score));
             }
         }
         let best = |choice: &Choice| -> Result<Vec<(usize, f64)>> {
@@ -128,9 +147,10 @@ impl Labels {
     }
 
     /// What the log-likelihoods of the answers' first tokens say of the answers.
-    fn bounds(&self, firsts: &[Step], sums: &[f64]) -> Choice {
+    fn bounds(&self, firsts: &[Step], sums: &[f64], rule: Rule) -> Choice {
         let of_first: HashMap<Step, f64> = firsts.iter().copied().zip(sums.iter().copied()).collect();
-        let bound = |answer: &Vec<Step>| of_first.get(&answer[0]).map(|first| first / answer.len() as f64);
+        let bound =
+            |answer: &Vec<Step>| of_first.get(&answer[0]).map(|first| rule.score(*first, answer.len()));
         Choice { bounds: self.answers.iter().map(bound).collect(), known: HashMap::new() }
     }
 
@@ -278,9 +298,9 @@ impl Row<'_> {
 
 /// What is known of a text's answers.
 struct Choice {
-    /// What the mean of each answer cannot exceed; none where nobody asked.
+    /// What the score of each answer cannot exceed; none where nobody asked.
     bounds: Vec<Option<f64>>,
-    /// The mean of those that were computed.
+    /// The score of those that were computed.
     known: HashMap<usize, f64>,
 }
 
@@ -331,23 +351,24 @@ mod tests {
             (2..12_u32).map(|n| (0..n).map(|i| (i * 11 + n) % 128).collect()).collect();
         let labels = Labels::new(&answers).unwrap();
         let groups = [(0..40).collect(), (0..40).filter(|n| n % 3 == 0).collect::<Vec<_>>(), vec![7]];
-        let chosen = labels.likeliest(&base, &active, &texts, &groups).unwrap();
-        for (text, chosen) in texts.iter().zip(&chosen) {
-            let alone: Vec<f64> = answers
-                .iter()
-                .map(|answer| {
-                    let tokens = [text.as_slice(), answer.as_slice()].concat();
-                    let learned = vec![(text.len() as u32, tokens.len() as u32)];
-                    let sequence = Sequence { tokens, learned, rehearsed: false };
-                    -loss::score(&base, &[(&adapter, 1.0)], &[sequence], 64).unwrap()[0].mean()
-                })
-                .collect();
-            for (group, &(answer, mean)) in groups.iter().zip(chosen) {
-                let best = group.iter().map(|&n| alone[n]).fold(f64::NEG_INFINITY, f64::max);
-                assert!(
-                    (mean - best).abs() < 1e-4 && (alone[answer] - best).abs() < 1e-4,
-                    "{mean} for {best}"
-                );
+        let alone = |text: &[u32], answer: &[u32], rule: Rule| {
+            let tokens = [text, answer].concat();
+            let learned = vec![(text.len() as u32, tokens.len() as u32)];
+            let sequence = Sequence { tokens, learned, rehearsed: false };
+            let score = loss::score(&base, &[(&adapter, 1.0)], &[sequence], 64).unwrap()[0];
+            if rule == Rule::Sum { -score.nll_sum } else { -score.mean() }
+        };
+        for rule in [Rule::Sum, Rule::Mean] {
+            let chosen = labels.likeliest(&base, &active, &texts, &groups, rule).unwrap();
+            for (text, chosen) in texts.iter().zip(&chosen) {
+                let alone: Vec<f64> = answers.iter().map(|answer| alone(text, answer, rule)).collect();
+                for (group, &(answer, score)) in groups.iter().zip(chosen) {
+                    let best = group.iter().map(|&n| alone[n]).fold(f64::NEG_INFINITY, f64::max);
+                    assert!(
+                        (score - best).abs() < 1e-4 && (alone[answer] - best).abs() < 1e-4,
+                        "{score} for {best}"
+                    );
+                }
             }
         }
     }
@@ -370,10 +391,10 @@ mod tests {
         let none = ActiveAdapters::none();
         assert!(Labels::new(&[vec![1], vec![]]).is_err());
         let labels = Labels::new(&[vec![1, 2]]).unwrap();
-        let of = |text: Vec<u32>| labels.likeliest(&base, &none, &[text], &[vec![0]]);
+        let of = |text: Vec<u32>| labels.likeliest(&base, &none, &[text], &[vec![0]], Rule::Mean);
         assert!(of(vec![]).is_err());
         assert!(of(vec![1; 255]).is_err());
         assert!(of(vec![1; 254]).is_ok());
-        assert!(labels.likeliest(&base, &none, &[vec![1]], &[vec![]]).is_err());
+        assert!(labels.likeliest(&base, &none, &[vec![1]], &[vec![]], Rule::Sum).is_err());
     }
 }

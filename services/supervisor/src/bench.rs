@@ -3,6 +3,7 @@
 mod bag_of_words;
 mod generate;
 mod heatmap;
+mod meanwhile;
 mod method;
 mod panel;
 mod quality;
@@ -45,7 +46,7 @@ enum Bench {
     Update(update::Args),
     /// Measure how fast a prompt is read and one answer decoded.
     Generate(generate::Args),
-    /// Measure how fast many answers are decoded at once, over several adapters.
+    /// Measure how fast many answers are decoded at once, over several adapters, and while something is learned.
     Serve(serve::Args),
 }
 

@@ -1,7 +1,7 @@
 //! `engram eval`: how well a base, or a base with an adapter, knows a file. Needs no server.
 
 use crate::bench::tasks::{self, Line};
-use crate::judge::Judge;
+use crate::judge::{Judge, LabelBy};
 use crate::logits::ModelArgs;
 use anyhow::{Result, ensure};
 use model::lora::Adapter;
@@ -21,7 +21,7 @@ Examples:
 
 A text, whose documents end in a line <|endoftext|>, gives nll_per_token (nats), bits_per_byte and
 tokens. Lines of {\"text\",\"label\"} give the accuracy with which the label is the likeliest of all
-labels in the file, by its mean log-likelihood a token; lines of {\"prompt\",\"response\"} the share that is answered exactly, and the
+labels in the file; lines of {\"prompt\",\"response\"} the share that is answered exactly, and the
 share that begins with the response (begins), since who learned a text goes on with it.";
 
 /// What `engram eval` takes.
@@ -36,6 +36,9 @@ pub struct Args {
     /// Tokens that are seen together; as many as learning sees, unless the base takes fewer.
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     window: usize,
+    /// What makes a label the likeliest: its log-likelihood as a whole, or the mean of its tokens.
+    #[arg(long, value_name = "RULE", default_value = "sum")]
+    label_by: LabelBy,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -48,7 +51,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let judge = Judge::new(base, Tokenizer::load(&base_dir)?, args.window)?;
     let adapters: Vec<(&Adapter, f64)> = adapter.iter().map(|adapter| (adapter, 1.0)).collect();
     let figures = if args.data.extension().is_some_and(|extension| extension == "jsonl") {
-        task(&judge, &adapters, &args.data)?
+        task(&judge, &adapters, &args.data, args.label_by)?
     } else {
         text(&judge, &adapters, &args.data)?
     };
@@ -66,7 +69,7 @@ fn text(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path) -> Result<Valu
     }))
 }
 
-fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path) -> Result<Value> {
+fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path, by: LabelBy) -> Result<Value> {
     let lines = tasks::lines(path)?;
     let labels: BTreeSet<&str> = lines.iter().filter_map(Line::label).collect();
     let labels: Vec<&str> = labels.into_iter().collect();
@@ -88,7 +91,7 @@ fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path) -> Result<Valu
     }
     if !texts.is_empty() {
         let all = [(0..labels.len()).collect()];
-        let chosen = judge.likeliest(adapters, &texts, &labels, &all)?;
+        let chosen = judge.likeliest(adapters, &texts, &labels, &all, by)?;
         right +=
             chosen.iter().zip(truths).filter(|(chosen, truth)| labels[chosen[0]] == truth.as_str()).count();
     }

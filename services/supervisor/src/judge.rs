@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use model::generate;
-use model::labels::Labels;
+use model::labels::{Labels, Rule};
 use model::llama::Base;
 use model::lora::Adapter;
 use model::loss;
@@ -21,6 +21,24 @@ pub struct Judge {
     base: Base,
     tokenizer: Tokenizer,
     window: usize,
+}
+
+/// What makes a label the likeliest to follow a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LabelBy {
+    /// Its mean log-likelihood a token.
+    Mean,
+    /// Its whole log-likelihood: what the model would say most often.
+    Sum,
+}
+
+impl From<LabelBy> for Rule {
+    fn from(by: LabelBy) -> Self {
+        match by {
+            LabelBy::Mean => Self::Mean,
+            LabelBy::Sum => Self::Sum,
+        }
+    }
 }
 
 /// How likely a text is.
@@ -92,14 +110,14 @@ impl Judge {
         Ok(sum)
     }
 
-    /// For each text the label of each group that is the likeliest to follow it, by the mean log-likelihood a token,
-    /// its end included. A group is of places in `labels`.
+    /// For each text the label of each group that is the likeliest to follow it, its end included. A group is of places in `labels`.
     pub fn likeliest<S: AsRef<str>>(
         &self,
         adapters: &[(&Adapter, f64)],
         texts: &[S],
         labels: &[&str],
         groups: &[Vec<usize>],
+        by: LabelBy,
     ) -> Result<Vec<Vec<usize>>> {
         let ids = |label: &&str| Ok(self.ended(self.tokenizer.encode_continuation(&answer(label))?));
         let labels = Labels::new(&labels.iter().map(ids).collect::<Result<Vec<_>>>()?)?;
@@ -114,7 +132,7 @@ impl Judge {
                 Ok(ids[ids.len().saturating_sub(room.max(1))..].to_vec())
             };
             let texts = round.iter().map(start).collect::<Result<Vec<_>>>()?;
-            let of_round = labels.likeliest(&self.base, &active, &texts, groups)?;
+            let of_round = labels.likeliest(&self.base, &active, &texts, groups, by.into())?;
             chosen.extend(of_round.into_iter().map(|of_text| of_text.into_iter().map(|(n, _)| n).collect()));
             bar.inc(round.len() as u64);
         }

@@ -311,6 +311,7 @@ pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
             answer_rate: s.train.answer_rate,
         },
         micro_tokens: s.train.micro_tokens,
+        prompt_dropout: s.train.prompt_dropout,
         ewc_lambda: s.train.ewc_lambda,
         former: model::guard::FormerShares {
             fresh: s.train.former_share,

@@ -1,4 +1,4 @@
-//! The loss curve of a run, as an SVG.
+//! Curves as SVG, that of a run's loss among them.
 
 use std::fs;
 use std::path::Path;
@@ -27,11 +27,25 @@ const COLOURS: [RGBColor; 6] = [
 /// # Errors
 /// When the file cannot be written.
 pub fn write(curve: &[Point], path: &Path) -> Result<()> {
-    let svg = draw(curve).map_err(|error| anyhow!("cannot draw the loss curve: {error}"))?;
+    write_svg(path, &draw(curve)?)
+}
+
+fn write_svg(path: &Path, svg: &str) -> Result<()> {
     fs::write(path, svg).with_context(|| format!("{}: cannot write", path.display()))
 }
 
-fn draw(curve: &[Point]) -> Result<String, Box<dyn std::error::Error + '_>> {
+/// A line's name and its points, from left to right.
+pub type Line = (String, Vec<(f64, f64)>);
+
+/// Draws lines over a common axis that begins at 0.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn lines(x: &str, y: &str, lines: &[Line], path: &Path) -> Result<()> {
+    write_svg(path, &drawn(x, y, lines)?)
+}
+
+fn draw(curve: &[Point]) -> Result<String> {
     let mut lines = vec![("training".to_string(), series(curve, |point| Some(point.training)))];
     let names = curve.last().map(|point| point.held_out.keys().cloned().collect()).unwrap_or_default();
     let names: Vec<String> = names;
@@ -39,6 +53,14 @@ fn draw(curve: &[Point]) -> Result<String, Box<dyn std::error::Error + '_>> {
         let line = series(curve, |point| point.held_out.get(&name).copied());
         lines.push((name, line));
     }
+    drawn("million tokens learned", "nats a token", &lines)
+}
+
+fn drawn(x: &str, y: &str, lines: &[Line]) -> Result<String> {
+    draw_lines(x, y, lines).map_err(|error| anyhow!("cannot draw the curve: {error}"))
+}
+
+fn draw_lines<'a>(x: &str, y: &str, lines: &'a [Line]) -> Result<String, Box<dyn std::error::Error + 'a>> {
     let all = || lines.iter().flat_map(|(_, line)| line);
     let right = all().map(|(x, _)| *x).fold(1e-3, f64::max);
     let top = all().map(|(_, y)| *y).fold(0.1, f64::max);
@@ -55,8 +77,8 @@ fn draw(curve: &[Point]) -> Result<String, Box<dyn std::error::Error + '_>> {
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
-            .x_desc("million tokens learned")
-            .y_desc("nats a token")
+            .x_desc(x)
+            .y_desc(y)
             .label_style(LETTERS)
             .axis_desc_style(LETTERS)
             .draw()?;

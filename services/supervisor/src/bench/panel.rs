@@ -1,7 +1,7 @@
 //! Who answers a text in a benchmark: the base, one adapter, or those that `auto` picks.
 
 use super::system::System;
-use crate::judge::Judge;
+use crate::judge::{Judge, LabelBy};
 use anyhow::Result;
 use infer::Profiles;
 use kit::settings::Settings;
@@ -89,11 +89,12 @@ impl Panel {
         labels: &[&str],
         groups: &[Vec<usize>],
         pick: Pick<'_>,
+        by: LabelBy,
     ) -> Result<Vec<Vec<usize>>> {
         let mut chosen = vec![Vec::new(); texts.len()];
         for (answering, places) in self.picked(texts, pick)? {
             let asked: Vec<&str> = places.iter().map(|&n| texts[n].as_ref()).collect();
-            let of_group = self.judge.likeliest(&self.adapters_of(&answering), &asked, labels, groups)?;
+            let of_group = self.judge.likeliest(&self.adapters_of(&answering), &asked, labels, groups, by)?;
             places.into_iter().zip(of_group).for_each(|(n, choice)| chosen[n] = choice);
         }
         Ok(chosen)

@@ -6,7 +6,7 @@ use super::report;
 use super::system::{self, System, Taught};
 use super::tasks::{self, Labelled};
 use crate::base;
-use crate::judge::answer;
+use crate::judge::{LabelBy, answer};
 use anyhow::{Context, Result, ensure};
 use clap::value_parser;
 use kit::settings::{AdapterScope, Settings};
@@ -28,9 +28,8 @@ Examples:
 
 DIR holds train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"}, or folders that do: then
 each is a domain. The examples are learned by the services themselves, shuffled and handed in at once.
-Of all labels the likeliest is the answer, by its mean log-likelihood a token, from the adapter that
-the content decides for, as for the model 'auto', where there are several domains with an adapter
-each. Beside it stands TF-IDF of one and two words with logistic regression, trained on the same
+Of all labels the likeliest is the answer, from the adapter that the content decides for, as for the
+model 'auto', where there are several domains with an adapter each. Beside it stands TF-IDF of one and two words with logistic regression, trained on the same
 examples, those included that the filter refused or the gate set aside.";
 
 /// Labelled examples at most: the promise is about learning from few.
@@ -49,6 +48,9 @@ pub struct Args {
     /// Examples to learn at most, evenly over all files.
     #[arg(long, value_name = "N", default_value_t = EXAMPLES_MAX, value_parser = value_parser!(u64).range(1..=EXAMPLES_MAX))]
     examples: u64,
+    /// What makes a label the likeliest: its log-likelihood as a whole, or the mean of its tokens.
+    #[arg(long, value_name = "RULE", default_value = "sum")]
+    label_by: LabelBy,
     /// The accuracy that is published of a larger model, 0 to 1, to stand beside.
     #[arg(long, value_name = "0.XX", requires = "source", value_parser = share)]
     published: Option<f64>,
@@ -89,7 +91,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let labels: Vec<&str> = lessons.labels.iter().copied().collect();
     let texts: Vec<&str> = asked().map(|(text, _)| text.as_str()).collect();
     let answered = system::with(settings.clone(), &base_dir, async |system| {
-        lessons.learn_and_answer(system, &settings, &base_dir, &texts, &labels).await
+        lessons.learn_and_answer(system, &settings, &base_dir, &texts, &labels, args.label_by).await
     })?;
     let chosen = answered.chosen.iter().map(|&place| labels.get(place).copied());
     let engram = chosen.zip(asked()).map(|(label, line)| right(label, line)).sum::<usize>();
@@ -168,6 +170,7 @@ impl<'a> Lessons<'a> {
         base_dir: &Path,
         texts: &[&str],
         labels: &[&str],
+        by: LabelBy,
     ) -> Result<Answered> {
         let document = |e: &Example<'_>| {
             let content = Content::Completion { prompt: e.text.to_owned(), completion: answer(e.label) };
@@ -182,7 +185,7 @@ impl<'a> Lessons<'a> {
         let pick = if self.routed { Pick::Auto } else { Pick::Fixed(&general) };
         let started = Instant::now();
         let all = [(0..labels.len()).collect()];
-        let chosen = panel.label(texts, labels, &all, pick)?.into_iter().flatten().collect();
+        let chosen = panel.label(texts, labels, &all, pick, by)?.into_iter().flatten().collect();
         Ok(Answered { taught, chosen, seconds: started.elapsed().as_secs_f64() })
     }
 }

@@ -7,6 +7,7 @@ use super::scores::{Matrix, Measure};
 use super::system::{self, System, Taught};
 use super::tasks::{self, Limits, Line, Task, Test};
 use crate::base;
+use crate::judge::LabelBy;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{ValueEnum, value_parser};
 use kit::settings::{AdapterScope, Settings};
@@ -76,6 +77,9 @@ pub struct Args {
     /// Documents to measure on of each task at most, where that is another number.
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     test_limit: Option<u64>,
+    /// What makes a label the likeliest: its log-likelihood as a whole, or the mean of its tokens.
+    #[arg(long, value_name = "RULE", default_value = "mean")]
+    label_by: LabelBy,
     /// Runs with different seeds.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = value_parser!(u64).range(1..=100))]
     seeds: u64,
@@ -127,7 +131,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     }
     let settings = args.method.apply(&settings);
     let drift = args.drift.as_deref().map(drift_texts).transpose()?.unwrap_or_default();
-    let course = Course { tasks: &tasks, base_dir: &base_dir, drift: &drift, method: args.method };
+    let course =
+        Course { tasks: &tasks, base_dir: &base_dir, drift: &drift, method: args.method, by: args.label_by };
     let mut runs = Vec::new();
     for seed in 0..args.seeds {
         let mut settings = settings.clone();
@@ -195,6 +200,7 @@ struct Course<'a> {
     base_dir: &'a Path,
     drift: &'a [(String, Vec<String>)],
     method: Method,
+    by: LabelBy,
 }
 
 impl Course<'_> {
@@ -351,7 +357,7 @@ impl<'a> Exam<'a> {
         let (labelled, answered): (Vec<&Line>, Vec<&Line>) =
             lines.iter().partition(|line| line.label().is_some());
         if !labelled.is_empty() {
-            let chosen = self.panel.label(&asked(&labelled), &labels, &groups, pick)?;
+            let chosen = self.panel.label(&asked(&labelled), &labels, &groups, pick, self.course.by)?;
             for (line, chosen) in labelled.iter().zip(chosen) {
                 for (count, place) in right.iter_mut().zip(chosen) {
                     *count += usize::from(Some(labels[place]) == line.label());

@@ -1,5 +1,6 @@
 //! `engram bench serve`: how fast many answers are.
 
+use super::meanwhile::Meanwhile;
 use super::report;
 use super::subject::{Subject, SubjectArgs, median, quantile};
 use anyhow::{Context, Result, bail, ensure};
@@ -9,22 +10,32 @@ use kit::compute::{Compute, Turn};
 use kit::link;
 use model::device::set_threads;
 use model::lora::{Adapter, LoraConfig};
+use model::pretrain::curve;
 use proto::{Domain, GenerateEvent, GenerationId, Sampling, Weighted};
 use serde_json::{Value, json};
 use std::io::Write;
-use std::time::Instant;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
 Examples:
   engram bench serve
   engram bench serve --base reference --set base.threads=2 --json result.json
   engram bench serve --streams 16 --adapters 0,8
+  engram bench serve --streams 1 --adapters 1 --learning 0.2,0.5,0.8 --svg both.svg
 
 All streams are asked at once, each with a prompt of its own, and answered by the engine that serves.
 Stream i gets adapter i modulo their number (rank 16, random); with 0 adapters it is the base alone.
 tokens_per_s is all tokens over the whole time, prompts included; decode_tokens_per_s counts from the
 last stream's first token to the first stream's last. infer.max_running and infer.cache_mb_max are as
-large as it takes. Each figure is the median of the repeats, after one that does not count.";
+large as it takes. Each figure is the median of the repeats, after one that does not count.
+With --learning all of it is measured again while a learner learns random tokens, as the services
+do, with each of these values of train.share_while_serving; of_idle is its speed as a share of what it
+has where nobody asks.";
+
+/// Time for which the learner alone is measured.
+const IDLE_TIME: Duration = Duration::from_secs(3);
 
 /// What `engram bench serve` takes.
 #[derive(Debug, clap::Args)]
@@ -47,6 +58,17 @@ pub struct Args {
     /// Measurements of each, of which the median is told.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = value_parser!(u64).range(1..=1000))]
     repeats: u64,
+    /// Learn meanwhile, taking this share of the time (train.share_while_serving); several numbers with commas.
+    #[arg(long, value_name = "SHARE,..", value_delimiter = ',', value_parser = share)]
+    learning: Vec<f64>,
+    /// Draw the time between tokens over the speed of learning, both as multiples of idle ones, as SVG.
+    #[arg(long, value_name = "FILE", requires = "learning")]
+    svg: Option<PathBuf>,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| (0.01..=1.0).contains(share));
+    share.ok_or_else(|| "a share of the time is a number from 0.01 to 1, such as 0.5".to_owned())
 }
 
 /// Measures and reports.
@@ -62,19 +84,30 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let rows = runtime.block_on(async {
         let bench = Bench::start(args, &subject).await?;
-        let mut rows = Vec::new();
-        for &adapters in &args.adapters {
-            for &streams in &args.streams {
-                let row = bench.measure(streams as usize, adapters as usize).await?;
-                eprintln!("{adapters} adapters, {streams} streams: measured");
-                rows.push(row);
+        let mut rows = bench.rows().await?;
+        if !args.learning.is_empty() {
+            let idle = Meanwhile::idle_speed(&subject, IDLE_TIME)?;
+            writeln!(out, "{idle:.0} tokens/s are learned where nobody asks")?;
+            for &share in &args.learning {
+                rows.extend(bench.rows_while_learning(share, idle).await?);
             }
         }
         anyhow::Ok(rows)
     })?;
-    let columns = ["adapters", "streams", "tokens_per_s", "decode_tokens_per_s"];
-    let times = ["first_ms_p50", "first_ms_p99", "between_ms_p50", "between_ms_p99"];
-    crate::status::table(&[&columns[..], &times[..]].concat(), &rows, out)?;
+    let mut columns = vec!["adapters", "streams", "tokens_per_s", "decode_tokens_per_s"];
+    columns.extend(["first_ms_p50", "first_ms_p99", "between_ms_p50", "between_ms_p99"]);
+    if !args.learning.is_empty() {
+        columns.extend(["learning", "of_idle"]);
+    }
+    crate::status::table(&columns, &rows, out)?;
+    if let Some(path) = &args.svg {
+        curve::lines(
+            "speed of learning, idle is 1",
+            "time between tokens, idle is 1",
+            &trade_off(&rows),
+            path,
+        )?;
+    }
     let figures = json!({
         "model": subject.json(),
         "prompt_tokens": args.prompt_tokens,
@@ -85,11 +118,31 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     report::store(args.subject.json.as_deref(), &figures)
 }
 
+/// The time between tokens over the speed of learning, for each number of adapters and streams.
+fn trade_off(rows: &[Value]) -> Vec<curve::Line> {
+    let key = |row: &Value| (row["adapters"].as_u64(), row["streams"].as_u64());
+    let mut lines = Vec::new();
+    for idle in rows.iter().filter(|row| row["learning"].is_null()) {
+        for (name, figure) in [("p50", "between_ms_p50"), ("p99", "between_ms_p99")] {
+            let of_idle = |row: &Value| Some(row[figure].as_f64()? / idle[figure].as_f64()?);
+            let while_learning =
+                rows.iter().filter(|row| !row["learning"].is_null() && key(row) == key(idle));
+            let mut line: Vec<(f64, f64)> =
+                while_learning.filter_map(|row| Some((row["of_idle"].as_f64()?, of_idle(row)?))).collect();
+            line.push((0.0, 1.0));
+            line.sort_by(|a, b| a.0.total_cmp(&b.0));
+            lines.push((format!("{name}, {} streams, {} adapters", idle["streams"], idle["adapters"]), line));
+        }
+    }
+    lines
+}
+
 struct Bench<'a> {
     args: &'a Args,
     subject: &'a Subject,
     engine: Compute<Engine>,
     streams_max: usize,
+    turn: Arc<Turn>,
 }
 
 /// One run: when each stream's tokens came, in seconds from the start.
@@ -114,13 +167,45 @@ impl<'a> Bench<'a> {
             Engine::new(base, language, streams_max, cache_bytes)
         })
         .await?;
-        let bench = Self { args, subject, engine, streams_max };
+        let bench = Self { args, subject, engine, streams_max, turn: Turn::new() };
         for number in 0..args.adapters.iter().copied().max().unwrap_or(0) {
             let bytes = adapter(subject, number)?.to_bytes()?;
             let id = generation(number)?;
             bench.engine.run(move |engine| engine.load(id, &bytes)).await??;
         }
         Ok(bench)
+    }
+
+    /// A row for each number of adapters and of streams.
+    async fn rows(&self) -> Result<Vec<Value>> {
+        let mut rows = Vec::new();
+        for &adapters in &self.args.adapters {
+            for &streams in &self.args.streams {
+                rows.push(self.measure(streams as usize, adapters as usize).await?);
+                eprintln!("{adapters} adapters, {streams} streams: measured");
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The same while something is learned.
+    async fn rows_while_learning(&self, share: f64, idle: f64) -> Result<Vec<Value>> {
+        let mut rows = Vec::new();
+        for &adapters in &self.args.adapters {
+            for &streams in &self.args.streams {
+                let learning = Meanwhile::start(self.subject, &self.turn, share as f32)?;
+                let (before, started) = (learning.tokens(), Instant::now());
+                let mut row = self.measure(streams as usize, adapters as usize).await?;
+                let speed = (learning.tokens() - before) as f64 / started.elapsed().as_secs_f64();
+                learning.finish()?;
+                row["learning"] = json!(share);
+                row["learned_tokens_per_s"] = json!(speed);
+                row["of_idle"] = json!(speed / idle);
+                rows.push(row);
+                eprintln!("{adapters} adapters, {streams} streams, learning {share}: measured");
+            }
+        }
+        Ok(rows)
     }
 
     async fn measure(&self, streams: usize, adapters: usize) -> Result<Value> {
@@ -153,7 +238,6 @@ impl<'a> Bench<'a> {
 
     /// Asks all streams at once, and reads them to their ends.
     async fn once(&self, streams: usize, adapters: usize, seed: u64) -> Result<Arrivals> {
-        let turn = Turn::new();
         let (mut requests, mut readers) = (Vec::new(), Vec::new());
         for stream in 0..streams {
             let (reply, events) = link::events(2 + self.args.tokens as usize);
@@ -165,7 +249,7 @@ impl<'a> Bench<'a> {
                 n: 1,
                 stop_ids: Vec::new(),
                 reply,
-                turn: turn.enter(),
+                turn: self.turn.enter(),
             });
             readers.push(events);
         }
@@ -243,6 +327,27 @@ fn weighted(number: u64) -> Result<Weighted> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trade_off_is_told_in_multiples_of_idle_ones() {
+        let row = |p50: f64, more: Value| {
+            let mut row =
+                json!({ "adapters": 1, "streams": 4, "between_ms_p50": p50, "between_ms_p99": 10.0 });
+            if let (Some(row), Some(more)) = (row.as_object_mut(), more.as_object()) {
+                row.extend(more.clone());
+            }
+            row
+        };
+        let rows = [
+            row(2.0, json!({})),
+            row(5.0, json!({ "learning": 0.9, "of_idle": 0.8 })),
+            row(3.0, json!({ "learning": 0.3, "of_idle": 0.2 })),
+        ];
+        let lines = trade_off(&rows);
+        assert_eq!(lines[0], ("p50, 4 streams, 1 adapters".into(), vec![(0.0, 1.0), (0.2, 1.5), (0.8, 2.5)]));
+        assert_eq!(lines[1].1, vec![(0.0, 1.0), (0.2, 1.0), (0.8, 1.0)]);
+        assert!(share("0.5").is_ok() && share("0").is_err() && share("2").is_err());
+    }
 
     #[test]
     fn speeds_are_those_of_the_arrivals() {

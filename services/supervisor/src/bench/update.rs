@@ -119,7 +119,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-fn adapter(subject: &Subject) -> Result<Adapter> {
+pub(super) fn adapter(subject: &Subject) -> Result<Adapter> {
     Adapter::new(
         topology::training(&subject.settings, subject.base.config().hidden_size)?.lora,
         subject.base.config(),
@@ -128,7 +128,7 @@ fn adapter(subject: &Subject) -> Result<Adapter> {
 }
 
 /// Sequences of random tokens, all of which count.
-fn random(subject: &Subject, count: usize, tokens: usize) -> Result<Vec<Sequence>> {
+pub(super) fn random(subject: &Subject, count: usize, tokens: usize) -> Result<Vec<Sequence>> {
     let config = subject.base.config();
     ensure!(
         tokens as i64 <= config.max_positions,
@@ -206,7 +206,7 @@ fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
 }
 
 /// A step in parts of about `tokens` tokens, as the services take it.
-fn micro_batches(sequences: &[Sequence], tokens: usize) -> Vec<Vec<Sequence>> {
+pub(super) fn micro_batches(sequences: &[Sequence], tokens: usize) -> Vec<Vec<Sequence>> {
     let mut batches: Vec<Vec<Sequence>> = Vec::new();
     let mut filled = usize::MAX;
     for sequence in sequences {

@@ -1,0 +1,118 @@
+//! A learner that goes on while something else is measured.
+
+use super::subject::Subject;
+use super::update::{adapter, micro_batches, random};
+use crate::topology;
+use anyhow::{Result, anyhow, ensure};
+use kit::compute::Turn;
+use kit::lane::Stop;
+use model::device::set_threads;
+use model::learner::{Learner, Outcome};
+use model::pack::Sequence;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Random tokens in an example.
+const TOKENS: usize = 64;
+/// Small enough to learn nothing of note, and not 0, so that every step does all of its work.
+const RATE: f64 = 1e-4;
+
+/// A learner on a thread of its own, which makes way for running requests as the services' does.
+pub struct Meanwhile {
+    stop: Stop,
+    tokens: Arc<AtomicU64>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Meanwhile {
+    /// Starts it, and returns once its first step is taken. While a request of `turn` runs, it takes at most `share` of
+    /// the time.
+    ///
+    /// # Errors
+    /// When it cannot learn.
+    pub fn start(subject: &Subject, turn: &Arc<Turn>, share: f32) -> Result<Self> {
+        let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
+        let count = training.course.step_tokens.div_ceil(TOKENS);
+        let step = micro_batches(&random(subject, count, TOKENS)?, training.micro_tokens);
+        let (stop, tokens) = (Stop::new(), Arc::new(AtomicU64::new(0)));
+        let course =
+            Course { step, share, turn: Arc::clone(turn), stop: stop.clone(), tokens: Arc::clone(&tokens) };
+        let (base, adapter, threads) =
+            (subject.base.share(), adapter(subject)?, subject.settings.base.threads);
+        let thread = std::thread::Builder::new().name("train".into()).spawn(move || {
+            if threads > 0 {
+                set_threads(threads);
+            }
+            course.run(Learner::new(base, &adapter, None, training.learner)?)
+        })?;
+        let learning = Self { stop, tokens, thread };
+        while learning.tokens() == 0 && !learning.thread.is_finished() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(learning)
+    }
+
+    /// Tokens learned so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens.load(Ordering::Relaxed)
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// What ended it before.
+    pub fn finish(self) -> Result<()> {
+        self.stop.set();
+        self.thread.join().map_err(|_| anyhow!("the learner panicked"))?
+    }
+
+    /// Tokens a second where nothing else runs.
+    ///
+    /// # Errors
+    /// As for [`Meanwhile::start`].
+    pub fn idle_speed(subject: &Subject, time: Duration) -> Result<f64> {
+        let learning = Self::start(subject, &Turn::new(), 1.0)?;
+        let (before, started) = (learning.tokens(), Instant::now());
+        std::thread::sleep(time);
+        let speed = (learning.tokens() - before) as f64 / started.elapsed().as_secs_f64();
+        learning.finish()?;
+        Ok(speed)
+    }
+}
+
+/// What the thread does.
+struct Course {
+    step: Vec<Vec<Sequence>>,
+    share: f32,
+    turn: Arc<Turn>,
+    stop: Stop,
+    tokens: Arc<AtomicU64>,
+}
+
+impl Course {
+    fn run(&self, mut learner: Learner) -> Result<()> {
+        while !self.stop.is_set() {
+            let mut parts = self.step.iter().map(|part| part.iter().map(|s| s.tokens.len()).sum::<usize>());
+            let mut last: Option<(Instant, usize)> = None;
+            let mut between = || {
+                // What a part took is known when the next one is about to begin, and of the last one after the step.
+                if let Some((began, tokens)) = last {
+                    self.tokens.fetch_add(tokens as u64, Ordering::Relaxed);
+                    self.turn.yield_between(began.elapsed(), self.share, &self.stop);
+                }
+                last = parts.next().map(|tokens| (Instant::now(), tokens));
+                if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            let report = learner.step(&self.step, RATE, &mut between)?;
+            match report.outcome {
+                Outcome::Applied => drop(between()),
+                Outcome::Stopped => return Ok(()),
+                Outcome::NonFinite | Outcome::Overflow => ensure!(false, "a step did not stay finite"),
+            }
+        }
+        Ok(())
+    }
+}

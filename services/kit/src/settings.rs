@@ -242,6 +242,7 @@ section!(
     Limits {
         disk_free_learn_percent: u8,
         disk_free_intake_percent: u8,
+        memory_mb_max: usize,
     }
 );
 
@@ -365,6 +366,7 @@ impl Settings {
         within("supervisor.restarts_max", s.restarts_max, 1..=1000)?;
         within("supervisor.restarts_window_s", s.restarts_window_s, 1..=86_400)?;
         within("supervisor.stop_seconds_max", s.stop_seconds_max, 1..=600)?;
+        within("limits.memory_mb_max", self.limits.memory_mb_max, 0..=1 << 24)?;
         within("limits.disk_free_learn_percent", self.limits.disk_free_learn_percent, 0..=90)?;
         within("limits.disk_free_intake_percent", self.limits.disk_free_intake_percent, 0..=90)
     }

@@ -148,6 +148,11 @@ impl LoraConfig {
         Ok(())
     }
 
+    /// Number of weights of such an adapter for `model`.
+    pub fn parameter_count(&self, model: &ModelConfig) -> i64 {
+        layout(self, model).1
+    }
+
     fn rank_and_scale(&self, module: &str) -> (i64, f64) {
         let rank = matching(&self.rank_pattern, module).unwrap_or(self.rank);
         let alpha = matching(&self.alpha_pattern, module).unwrap_or(self.alpha);

@@ -81,18 +81,29 @@ fn findings(args: &up::Args) -> Vec<Finding> {
     };
     let placement = plan.placement();
     let speed = placement.as_ref().map_err(|_| anyhow::anyhow!("not measured")).and_then(speed);
-    vec![
+    let base_dir = plan.base_dir();
+    // What is wrong with the base or the device is told once.
+    let memory = match (&base_dir, &placement) {
+        (Ok(dir), Ok(placement)) => Some(("memory", memory(&plan, dir, placement))),
+        _ => None,
+    };
+    let checks = [
         ("settings", Ok("each is known and in its range".to_owned())),
         ("libtorch", Ok(format!("{LIBTORCH_VERSION} is here, and computes"))),
         ("cores", Ok(report::threads(plan.settings.base.threads))),
         ("bf16", placement.as_ref().map_err(|_| anyhow::anyhow!("not tried")).map(bf16)),
         ("device", placement.map(|placement| device(&placement))),
         ("speed", speed),
-        ("base", plan.base_dir().and_then(|dir| base(&dir))),
+        ("base", base_dir.and_then(|dir| base(&dir))),
         ("data", plan.make_data_dir().map(|()| format!("everything is kept in {}", plan.data_dir.display()))),
         ("disk", disk(&plan)),
         ("address", address(&plan)),
-    ]
+    ];
+    checks.into_iter().chain(memory).collect()
+}
+
+fn memory(plan: &Plan, base_dir: &Path, placement: &Placement) -> Result<String> {
+    crate::memory::told(&plan.settings, &ModelConfig::load(base_dir)?, placement)
 }
 
 fn device(placement: &Placement) -> String {

@@ -24,6 +24,7 @@ mod judge;
 mod learn;
 mod lifeline;
 mod logits;
+mod memory;
 mod pretrain;
 mod report;
 mod sending;

@@ -161,14 +161,18 @@ fn processor() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// Bytes of memory in this machine.
-fn memory() -> Option<u64> {
+/// Bytes of memory that there are for this process: the machine's, or what its control group leaves it.
+pub fn memory() -> Option<u64> {
     if cfg!(target_os = "macos") {
         return told("sysctl", &["-n", "hw.memsize"])?.parse().ok();
     }
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+    let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
+    // A container sees its own limit here; "max" is none.
+    let group =
+        fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    Some(group.map_or(machine, |limit: u64| limit.min(machine)))
 }
 
 fn device(placement: &Placement) -> String {

@@ -2,7 +2,7 @@
 
 use crate::child;
 use crate::lifeline::Orders;
-use crate::{base, worker};
+use crate::{base, memory, worker};
 use anyhow::{Context, Result, anyhow, bail};
 use kit::settings::Settings;
 use model::device::{Placement, set_threads};
@@ -114,9 +114,11 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     plan.make_data_dir()?;
     let _lock = lock(&plan.data_dir)?;
     let base = plan.base_dir()?;
-    // A worker could only die of an address that it may not have, again and again; here it is one clear line.
+    // A worker could only die of an address that it may not have, or for want of memory, again and again; here it is one
+    // clear line.
     let listen = plan.listen();
     gateway::allowed(listen, &plan.settings.gateway.api_keys)?;
+    memory::check(&plan.settings, &base)?;
     TcpListener::bind(listen).with_context(|| {
         format!("{listen} cannot be listened on; stop what does, or give another with --listen")
     })?;

@@ -12,7 +12,7 @@ use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
-use model::hf::base_id;
+use model::hf::{ModelConfig, base_id};
 use model::llama::Base;
 use proto::{BaseId, Blob, Manifest};
 use std::collections::BTreeSet;
@@ -48,7 +48,7 @@ pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool)
 ///
 /// # Errors
 /// When something cannot be opened, or does not belong together.
-pub fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
+pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Plant> {
     let placement = crate::up::placement(&settings)?;
     let id = BaseId::new(base_id(base_dir)?)?;
     let text = Text::load(base_dir)?;
@@ -81,6 +81,12 @@ pub fn plant(settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow::Re
     let named: BTreeSet<Blob> = registry.generations().iter().flat_map(|g| g.files()).collect();
     // What a crash left between the writing of a file and the manifest that names it.
     blobs.retain(|blob| named.contains(blob))?;
+    let asked = settings.train.micro_tokens;
+    let footprint = crate::memory::settle(&mut settings, &ModelConfig::load(base_dir)?, &placement)?;
+    if settings.train.micro_tokens < asked {
+        let micro_tokens = settings.train.micro_tokens;
+        tracing::info!(micro_tokens, ?footprint, "memory is short: learning takes smaller micro-batches");
+    }
     let base = Base::load(base_dir, &placement)?;
     tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), bytes = base.bytes_len(), %placement, "loaded the base");
     Ok(Plant {

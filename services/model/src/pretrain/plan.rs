@@ -1,18 +1,10 @@
 //! What a run will take, said before it starts.
 
 use crate::device::{Placement, Precision};
+use crate::footprint::{RUNTIME_BYTES, block_bytes_a_token, head_bytes};
 use crate::hf::ModelConfig;
 
 use super::preset::{Matrices, Preset};
-use crate::loss::CHUNK_ROWS;
-
-/// Bytes that libtorch and its kernels take before any weight, as measured on a CPU.
-const RUNTIME_BYTES: f64 = 350e6;
-
-/// Copies of the residual stream that autograd keeps for each block, in the precision and in f32, and copies of the
-/// feed-forward's width. Counted by hand; what they add up to was within a fifth of what was measured, on a CPU.
-const STREAM_COPIES: (f64, f64) = (8.0, 6.0);
-const FEED_FORWARD_COPIES: f64 = 5.0;
 
 /// What a preset amounts to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,16 +31,12 @@ impl Plan {
         };
         let windows = preset.optimiser.batch_windows * preset.data.window_tokens;
         let tokens = windows.min(preset.optimiser.micro_tokens.max(preset.data.window_tokens)) as f64;
-        let stream = STREAM_COPIES.0 * width + STREAM_COPIES.1 * 4.0;
-        let block = stream * config.hidden_size as f64
-            + FEED_FORWARD_COPIES * width * config.intermediate_size as f64;
-        let head = CHUNK_ROWS as f64 * config.vocab_size as f64 * 12.0;
         // Weights, their gradients in f32 and in the precision, the optimiser, the activations.
         let memory_bytes = RUNTIME_BYTES
             + parameters * (8.0 + 2.0 * casts)
             + moments
-            + tokens * block * config.layers as f64
-            + head;
+            + tokens * block_bytes_a_token(config, placement) * config.layers as f64
+            + head_bytes(config);
         Self {
             parameters: config.parameter_count(),
             memory_bytes,

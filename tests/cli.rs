@@ -43,6 +43,10 @@ fn a_mistake_is_one_line_that_says_what_to_do() {
         (&["up", "--set", "nonsense", "--data", dir], "nonsense"),
         (&["up", "--listen", "nowhere", "--data", dir], "nowhere"),
         (&["up", "--listen", "0.0.0.0:0", "--data", dir], "api_keys"),
+        (
+            &["up", "--set", "limits.memory_mb_max=100", "--listen", "127.0.0.1:0", "--data", dir],
+            "100 are allowed",
+        ),
         (&["logits", "--base", dir, "--ids", "x", "--out", "y"], "config.json"),
         (&["eval", "--base", dir, "--data", "x"], "config.json"),
     ];

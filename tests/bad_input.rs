@@ -134,6 +134,8 @@ fn bad_adapters_are_refused_and_nothing_is_served_of_them() {
     ] {
         refused(&server, "POST", path, body.to_string().as_bytes(), &[JSON], 400);
     }
+    let told = server.post(path, &json!({"adapter_config": {}, "adapter_model": "AAAA"})).body.to_string();
+    assert!(told.contains("adapter_config.json: ") && !told.contains("/adapter_config.json"), "{told}");
     refused(&server, "POST", "/v1/adapters/Guest/import", b"{}", &[JSON], 400);
     refused(&server, "POST", "/v1/adapters/guest/rollback", b"{}", &[JSON], 404);
     refused(&server, "GET", "/v1/adapters/guest/export", b"", &[], 404);

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 fn config(name: &str) -> String {
@@ -49,6 +49,8 @@ fn starts(name: &str, more: &[&str], key: Option<&str>) {
     if key.is_some() {
         let without = engram(&["status", "--server", &url]);
         assert!(String::from_utf8_lossy(&without.stderr).contains("asks for a key"), "{without:?}");
+        let (live, dead) = (health(&port.to_string()), health("1"));
+        assert!(live.status.success() && !dead.status.success(), "{live:?} {dead:?}");
     }
     let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a process");
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("told to end");
@@ -58,6 +60,15 @@ fn starts(name: &str, more: &[&str], key: Option<&str>) {
         let first = log.first().expect("a line");
         serde_json::from_str::<Value>(first).unwrap_or_else(|error| panic!("{error}: {first}"));
     }
+}
+
+/// What the image is asked for its health, of a server on another port.
+fn health(port: &str) -> Output {
+    let file = fs::read_to_string(root().join("configs/Containerfile")).expect("readable");
+    let check = file.lines().find_map(|line| line.strip_prefix("HEALTHCHECK ")?.split_once("CMD "));
+    let words: Vec<String> = serde_json::from_str(check.expect("a command").1).expect("a list");
+    let words: Vec<String> = words.iter().map(|word| word.replace("8420", port)).collect();
+    Command::new(&words[0]).args(&words[1..]).output().expect("run")
 }
 
 const ON_THE_PROCESSOR: [&str; 4] = ["--set", "base.device=cpu", "--set", "base.precision=f32"];

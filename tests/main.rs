@@ -14,6 +14,7 @@ mod documents;
 mod doors;
 mod files;
 mod forget;
+mod formats;
 mod guides;
 mod harness;
 mod hub;

@@ -77,6 +77,8 @@ pub struct Generate {
     pub sampling: Sampling,
     /// Answers wanted, at least 1. They are taken up together, or not at all.
     pub n: u32,
+    /// The JSON Schema that answers follow, as JSON.
+    pub schema: Option<String>,
 }
 
 /// Why an answer ended.

@@ -1,6 +1,10 @@
 """The openai client talks to a running server."""
 
+import json
+from typing import Literal
+
 import openai
+import pydantic
 import pytest
 from conftest import ANSWER, DOMAIN, QUESTION, wait_for
 
@@ -98,6 +102,56 @@ def test_a_bias_forces_and_bans_tokens(client):
     assert len(forced.tokens) == 4 and len(set(forced.tokens)) == 1
     banned = client.completions.create(**ask, logit_bias={"300": -100}).choices[0].logprobs
     assert forced.tokens[0] not in banned.tokens
+
+
+class Pet(pydantic.BaseModel):
+    kind: Literal["cat", "dog"]
+    name: str = pydantic.Field(max_length=12)
+
+
+class Household(pydantic.BaseModel):
+    street: Literal["Höhenweg", "Quai d'Orsay"]
+    number: int = pydantic.Field(ge=1, le=999)
+    pets: list[Pet] = pydantic.Field(max_length=2)
+    note: str | None = pydantic.Field(max_length=20)
+
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "Who lives there?"}], "max_tokens": 300}
+
+
+def test_a_chat_is_parsed_into_the_type_that_was_asked_for(client):
+    answers = []
+    for seed in range(8):
+        answer = client.chat.completions.parse(**CHAT, response_format=Household, temperature=1, seed=seed)
+        choice = answer.choices[0]
+        assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, Household)
+        answers.append(choice.message.content)
+    assert len(set(answers)) > 1
+    with client.chat.completions.stream(**CHAT, response_format=Household, temperature=1, seed=0) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == answers[0]
+    assert isinstance(final.choices[0].message.parsed, Household)
+    # What is cut off is no answer of that type, and the client says so.
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**CHAT | {"max_tokens": 3}, response_format=Household)
+
+
+def test_a_chat_follows_a_schema_or_is_any_object(client):
+    schema = {"type": "object", "properties": {"z": {"type": "boolean"}, "a": {"enum": [1, None]}}}
+    schema |= {"required": ["z", "a"], "additionalProperties": False}
+    named = {"type": "json_schema", "json_schema": {"name": "pair", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(**CHAT, response_format=named, n=3, seed=1, logprobs=True)
+    for choice in answer.choices:
+        assert list(json.loads(choice.message.content)) == ["z", "a"] and choice.finish_reason == "stop"
+        assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
+    whatever = client.chat.completions.create(**CHAT, response_format={"type": "json_object"}, temperature=0)
+    assert whatever.choices[0].message.content.startswith("{")
+    for mistake in ({"type": "xml"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "b"}}}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(**CHAT, response_format=mistake)
+        assert refused.value.param.startswith("response_format")
 
 
 def test_penalties_and_the_additions_of_vllm_are_taken(client):

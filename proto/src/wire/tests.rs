@@ -167,7 +167,8 @@ fn generate() -> Generate {
         stop: vec!["\n".into()],
     };
     let prompt = Prompt::Messages(vec![message]);
-    Generate { adapters: Adapters::Fixed(vec![weighted]), prompt, sampling, n: 2 }
+    let schema = Some(r#"{"type":"object"}"#.into());
+    Generate { adapters: Adapters::Fixed(vec![weighted]), prompt, sampling, n: 2, schema }
 }
 
 fn text_event() -> GenerateEvent {

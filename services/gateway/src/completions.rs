@@ -25,7 +25,7 @@ const CHUNKS_MAX: usize = 16;
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "ask", request_body = spec::ChatRequest,
     responses((status = 200, description = "The answer, or its events where `stream` is true.", content(
-        (spec::ChatCompletion = "application/json"), (String = "text/event-stream"))))
+        (spec::ChatCompletion = "application/json"), (spec::StreamEvent = "text/event-stream"))))
 )]
 pub(crate) async fn chat(
     state: web::Data<State>,
@@ -39,7 +39,7 @@ pub(crate) async fn chat(
 #[utoipa::path(
     post, path = "/v1/completions", tag = "ask", request_body = spec::CompletionRequest,
     responses((status = 200, description = "The answer, or its events where `stream` is true.", content(
-        (spec::TextCompletion = "application/json"), (String = "text/event-stream"))))
+        (spec::TextCompletion = "application/json"), (spec::StreamEvent = "text/event-stream"))))
 )]
 pub(crate) async fn text(
     state: web::Data<State>,

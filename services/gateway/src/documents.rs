@@ -23,7 +23,7 @@ const LIST_MAX: u32 = 1000;
 #[utoipa::path(
     post, path = "/v1/documents", tag = "learn",
     request_body(content((spec::Submission = "application/json"), (spec::Upload = "multipart/form-data"))),
-    params(("Idempotency-Key" = Option<String>, Header, description = "The document's id; `KEY.N` in a list.")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "The document's id; `KEY.N` in a list.", pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses((status = 202, description = "On disk, and never lost from here on.", body = spec::Submitted))
 )]
 pub(crate) async fn submit(
@@ -103,7 +103,7 @@ fn conflict(id: &DocumentId, place: Option<usize>) -> ApiError {
     get, path = "/v1/documents", tag = "learn",
     params(
         ("domain" = Option<String>, Query, description = "Those of this domain.", pattern = "^[a-z][a-z0-9_-]{0,63}$"),
-        ("before" = Option<String>, Query, description = "Those given before this document."),
+        ("before" = Option<String>, Query, description = "Those given before this document.", pattern = "^[A-Za-z0-9._:-]{1,128}$"),
         ("limit" = Option<u32>, Query, description = "At most so many.", minimum = 1, maximum = 1000)
     ),
     responses((status = 200, description = "The newest first.", body = spec::Documents))
@@ -133,7 +133,7 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
 #[utoipa::path(
     get, path = "/v1/documents/{id}", tag = "learn",
     params(
-        ("id" = String, Path, description = "The document."),
+        ("id" = String, Path, description = "The document.", pattern = "^[A-Za-z0-9._:-]{1,128}$"),
         ("content" = Option<bool>, Query, description = "Whether to tell what it says, too.")
     ),
     responses((status = 200, description = "Its whole trail.", body = spec::Shown))
@@ -170,7 +170,7 @@ fn content(content: Content) -> Value {
 /// Forgets a document with all that learned from it.
 #[utoipa::path(
     delete, path = "/v1/documents/{id}", tag = "learn",
-    params(("id" = String, Path, description = "The document.")),
+    params(("id" = String, Path, description = "The document.", pattern = "^[A-Za-z0-9._:-]{1,128}$")),
     responses((status = 200, description = "It is gone.", body = spec::Forgotten))
 )]
 pub(crate) async fn forget(state: web::Data<State>, id: web::Path<String>) -> Result<HttpResponse> {

@@ -4,6 +4,15 @@ use crate::error::{ApiError, Result};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
 
+/// A whole number, in any of the forms that JSON has for it: `4.0` is one.
+pub(crate) fn whole(value: &Value) -> Option<i128> {
+    /// Up to here f64 holds every whole number.
+    const EXACT_MAX: f64 = 9_007_199_254_740_992.0;
+    let exact = value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from));
+    let float = || value.as_f64().filter(|x| x.fract() == 0.0 && x.abs() <= EXACT_MAX).map(|x| x as i128);
+    exact.or_else(float)
+}
+
 /// The fields of one object that were not read yet. What is left at the end is unknown, and refused.
 pub(crate) struct Fields {
     path: String,
@@ -60,7 +69,10 @@ impl Fields {
     /// A number in `range`.
     pub(crate) fn number(&mut self, key: &str, range: RangeInclusive<f32>) -> Result<Option<f32>> {
         let Some(value) = self.take(key) else { return Ok(None) };
-        match value.as_f64().map(|number| number as f32) {
+        // What is above 0 stays so, however small.
+        let narrow =
+            |number: f64| if number > 0.0 { (number as f32).max(f32::MIN_POSITIVE) } else { number as f32 };
+        match value.as_f64().map(narrow) {
             Some(number) if range.contains(&number) => Ok(Some(number)),
             _ => {
                 let what = format!("a number from {} to {}", range.start(), range.end());
@@ -72,7 +84,7 @@ impl Fields {
     /// A whole number in `range`.
     pub(crate) fn whole(&mut self, key: &str, range: RangeInclusive<u32>) -> Result<Option<u32>> {
         let Some(value) = self.take(key) else { return Ok(None) };
-        match value.as_u64().and_then(|number| u32::try_from(number).ok()) {
+        match whole(&value).and_then(|number| u32::try_from(number).ok()) {
             Some(number) if range.contains(&number) => Ok(Some(number)),
             _ => {
                 let what = format!("a whole number from {} to {}", range.start(), range.end());

@@ -22,6 +22,7 @@ mod error;
 mod events;
 mod feedback;
 mod fields;
+mod format;
 mod guard;
 mod json;
 mod lesson;

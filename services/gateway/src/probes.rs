@@ -6,7 +6,7 @@ use crate::metrics;
 use crate::spec;
 use crate::state::{State, read};
 use crate::tally::Tally;
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpResponse, HttpResponseBuilder, web};
 use kit::ledger::DomainCounts;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use std::sync::Arc;
     responses((status = 200, description = "It does.", body = String, content_type = "text/plain"))
 )]
 pub(crate) async fn livez() -> HttpResponse {
-    HttpResponse::Ok().body("ok")
+    plain(HttpResponse::Ok(), "ok")
 }
 
 /// Requests for text can be answered.
@@ -30,10 +30,16 @@ pub(crate) async fn livez() -> HttpResponse {
 )]
 pub(crate) async fn readyz(state: web::Data<State>) -> HttpResponse {
     if state.is_ready() {
-        HttpResponse::Ok().body("ready")
+        plain(HttpResponse::Ok(), "ready")
     } else {
-        HttpResponse::ServiceUnavailable().insert_header(("retry-after", "1")).body("not ready")
+        let mut later = HttpResponse::ServiceUnavailable();
+        later.insert_header(("retry-after", "1"));
+        plain(later, "not ready")
     }
+}
+
+fn plain(mut response: HttpResponseBuilder, text: &'static str) -> HttpResponse {
+    response.content_type("text/plain; charset=utf-8").body(text)
 }
 
 /// Tells whether it is well.

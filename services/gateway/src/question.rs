@@ -4,7 +4,7 @@
 use crate::error::{ApiError, Result};
 use crate::fields::Fields;
 use crate::lesson::{self, Learn};
-use crate::{messages, sampling, selector};
+use crate::{format, messages, sampling, selector};
 use proto::{Generate, Prompt};
 use serde_json::{Map, Value};
 
@@ -78,6 +78,7 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
         return Err(ApiError::too_large(message).param(missing));
     }
     let sampling = sampling::read(&mut fields, form, limits.tokens_default, seed)?;
+    let schema = if form == Form::Chat { format::read(&mut fields)? } else { None };
     let n = answers(&mut fields)?;
     let learn = if form == Form::Chat { lesson::read(&mut fields, n)? } else { None };
     let stream = fields.bool("stream")?.unwrap_or(false);
@@ -95,7 +96,7 @@ pub(crate) fn read(body: Value, form: Form, limits: Limits, seed: u64) -> Result
         }
     }
     let asked = Asked { form, model, include_usage, logprobs: sampling.logprobs.is_some() };
-    Ok(Question { generate: Generate { adapters, prompt, sampling, n }, stream, learn, asked })
+    Ok(Question { generate: Generate { adapters, prompt, sampling, n, schema }, stream, learn, asked })
 }
 
 fn prompt_bytes(prompt: &Prompt) -> usize {
@@ -209,6 +210,14 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_read_in_every_form_that_json_has_for_them() {
+        let body = json!({"prompt": "a", "max_tokens": 9.0, "seed": -5.0, "top_p": 5e-324, "top_k": 1e3});
+        let sampling = ask(Form::Text, body).expect("valid").generate.sampling;
+        assert_eq!((sampling.max_tokens, sampling.seed, sampling.top_k), (9, -5i64 as u64, 1000));
+        assert!(sampling.top_p > 0.0);
+    }
+
+    #[test]
     fn a_refusal_names_the_field() {
         for (field, value) in [
             ("prompt", json!(null)),
@@ -231,6 +240,7 @@ mod tests {
             ("top_p", json!(1.1)),
             ("top_k", json!(-1)),
             ("seed", json!(0.5)),
+            ("seed", json!(1e300)),
             ("stop", json!(["a", "b", "c", "d", "e"])),
             ("stop", json!("")),
             ("stop", json!([1])),

@@ -2,7 +2,7 @@
 //! `repetition_penalty`, as vLLM adds them.
 
 use crate::error::Result;
-use crate::fields::Fields;
+use crate::fields::{self, Fields};
 use crate::question::Form;
 use proto::Sampling;
 use serde_json::Value;
@@ -53,8 +53,11 @@ pub(crate) fn read(fields: &mut Fields, form: Form, tokens: u32, seed: u64) -> R
 fn seed(fields: &mut Fields) -> Result<Option<u64>> {
     let Some(value) = fields.take("seed") else { return Ok(None) };
     // OpenAI's seeds are signed; all that matters is that equal ones stay equal.
-    let signed = value.as_i64().map(|seed| seed as u64);
-    match value.as_u64().or(signed) {
+    let seed = fields::whole(&value).and_then(|seed| {
+        let signed = i64::try_from(seed).map(|seed| seed as u64);
+        signed.or_else(|_| u64::try_from(seed)).ok()
+    });
+    match seed {
         Some(seed) => Ok(Some(seed)),
         None => Err(fields.must_be("seed", "a whole number of 64 bits")),
     }

@@ -10,7 +10,8 @@ mod requests;
 
 pub(crate) use answers::{
     AdapterLog, Adapters, ChatCompletion, Documents, Embeddings, Exported, Failure, Forgotten, Health, Heard,
-    Imported, Model, Models, RolledBack, Shown, Status, Submitted, TextCompletion, Tokenized, Untokenized,
+    Imported, Model, Models, RolledBack, Shown, Status, StreamEvent, Submitted, TextCompletion, Tokenized,
+    Untokenized,
 };
 pub(crate) use requests::{
     ChatRequest, CompletionRequest, Detokenize, EmbeddingRequest, FeedbackRequest, ImportRequest, LoadLora,

@@ -2,7 +2,7 @@
 
 use crate::body::Body;
 use crate::error::{ApiError, Result};
-use crate::fields::Fields;
+use crate::fields::{self, Fields};
 use crate::messages;
 use crate::selector;
 use crate::spec;
@@ -151,7 +151,7 @@ fn read_detokenize(body: Value) -> Result<Vec<u32>> {
     };
     fields.finish()?;
     let id = |(place, token): (usize, Value)| {
-        let id = token.as_u64().and_then(|id| u32::try_from(id).ok());
+        let id = fields::whole(&token).and_then(|id| u32::try_from(id).ok());
         id.ok_or_else(|| ApiError::invalid(format!("tokens[{place}]"), "a token id is a whole number from 0"))
     };
     tokens.into_iter().enumerate().map(id).collect()

@@ -3,12 +3,14 @@
 
 mod embed;
 
+use crate::guide::Guide;
 use crate::{Full, Language};
 use anyhow::Context;
 use kit::compute::{Engine as Steps, Running as Turned};
 use kit::link::{NotTaken, ReplyTo};
 use model::batch::{Adapted, Batch, NotBegun, Speaker};
 use model::generate::{Finish, Step, TokenLogprob};
+use model::grammar::Stuck;
 use model::llama::Base;
 use model::lora::Adapter;
 use model::sampling::{Sampling, TopLogprob};
@@ -19,8 +21,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the engine rests when every running request waits for its reader.
-const READERS_WAIT: Duration = Duration::from_millis(2);
+/// How long the engine rests when every request waits, for its reader or for what its answer follows.
+const REST: Duration = Duration::from_millis(2);
 
 /// Combinations of adapters that are kept ready while nobody uses them.
 const ADAPTED_MAX: usize = 64;
@@ -40,6 +42,8 @@ pub struct Request {
     pub n: u32,
     /// Ids that end the answer beside the tokenizer's own.
     pub stop_ids: Vec<u32>,
+    /// What its answers follow. They are not begun before it is there.
+    pub guide: Option<Guide>,
     /// Where the answer goes.
     pub reply: ReplyTo<GenerateEvent>,
     /// Held as long as the request is, so that learning makes room.
@@ -188,12 +192,13 @@ impl Engine {
         self.waiting.retain(|waiting| !waiting.request.reply.is_gone());
     }
 
-    /// Begins what waits, in order, as far as there is room.
+    /// Begins what waits and can begin, in order, as far as there is room.
     fn admit(&mut self) {
         self.drop_unwanted();
         while self.running.len() < self.running_max {
-            let Some(Waiting { request, index }) = self.waiting.front() else { break };
-            let (request, index) = (Arc::clone(request), *index);
+            let mut waiting = self.waiting.iter().enumerate();
+            let Some((place, next)) = waiting.find(|(_, next)| next.request.can_begin()) else { break };
+            let (request, index) = (Arc::clone(&next.request), next.index);
             let refused = match self.start(&request, index) {
                 Ok(speaker) => {
                     let pending = VecDeque::new();
@@ -204,7 +209,7 @@ impl Engine {
                 Err(NotBegun::TooLong(message)) => Some(("max_tokens", message)),
                 Err(NotBegun::Refused(error)) => Some(("prompt", format!("{error:#}"))),
             };
-            let Some(Waiting { request, .. }) = self.waiting.pop_front() else { break };
+            let Some(Waiting { request, .. }) = self.waiting.remove(place) else { break };
             if let Some((param, message)) = refused {
                 // Whoever asked may have gone away.
                 let _ = request.reply.try_send(GenerateEvent::Refused { param: param.into(), message });
@@ -223,6 +228,10 @@ impl Engine {
 }
 
 impl Request {
+    fn can_begin(&self) -> bool {
+        self.guide.as_ref().is_none_or(Guide::is_there)
+    }
+
     /// How the tokens of an answer are chosen: each answer has random numbers of its own.
     fn sampling(&self, index: u32) -> Sampling {
         let asked = &self.sampling;
@@ -240,6 +249,7 @@ impl Request {
             max_tokens: asked.max_tokens as usize,
             stop: asked.stop.clone(),
             stop_ids: self.stop_ids.clone(),
+            grammar: self.guide.as_ref().and_then(Guide::grammar),
         }
     }
 }
@@ -263,10 +273,11 @@ impl Steps for Engine {
         if before != self.waiting.len() {
             self.gauge();
         }
-        if !moved && !self.running.is_empty() {
-            std::thread::sleep(READERS_WAIT);
+        let open = !self.running.is_empty() || !self.waiting.is_empty();
+        if open && !moved {
+            std::thread::sleep(REST);
         }
-        !self.running.is_empty() || !self.waiting.is_empty()
+        open
     }
 }
 
@@ -291,8 +302,9 @@ impl Running {
             Ok(None) => return,
             Err(error) => {
                 tracing::error!(%error, "a request cannot be answered");
+                let param = if error.is::<Stuck>() { "response_format" } else { "model" }.to_owned();
                 let message = format!("the model cannot answer this: {error:#}");
-                self.pending.push_back(GenerateEvent::Refused { param: "model".into(), message });
+                self.pending.push_back(GenerateEvent::Refused { param, message });
                 self.done = true;
                 return;
             }

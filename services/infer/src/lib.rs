@@ -5,14 +5,17 @@
 
 mod embed;
 mod engine;
+mod guide;
 mod profiles;
 mod router;
 
 pub use engine::{Engine, Request};
+pub use guide::Guide;
 pub use profiles::Profiles;
 pub use router::{Route, Routing};
 
 use anyhow::Context;
+use guide::Compilation;
 use kit::blobs::Blobs;
 use kit::compute::{Compute, Turn};
 use kit::ledger::Ledger;
@@ -20,6 +23,7 @@ use kit::link::{self, Events, ReplyTo};
 use kit::manifests::Registry;
 use kit::service::{Answer, Fault, Service};
 use model::chat::ChatTemplate;
+use model::grammar::Grammars;
 use model::hf::ModelConfig;
 use model::tokenizer::Tokenizer;
 use proto::{
@@ -61,10 +65,20 @@ pub struct Language {
     pub template: ChatTemplate,
 }
 
+impl Language {
+    fn grammars(&self) -> Grammars {
+        // Where the template refuses the simplest conversation, no turn will end.
+        let end_of_turn = self.template.end_of_turn(&self.tokenizer).unwrap_or_default();
+        let ends = [self.tokenizer.eos_ids(), &end_of_turn[..]].concat();
+        Grammars::new(&self.tokenizer, self.config.vocab_size as usize, ends)
+    }
+}
+
 /// The inference service.
 pub struct Infer {
     serving: Serving,
     language: Arc<Language>,
+    grammars: Arc<Grammars>,
     engine: Compute<Engine>,
     turn: Arc<Turn>,
     blobs: Arc<Blobs>,
@@ -96,9 +110,11 @@ impl Infer {
         ledger: Arc<Ledger>,
     ) -> anyhow::Result<Self> {
         let profiles = Profiles::new(Arc::clone(&language.tokenizer), serving.route_strictness);
+        let grammars = Arc::new(language.grammars());
         let mut infer = Self {
             serving,
             language,
+            grammars,
             engine,
             turn,
             blobs,
@@ -265,16 +281,29 @@ impl Answer<Generate> for Infer {
                 return Ok(Ok(refuse(events, &reply, param, message)));
             }
         }
-        let _ = reply.try_send(GenerateEvent::Started(choice.clone()));
+        let started = GenerateEvent::Started(choice.clone());
+        let compilation = match ask.schema {
+            Some(schema) => Some(Compilation::new(&self.grammars, schema, started, reply.clone())),
+            None => {
+                let _ = reply.try_send(started);
+                None
+            }
+        };
+        let guide = compilation.as_ref().map(Compilation::guide);
         let turn = self.turn.enter();
         let stop_ids = match ask.prompt {
             Prompt::Text(_) => Vec::new(),
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
         let (adapters, sampling, n) = (choice.adapters, ask.sampling, ask.n);
-        let request = Request { tokens, adapters, sampling, n, stop_ids, reply, turn };
-        let taken = self.engine.run(move |engine| engine.take(request, open_max)).await?;
-        Ok(taken.map(|()| events))
+        let request = Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn };
+        if let Err(full) = self.engine.run(move |engine| engine.take(request, open_max)).await? {
+            return Ok(Err(full));
+        }
+        if let Some(compilation) = compilation {
+            tokio::task::spawn_blocking(move || compilation.run());
+        }
+        Ok(Ok(events))
     }
 }
 

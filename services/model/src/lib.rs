@@ -3,8 +3,8 @@
 //! Read in this order: [`hf`] (what a model folder says), [`weights`] (safetensors), [`llama`] (the forward
 //! pass), [`quant`] (frozen matrices in 8 and 4 bits), [`lora`] (adapters), [`pack`] and [`loss`] (what is
 //! learned), [`optim`], [`ewc`] and [`guard`] (how weights move, and what holds them), [`learner`] (one step). [`tokenizer`], [`chat`],
-//! [`generate`] and [`sampling`] are the way to text and back, [`labels`] chooses between given answers. [`device`], [`mps`],
-//! [`footprint`] and [`selftest`] are about where it runs.
+//! [`generate`], [`sampling`] and [`grammar`] are the way to text and back, [`labels`] chooses between given answers.
+//! [`device`], [`mps`], [`footprint`] and [`selftest`] are about where it runs.
 //!
 //! This crate knows nothing of actors, messages or clocks. It runs on whichever thread calls it, which has
 //! to be one that the caller owns: a [`tch::Tensor`] may move between threads, but is never shared.
@@ -24,6 +24,7 @@ pub mod ewc;
 pub mod footprint;
 pub mod fuse;
 pub mod generate;
+pub mod grammar;
 pub mod guard;
 pub mod hf;
 pub mod labels;

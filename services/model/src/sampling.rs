@@ -1,7 +1,7 @@
 //! Which token comes next: what a request asks of the choice, and the choice.
 //!
 //! The steps, in vLLM's order: logit bias, repetition penalty, frequency and presence penalty, all on the
-//! model's logits. Here log-probabilities are taken. Then temperature, top-k and min-p, top-p over what these
+//! model's logits; tokens that a grammar does not allow are ruled out. Here log-probabilities are taken. Then temperature, top-k and min-p, top-p over what these
 //! two left, and a draw. A request draws from a stream of random numbers that is its own, so its text depends
 //! on nothing that runs beside it.
 
@@ -12,6 +12,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cpu::vector::{self, Level};
+use crate::grammar::Grammar;
 
 /// Stop texts that one request may have.
 const STOPS_MAX: usize = 16;
@@ -19,8 +20,11 @@ const STOPS_MAX: usize = 16;
 /// Alternatives that are told for a token at most, as at OpenAI.
 const TOP_LOGPROBS_MAX: usize = 20;
 
+/// Tokens with no more mass than this are not drawn: what is ruled out has the least that the exponential gives, not 0.
+const MASS_MIN: f32 = 2e-38;
+
 /// How tokens are chosen, and when to end.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Sampling {
     /// T: the probabilities are `softmax(logits / T)`. 0 takes the most likely token; 1 samples from the model's
     /// own distribution.
@@ -44,7 +48,7 @@ pub struct Sampling {
     /// OpenAI.
     pub logit_bias: BTreeMap<u32, f64>,
     /// Tell each token's log-probability, and that of this many of the most likely ones: natural logarithms of
-    /// `softmax(logits)` with bias and penalties, before temperature and truncation.
+    /// `softmax(logits)` with bias and penalties over what the grammar allows, before temperature and truncation.
     pub logprobs: Option<usize>,
     /// Equal seeds give equal texts, on one machine and thread count.
     pub seed: u64,
@@ -54,6 +58,8 @@ pub struct Sampling {
     pub stop: Vec<String>,
     /// Ids that end the answer beside the tokenizer's own, such as a chat template's end of turn.
     pub stop_ids: Vec<u32>,
+    /// What the answer follows; it ends where the grammar does.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for Sampling {
@@ -72,6 +78,7 @@ impl Default for Sampling {
             max_tokens: 256,
             stop: Vec::new(),
             stop_ids: Vec::new(),
+            grammar: None,
         }
     }
 }
@@ -122,6 +129,8 @@ pub(crate) struct Chosen {
     pub id: u32,
     /// Where asked for: its log-probability, and the most likely tokens, the likeliest first.
     pub logprobs: Option<(f32, Vec<TopLogprob>)>,
+    /// Whether the grammar has nothing after it.
+    pub last: bool,
 }
 
 /// Chooses the tokens of one answer, and remembers what they need to be chosen by.
@@ -145,9 +154,12 @@ impl Sampler {
     /// logit bias.
     ///
     /// # Errors
-    /// When the logits are not finite.
+    /// When the logits are not finite, or the grammar cannot go on.
     pub fn choose(&mut self, mut logits: Vec<f32>) -> Result<Chosen> {
         self.adjust(&mut logits);
+        if let Some(grammar) = &mut self.sampling.grammar {
+            grammar.narrow(&mut logits)?;
+        }
         let best = largest(&logits)?;
         let id = if self.sampling.temperature == 0.0 {
             logits.iter().position(|&x| x == best).unwrap_or(0) as u32
@@ -157,7 +169,11 @@ impl Sampler {
         self.seen.insert(id);
         *self.counts.entry(id).or_default() += 1;
         let logprobs = self.sampling.logprobs.map(|top| logprobs(&logits, best, id, top));
-        Ok(Chosen { id, logprobs })
+        let last = match &mut self.sampling.grammar {
+            Some(grammar) => grammar.accept(id)?,
+            None => false,
+        };
+        Ok(Chosen { id, logprobs, last })
     }
 
     /// Adds bias and penalties to logits.
@@ -182,7 +198,7 @@ impl Sampler {
     fn sample(&mut self, logits: &[f32], best: f32) -> u32 {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.sampling;
         // Those with as much as this are looked at; the most likely token's mass is 1.
-        let (mut masses, mut least) = (vec![0.0; logits.len()], min_p as f32);
+        let (mut masses, mut least) = (vec![0.0; logits.len()], MASS_MIN.max(min_p as f32));
         // Beyond that a colder draw is no other draw, and its numbers would leave f32.
         vector::masses(Level::best(), logits, best, temperature.max(1e-6) as f32, &mut masses);
         if top_k == 0 && top_p < 1.0 {
@@ -275,7 +291,8 @@ fn logprobs(logits: &[f32], best: f32, id: u32, top: usize) -> (f32, Vec<TopLogp
     if top == 0 {
         return (logprob(logits[id as usize]), Vec::new());
     }
-    let mut tokens: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+    let allowed = logits.iter().copied().zip(0..).filter(|token| token.0 > f32::NEG_INFINITY);
+    let mut tokens: Vec<(f32, u32)> = allowed.collect();
     if top < tokens.len() {
         tokens.select_nth_unstable_by(top - 1, by_likelihood);
     }

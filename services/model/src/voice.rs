@@ -12,7 +12,7 @@ use crate::tokenizer::Tokenizer;
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// By an end token or a stop text.
+    /// By an end token, a stop text, or the end of the grammar.
     Stop,
     /// By `max_tokens` or the model's context limit.
     Length,
@@ -118,7 +118,7 @@ impl Voice {
     /// The next token, by the logits after everything before it.
     ///
     /// # Errors
-    /// When the logits are not finite.
+    /// When the logits are not finite, or the grammar cannot go on.
     pub fn say(&mut self, logits: Vec<f32>) -> Result<Step> {
         let chosen = self.sampler.choose(logits)?;
         let id = chosen.id;
@@ -126,9 +126,10 @@ impl Voice {
         let full = self.prompt + self.generated >= self.context;
         let mut finish = (full || self.generated >= self.max_tokens).then_some(Finish::Length);
         let mut text = String::new();
-        if self.end_ids.contains(&id) {
+        if chosen.last || self.end_ids.contains(&id) {
             finish = Some(Finish::Stop);
-        } else {
+        }
+        if !self.end_ids.contains(&id) {
             self.untold.token(id, chosen.logprobs);
             if let Some(part) = self.stream.push(id)? {
                 self.untold.text(&part);

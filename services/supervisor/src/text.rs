@@ -95,7 +95,10 @@ impl checkpoint::Peft for Text {
         let folder = tempfile::tempdir().context("no folder for the adapter's files")?;
         std::fs::write(folder.path().join("adapter_config.json"), &files.config)?;
         std::fs::write(folder.path().join("adapter_model.safetensors"), &files.weights)?;
-        Adapter::read_peft(folder.path(), &self.language.config)?.to_bytes()
+        let adapter = Adapter::read_peft(folder.path(), &self.language.config);
+        // What is wrong is told of the files as they were sent, not of where they lie for a moment.
+        let here = format!("{}/", folder.path().display());
+        adapter.map_err(|error| anyhow::anyhow!("{}", format!("{error:#}").replace(&here, "")))?.to_bytes()
     }
 
     fn export(&self, weights: &[u8]) -> anyhow::Result<PeftFiles> {

@@ -23,6 +23,13 @@ struct Reason {
     code: Option<String>,
 }
 
+/// An event of a stream.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct StreamEvent {
+    /// A piece of the answer, as JSON, or why it broke off; `[DONE]` in the last one.
+    data: String,
+}
+
 /// Where a document is on its way.
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -4,6 +4,7 @@
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 /// One document, or several.
 #[derive(Deserialize, ToSchema)]
@@ -34,6 +35,7 @@ pub(crate) struct Document {
     /// Its answer, which is what is learned.
     completion: Option<String>,
     /// A conversation; what the assistant says is learned.
+    #[schema(min_items = 1, max_items = 4096)]
     messages: Option<Vec<Message>>,
     /// The body of knowledge it belongs to; `general` where left out.
     #[schema(pattern = "^[a-z][a-z0-9_-]{0,63}$")]
@@ -74,6 +76,7 @@ pub(crate) struct FeedbackRequest {
     rating: Rating,
     /// What a bad answer should have been.
     correction: Option<String>,
+    #[schema(min_items = 1, max_items = 4096)]
     messages: Option<Vec<Message>>,
     prompt: Option<String>,
     completion: Option<String>,
@@ -140,6 +143,47 @@ struct StreamOptions {
     include_usage: Option<bool>,
 }
 
+/// Whether an answer is any text, or JSON.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ResponseFormat {
+    r#type: Format,
+    /// What `json_schema` answers follow.
+    json_schema: Option<NamedSchema>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum Format {
+    Text,
+    JsonObject,
+    JsonSchema,
+}
+
+/// A JSON Schema with its name.
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct NamedSchema {
+    /// Has no effect.
+    #[schema(pattern = "^[A-Za-z0-9_-]{1,64}$")]
+    name: String,
+    /// Has no effect.
+    description: Option<String>,
+    /// A JSON Schema of up to 64 KiB. What cannot be held to is refused.
+    #[schema(value_type = Object)]
+    schema: serde_json::Value,
+    /// Has no effect: an answer follows the schema in any case.
+    strict: Option<bool>,
+}
+
+/// With a sign or without, which no format of OpenAPI's is.
+fn seed() -> Object {
+    let types = SchemaType::from_iter([Type::Integer, Type::Null]);
+    let told = "Equal seeds give equal text. A whole number of 64 bits.";
+    ObjectBuilder::new().schema_type(types).description(Some(told)).build()
+}
+
 /// What both ways of asking for text have.
 macro_rules! request {
     ($(#[$doc:meta])* $name:ident { $($own:tt)* }) => {
@@ -168,8 +212,8 @@ macro_rules! request {
             n: Option<u32>,
             /// Up to four texts that end the answer.
             stop: Option<OneOrMore>,
-            /// Equal seeds give equal text.
-            seed: Option<i64>,
+            #[schema(schema_with = seed)]
+            seed: Option<u64>,
             /// Added to the logits of tokens, by id.
             logit_bias: Option<BTreeMap<String, f32>>,
             #[schema(minimum = -2, maximum = 2)]
@@ -188,7 +232,7 @@ macro_rules! request {
 request! {
     /// A conversation to go on with.
     ChatRequest {
-        #[schema(min_items = 1)]
+        #[schema(min_items = 1, max_items = 4096)]
         messages: Vec<Message>,
         /// The newer name of `max_tokens`.
         #[schema(minimum = 1, maximum = 1_048_576)]
@@ -198,6 +242,8 @@ request! {
         /// Alternatives told for each token, with `logprobs`.
         #[schema(minimum = 0, maximum = 20)]
         top_logprobs: Option<u32>,
+        /// The form of the answer; it is cut off where it has more than `max_tokens`.
+        response_format: Option<ResponseFormat>,
         /// Whether the exchange becomes a document to learn: true, or the domain that learns it.
         learn: Option<Learn>,
     }
@@ -243,6 +289,7 @@ enum EncodingFormat {
 pub(crate) struct Tokenize {
     model: Option<String>,
     prompt: Option<String>,
+    #[schema(min_items = 1, max_items = 4096)]
     messages: Option<Vec<Message>>,
     /// For a prompt: whether the tokens that begin a text are put before it; true where left out.
     add_special_tokens: Option<bool>,
@@ -257,6 +304,7 @@ pub(crate) struct Tokenize {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Detokenize {
     model: Option<String>,
+    #[schema(max_items = 262_144)]
     tokens: Vec<u32>,
 }
 
@@ -291,6 +339,7 @@ pub(crate) struct ImportRequest {
 #[serde(deny_unknown_fields)]
 pub(crate) struct MergeRequest {
     /// Such as `a:0.7+b:0.3`.
+    #[schema(pattern = "^[a-z]")]
     from: String,
     /// `linear` where left out, which is exact.
     method: Option<MergeMethod>,
@@ -322,6 +371,7 @@ pub(crate) struct LoadLora {
     #[schema(pattern = "^[a-z][a-z0-9_-]{0,63}$")]
     lora_name: String,
     /// The name of its folder.
+    #[schema(min_length = 1)]
     lora_path: String,
     /// Whether it may take the place of an adapter of this name.
     load_inplace: Option<bool>,

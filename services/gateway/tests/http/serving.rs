@@ -40,7 +40,12 @@ fn probes_tell_alive_from_ready() {
     let server = Server::start(&[]);
     assert_eq!([server.get("/livez").status, server.get("/readyz").status], [200, 200]);
     server.ready.store(false, Ordering::Relaxed);
-    assert_eq!([server.get("/livez").status, server.get("/readyz").status], [200, 503]);
+    let (live, ready) = (server.get("/livez"), server.get("/readyz"));
+    assert_eq!([live.status, ready.status], [200, 503]);
+    assert_eq!(
+        [live, ready].map(|a| a.header("content-type") == Some("text/plain; charset=utf-8")),
+        [true; 2]
+    );
     assert_eq!(server.get("/health").json(), json!({"status": "not ready"}));
 }
 

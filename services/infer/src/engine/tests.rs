@@ -1,4 +1,5 @@
 use super::*;
+use crate::guide::Compilation;
 use kit::compute::Turn;
 use kit::link::{Events, events};
 use model::chat::ChatTemplate;
@@ -54,7 +55,7 @@ impl Engine {
         let (reply, events) = events(EVENTS_MAX);
         let tokens = self.language.tokenizer.encode(prompt).expect("encoded");
         let (adapters, stop_ids, turn) = (adapters.to_vec(), Vec::new(), Turn::new().enter());
-        let request = Request { tokens, adapters, sampling, n, stop_ids, reply, turn };
+        let request = Request { tokens, adapters, sampling, n, stop_ids, guide: None, reply, turn };
         self.take(request, 8).expect("room");
         events
     }
@@ -127,7 +128,8 @@ async fn answers_are_taken_up_together_or_not_at_all() {
     let first = engine.ask("It was", sampling(1), 6);
     let (reply, _events) = events(EVENTS_MAX);
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
-    let request = Request { tokens: vec![1], adapters, sampling: sampling(1), n: 3, stop_ids, reply, turn };
+    let (tokens, sampling, guide) = (vec![1], sampling(1), None);
+    let request = Request { tokens, adapters, sampling, n: 3, stop_ids, guide, reply, turn };
     assert_eq!(engine.take(request, 8), Err(Full));
     assert_eq!(engine.waiting.len(), 6);
     drop(first);
@@ -144,8 +146,8 @@ fn a_reader_that_leaves_frees_all_its_answers() {
     let turn = Turn::new();
     let (reply, events) = kit::link::events(EVENTS_MAX);
     let (adapters, stop_ids, held) = (Vec::new(), Vec::new(), turn.enter());
-    let request =
-        Request { tokens: vec![1], adapters, sampling: sampling(1), n: 6, stop_ids, reply, turn: held };
+    let (tokens, sampling, guide) = (vec![1], sampling(1), None);
+    let request = Request { tokens, adapters, sampling, n: 6, stop_ids, guide, reply, turn: held };
     engine.take(request, 8).expect("room");
     assert_eq!(turn.running(), 1);
     drop(events);
@@ -160,9 +162,9 @@ async fn a_slow_reader_pauses_its_own_answer_and_nobody_elses() {
     let (reply, slow) = events(1);
     let tokens = engine.language.tokenizer.encode("The old house").expect("encoded");
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
-    engine
-        .take(Request { tokens, adapters, sampling: sampling(5), n: 1, stop_ids, reply, turn }, 8)
-        .expect("room");
+    let (sampling, guide) = (sampling(5), None);
+    let request = Request { tokens, adapters, sampling, n: 1, stop_ids, guide, reply, turn };
+    engine.take(request, 8).expect("room");
     let mut steps = 0;
     while engine.running.len() + engine.waiting.len() > 1 {
         engine.step();
@@ -261,4 +263,51 @@ async fn tokens_are_told_with_their_bytes() {
     for token in &tokens {
         assert!(token.token.logprob <= token.top[0].logprob && token.top.len() == 3, "{token:?}");
     }
+}
+
+/// Takes up two answers that follow a schema, which is not compiled yet.
+fn ask_guided(engine: &mut Engine, schema: &str) -> (Compilation, Events<GenerateEvent>) {
+    let (reply, events) = events(EVENTS_MAX);
+    let started = GenerateEvent::Started(proto::Choice { adapters: Vec::new(), confidence: None });
+    let grammars = Arc::new(engine.language.grammars());
+    let compilation = Compilation::new(&grammars, schema.to_owned(), started, reply.clone());
+    let tokens = engine.language.tokenizer.encode("It was").expect("encoded");
+    let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
+    let (sampling, guide) = (sampling(1), Some(compilation.guide()));
+    let request = Request { tokens, adapters, sampling, n: 2, stop_ids, guide, reply, turn };
+    engine.take(request, 8).expect("room");
+    (compilation, events)
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_what_it_follows_and_nobody_waits_for_it() {
+    let mut engine = engine(2);
+    let (compilation, mut guided) = ask_guided(&mut engine, r#"{"enum":["left","right"]}"#);
+    let beside = engine.ask("The old house", sampling(5), 1);
+    while engine.waiting.len() + engine.running.len() > 2 {
+        assert!(engine.step());
+    }
+    assert_eq!((engine.running.len(), engine.waiting.len()), (0, 2));
+    assert_eq!(answers(beside, 1).await[0].2.completion_tokens, 12);
+    compilation.run();
+    engine.finish();
+    assert!(matches!(guided.next().await, Some(GenerateEvent::Started(_))));
+    for (text, ..) in answers(guided, 2).await {
+        assert!(["\"left\"", "\"right\""].contains(&text.as_str()), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_schema_that_is_none_is_refused_and_frees_its_place() {
+    let mut engine = engine(2);
+    let (compilation, mut guided) = ask_guided(&mut engine, r#"{"type":"wizard"}"#);
+    compilation.run();
+    let refused = guided.next().await;
+    assert!(
+        matches!(&refused, Some(GenerateEvent::Refused { param, .. }) if param == "response_format"),
+        "{refused:?}"
+    );
+    drop(guided);
+    engine.finish();
+    assert_eq!((engine.running.len(), engine.waiting.len()), (0, 0));
 }

@@ -43,19 +43,28 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         }
         writeln!(out, "Date:      {}", date(&generation["published_ms"]))?;
         writeln!(out, "Documents: {}\n", of("documents"))?;
-        writeln!(out, "    learning   {first} to {last} nats a token, {steps} steps, {seconds} s")?;
-        receipt(&generation["receipt"], out)?;
+        let learning = format!("{first} to {last} nats a token, {steps} steps, {seconds} s");
+        let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
+        columns(&lines.collect::<Vec<_>>(), out)?;
     }
     Ok(())
 }
 
-fn receipt(receipt: &Value, out: &mut dyn Write) -> Result<()> {
+/// What each probe measured, by its name.
+fn receipt(receipt: &Value) -> impl Iterator<Item = (String, String)> {
     let probes = receipt["probes"].as_array().map(Vec::as_slice).unwrap_or_default();
-    for probe in probes.iter().filter(|probe| probe["measure"]["examples"] != 0) {
+    probes.iter().filter(|probe| probe["measure"]["examples"] != 0).map(|probe| {
         let [best, after, examples] =
             ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
         let name = plain(&probe["probe"]).replace('_', " ");
-        writeln!(out, "    {name:9}  {best} to {after} nats a token, {examples} examples")?;
+        (name, format!("{best} to {after} nats a token, {examples} examples"))
+    })
+}
+
+fn columns(lines: &[(String, String)], out: &mut dyn Write) -> Result<()> {
+    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    for (name, value) in lines {
+        writeln!(out, "    {name:width$}  {value}")?;
     }
     Ok(())
 }
@@ -203,11 +212,15 @@ mod tests {
     use super::*;
 
     fn told(oneline: bool) -> String {
-        let probe = json!({"probe": "anchor", "measure": {"best": 2.5, "after": 2.75, "examples": 32}});
+        let measure = json!({"best": 2.5, "after": 2.75, "examples": 32});
+        let probes = [
+            json!({"probe": "anchor", "measure": measure}),
+            json!({"probe": "held_out of notes", "measure": measure}),
+        ];
         let answer = json!({"generations": [
             {"generation": "bb", "live": true, "parent": "aa", "documents": 3, "published_ms": 1_700_000_000_000u64,
              "report": {"first_loss": 6.5, "last_loss": 0.5, "steps": 19, "seconds": 0.25},
-             "receipt": {"probes": [probe]}},
+             "receipt": {"probes": probes}},
             {"generation": "aa", "live": false, "parent": null, "merged_from": ["x", "y"], "documents": 1},
         ]});
         let mut out = Vec::new();
@@ -219,8 +232,9 @@ mod tests {
     fn a_log_reads_like_that_of_git() {
         let full = told(false);
         let expected = "generation bb (live)\nParent:    aa\nDate:      Tue, 14 Nov 2023 22:13:20 GMT\nDocuments: 3\n\n    \
-            learning   6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
-            anchor     2.5000 to 2.7500 nats a token, 32 examples\n\ngeneration aa\nMerge:     x y\n";
+            learning           6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
+            anchor             2.5000 to 2.7500 nats a token, 32 examples\n    \
+            held out of notes  2.5000 to 2.7500 nats a token, 32 examples\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
         assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, loss 6.5000 to 0.5000"));
     }

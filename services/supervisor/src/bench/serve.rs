@@ -248,6 +248,7 @@ impl<'a> Bench<'a> {
                 sampling: self.sampling(seed),
                 n: 1,
                 stop_ids: Vec::new(),
+                guide: None,
                 reply,
                 turn: self.turn.enter(),
             });

@@ -23,7 +23,7 @@ fn a_mistake_is_one_line_that_says_what_to_do() {
     fs::write(&broken, "[replay\ncapacity = 1").expect("written");
     let broken = broken.to_str().expect("a path");
     let nowhere = "http://127.0.0.1:9";
-    let cases: [(&[&str], &str); 21] = [
+    let cases: [(&[&str], &str); 22] = [
         (&["lern"], "learn"),
         (&["learn"], "<PATH>"),
         (&["learn", "/no/such/file"], "/no/such/file"),

@@ -95,7 +95,7 @@ fn answers_are_timed_while_something_is_learned() {
     let learning: Vec<_> = rows.iter().map(|row| row["learning"].as_f64()).collect();
     assert_eq!(learning, [None, Some(0.2), Some(1.0)], "first while nothing is learned");
     assert!(rows[2]["learned_tokens_per_s"].as_f64().expect("a figure") > 0.0, "{result:#}");
-    let svg = std::fs::read_to_string(svg).expect("a drawing");
+    let svg = fs::read_to_string(svg).expect("a drawing");
     assert!(svg.contains("p99, 2 streams, 1 adapters") && svg.contains("speed of learning"));
 }
 

@@ -47,7 +47,8 @@ fn every_answer_is_json_that_fits_its_schema() {
     let server = Setup::tiny().set("base.threads=1").start();
     let format = named(&schema());
     let mut texts = Vec::new();
-    for (temperature, seed) in (0..6).map(|seed| (1.0, seed)).chain([(2.0, 6), (0.0, 7)]) {
+    // Not at temperature 0: a model that has learned nothing indents as far as it may, beyond so small a context.
+    for (temperature, seed) in (0..6).map(|seed| (1.0, seed)).chain([(2.0, 6)]) {
         let more =
             json!({"temperature": temperature, "seed": seed, "n": 2, "logprobs": true, "top_logprobs": 5});
         let answer = ask(&server, &format, more).ok();

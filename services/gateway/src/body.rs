@@ -1,11 +1,15 @@
 //! Reading a request's body within limits of size, time and memory, which actix-web leaves to us.
 
 use crate::error::{ApiError, Result};
+use actix_web::body::{BodySize, BoxBody, MessageBody};
+use actix_web::dev::{self, ServiceResponse};
 use actix_web::http::header;
-use actix_web::{HttpRequest, web};
+use actix_web::{HttpMessage, HttpRequest, web};
 use futures_util::StreamExt;
 use serde_json::{Map, Value};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
@@ -53,6 +57,19 @@ impl Body {
         limits: Limits,
         budget: &Budget,
     ) -> Result<Self> {
+        let read = Self::receive(request, &mut payload, limits, budget).await;
+        if read.is_err() {
+            leave(request, payload);
+        }
+        read
+    }
+
+    async fn receive(
+        request: &HttpRequest,
+        payload: &mut web::Payload,
+        limits: Limits,
+        budget: &Budget,
+    ) -> Result<Self> {
         check_headers(request, limits)?;
         let start = Instant::now();
         let mut body = Self { bytes: Vec::new(), permit: None };
@@ -86,9 +103,60 @@ impl Body {
         Ok((crate::json::parse(&self.bytes)?, self.permit))
     }
 
-    /// The same, where no body at all says as much as an empty object.
+    /// The same, where no body at all, or null, says as much as an empty object.
     pub(crate) fn json_or_empty(self) -> Result<(Value, Held)> {
-        if self.bytes.is_empty() { Ok((Value::Object(Map::new()), self.permit)) } else { self.json() }
+        if self.bytes.is_empty() {
+            return Ok((Value::Object(Map::new()), self.permit));
+        }
+        let (body, held) = self.json()?;
+        Ok((if body.is_null() { Value::Object(Map::new()) } else { body }, held))
+    }
+}
+
+/// A request's body that was not read to its end.
+pub(crate) struct Unread {
+    _payload: dev::Payload,
+}
+
+impl Unread {
+    pub(crate) fn new(payload: dev::Payload) -> Self {
+        Self { _payload: payload }
+    }
+}
+
+/// Says that nobody reads on in the body of a request.
+pub(crate) fn leave(request: &HttpRequest, payload: web::Payload) {
+    request.extensions_mut().insert(Unread::new(payload.into_inner()));
+}
+
+/// An answer's body that holds what was not read of the request. While it does, actix-web sees that there is more, and
+/// closes the connection after the answer; a body in chunks it would otherwise read on for as long as it comes.
+struct Holding {
+    body: BoxBody,
+    _unread: Unread,
+}
+
+impl MessageBody for Holding {
+    type Error = <BoxBody as MessageBody>::Error;
+
+    fn size(&self) -> BodySize {
+        self.body.size()
+    }
+
+    fn poll_next(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<std::result::Result<web::Bytes, Self::Error>>> {
+        Pin::new(&mut self.get_mut().body).poll_next(context)
+    }
+}
+
+/// Hands a body that nobody reads on from the request, which ends first, to its answer.
+pub(crate) fn hand_over(response: ServiceResponse<BoxBody>) -> ServiceResponse<BoxBody> {
+    let unread = response.request().extensions_mut().remove::<Unread>();
+    match unread {
+        Some(unread) => response.map_body(|_, body| Holding { body, _unread: unread }.boxed()),
+        None => response,
     }
 }
 

@@ -3,14 +3,14 @@
 use crate::error::ApiError;
 use crate::state::State;
 use crate::{
-    adapters, completions, documents, embeddings, feedback, lora, metrics, models, page, probes, spec,
+    adapters, body, completions, documents, embeddings, feedback, lora, metrics, models, page, probes, spec,
     upload, words,
 };
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::guard::fn_guard;
 use actix_web::middleware::Next;
-use actix_web::{HttpRequest, Resource, ResponseError, web};
+use actix_web::{HttpMessage, HttpRequest, Resource, ResponseError, web};
 
 /// All routes. Whatever is not among them is 404, or 405 where only the method is wrong.
 pub(crate) fn routes(app: &mut web::ServiceConfig) {
@@ -59,11 +59,15 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
 }
 
 fn at(path: &str, allow: &'static str) -> Resource {
-    let refuse = move || async move { Err::<&str, _>(ApiError::method_not_allowed(allow)) };
+    let refuse = move |request: HttpRequest, payload: web::Payload| async move {
+        body::leave(&request, payload);
+        Err::<&str, _>(ApiError::method_not_allowed(allow))
+    };
     web::resource(path).default_service(web::to(refuse))
 }
 
-async fn nowhere(request: HttpRequest) -> Result<&'static str, ApiError> {
+async fn nowhere(request: HttpRequest, payload: web::Payload) -> Result<&'static str, ApiError> {
+    body::leave(&request, payload);
     let path: String = request.path().chars().take(80).collect();
     Err(ApiError::not_found(format!("there is nothing at {path}")))
 }
@@ -71,13 +75,18 @@ async fn nowhere(request: HttpRequest) -> Result<&'static str, ApiError> {
 /// Lets a request in, or answers it at the door; and counts it.
 pub(crate) async fn guarded(
     state: web::Data<State>,
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let response = match state.guard.admit(request.path(), request.headers()) {
         Ok(()) => next.call(request).await?,
-        Err(error) => request.into_response(error.error_response()),
+        Err(error) => {
+            let unread = body::Unread::new(request.take_payload());
+            request.extensions_mut().insert(unread);
+            request.into_response(error.error_response())
+        }
     };
+    let response = body::hand_over(response);
     metrics::http_request(response.request().match_pattern(), response.status().as_u16());
     Ok(response)
 }

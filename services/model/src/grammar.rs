@@ -18,7 +18,7 @@ use crate::tokenizer::Tokenizer;
 
 /// White space between two parts: a space, or a line break with what indents the next line. Were there no end to it, a
 /// small model could go on with spaces for ever.
-const SPACE: &str = r"\x20|\r?\n[\x20\x09]{0,32}";
+const SPACE: &str = r"\x20|\r?\n[\x20\x09]{0,16}";
 
 /// Where `llguidance` looks for its own settings in a schema.
 const SETTINGS: &str = "x-guidance";

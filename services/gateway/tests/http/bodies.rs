@@ -1,6 +1,6 @@
 use crate::harness::{Answer, Server};
 use serde_json::json;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -135,6 +135,38 @@ fn too_much_is_413_whether_announced_or_not() {
     let document = server.post(DOCUMENTS, &json!({"text": "b".repeat(70_000)}));
     assert_eq!(document.status, 413, "{document:?}");
     server.assert_unharmed("bodies that are too large");
+}
+
+/// Sends the head and then chunks without an end; gives what was answered before the server hung up.
+fn endless(server: &Server, head: &str) -> String {
+    let mut stream = server.connect();
+    stream.write_all(head.as_bytes()).expect("sent");
+    let mut reader = stream.try_clone().expect("a second handle");
+    let answered = thread::spawn(move || {
+        let mut answer = Vec::new();
+        let _ = reader.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    });
+    let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
+    let end = Instant::now() + Duration::from_secs(30);
+    while stream.write_all(chunk.as_bytes()).is_ok() {
+        assert!(Instant::now() < end, "{head} is read without an end");
+        thread::sleep(Duration::from_millis(10));
+    }
+    answered.join().expect("read")
+}
+
+#[test]
+fn a_refused_body_without_an_end_is_hung_up_on() {
+    let server = Server::start(&[]);
+    for (path, status) in [(DOCUMENTS, "413"), ("/v1/nothing", "404"), ("/v1/models", "405")] {
+        let answer = endless(&server, &head(path, "transfer-encoding: chunked"));
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+        assert!(answer.to_ascii_lowercase().contains("connection: close"), "{path}: {answer}");
+    }
+    let server = Server::start(&["gateway.api_keys=a-key-of-sixteen-bytes"]);
+    let answer = endless(&server, &head(DOCUMENTS, "transfer-encoding: chunked"));
+    assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");
 }
 
 #[test]

@@ -223,13 +223,13 @@ mod tests {
     }
 
     #[test]
-    fn nested_answers_are_indented_and_tables_aligned() {
+    fn nested_answers_are_indented_in_their_order_and_tables_aligned() {
         let mut out = Vec::new();
         show(&json!({"state": "ready", "queue": {"depth": 3, "loss": 0.5}, "none": []}), false, &mut out)
             .expect("shown");
         assert_eq!(
             String::from_utf8_lossy(&out),
-            "none   none\nqueue\n  depth  3\n  loss   0.5000\nstate  ready\n"
+            "state  ready\nqueue\n  depth  3\n  loss   0.5000\nnone   none\n"
         );
         let mut out = Vec::new();
         table(&["id", "reason"], &[json!({"id": "abc"})], &mut out).expect("shown");

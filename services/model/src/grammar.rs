@@ -106,7 +106,7 @@ pub struct Grammar {
 pub struct Stuck(String);
 
 impl Grammar {
-    /// Rules out all tokens that may not come next, by their logits, [vocab_size].
+    /// Rules out all tokens that may not come next, by their logits, one for each token.
     ///
     /// # Errors
     /// [`Stuck`] when there is none that may, or to find out takes too much.

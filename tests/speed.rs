@@ -89,8 +89,11 @@ fn answers_are_timed_while_something_is_learned() {
     tiny::write(&base);
     let svg = folder.path().join("both.svg").display().to_string();
     let base = base.display().to_string();
-    let given = ["bench", "serve", "--base", &base, "--streams", "2", "--adapters", "1", "--tokens", "16"];
-    let result = measured(folder.path(), &[&given[..], &["--learning", "0.2,1", "--svg", &svg]].concat());
+    let given = ["bench", "serve", "--base", &base, "--streams", "2", "--adapters", "1", "--tokens", "64"];
+    // Short micro-batches, of which several end while so small a base answers.
+    let short = ["--set", "train.micro_tokens=64", "--set", "train.step_tokens=128"];
+    let result =
+        measured(folder.path(), &[&given[..], &short, &["--learning", "0.2,1", "--svg", &svg]].concat());
     let rows = result["rows"].as_array().expect("rows");
     let learning: Vec<_> = rows.iter().map(|row| row["learning"].as_f64()).collect();
     assert_eq!(learning, [None, Some(0.2), Some(1.0)], "first while nothing is learned");

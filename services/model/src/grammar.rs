@@ -58,7 +58,9 @@ impl Grammars {
             Some(factory) => factory,
             none => none.insert(panic_utils::catch_unwind(AssertUnwindSafe(|| self.factory()))?),
         };
-        let parser = factory.create_parser(TopLevelGrammar::from_json_schema(schema)).map_err(explained)?;
+        // What panics is refused as well, so that nobody waits for a grammar that never comes.
+        let create = || factory.create_parser(TopLevelGrammar::from_json_schema(schema));
+        let parser = panic_utils::catch_unwind(AssertUnwindSafe(create)).map_err(explained)?;
         let mut matcher = Matcher::new(Ok(parser));
         if let Some(warning) = matcher.grammar_warnings().first() {
             bail!("not supported: {warning}");

@@ -47,7 +47,10 @@ pub fn settle(
     let least = settings.train.micro_tokens.min(settings.train.row_tokens);
     loop {
         let micro_tokens = settings.train.micro_tokens;
-        let footprint = Footprint::new(config, placement, &lora, cache_bytes, micro_tokens);
+        let mut footprint = Footprint::new(config, placement, &lora, cache_bytes, micro_tokens);
+        if !settings.train.enabled {
+            footprint.learning = 0.0;
+        }
         if footprint.total() <= limit {
             return Ok(Some(footprint));
         }
@@ -116,5 +119,7 @@ mod tests {
             settled(&["limits.memory_mb_max=1900", "infer.cache_mb_max=64"]).is_ok(),
             "below 2 GB in f32"
         );
+        assert!(settled(&["limits.memory_mb_max=1450"]).is_err());
+        assert!(settled(&["limits.memory_mb_max=1450", "train.enabled=false"]).is_ok(), "nothing is learned");
     }
 }

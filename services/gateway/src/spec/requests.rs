@@ -161,7 +161,6 @@ enum Format {
 }
 
 /// A JSON Schema with its name.
-
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NamedSchema {

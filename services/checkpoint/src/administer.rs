@@ -80,6 +80,7 @@ impl Answer<Forget> for Checkpoint {
         for id in self.store.ids()?.into_iter().filter(|id| ordinals.contains(&id.ordinal)) {
             self.store.remove(id)?;
         }
+        self.latents.forget(&ordinals)?;
         self.remove_files(dirty.iter().flat_map(|g| g.files()).collect())?;
         for generation in &dirty {
             self.registry.remove_generation(&generation.id)?;

@@ -11,6 +11,7 @@ mod merge;
 mod tests;
 
 use kit::blobs::Blobs;
+use kit::latents::Latents;
 use kit::ledger::Ledger;
 use kit::link::Door;
 use kit::manifests::Registry;
@@ -52,6 +53,8 @@ pub struct Checkpoint {
     pub ledger: Arc<Ledger>,
     /// The rows of the replay buffer, of which forgetting removes some.
     pub store: Arc<Store>,
+    /// What the base makes of examples, which forgetting removes.
+    pub latents: Arc<Latents>,
     /// The base everything belongs to.
     pub base: BaseId,
     /// PEFT in and out.

@@ -55,6 +55,7 @@ impl Bench {
             blobs: Arc::new(Blobs::open(&at("blobs")).expect("blobs")),
             ledger: Arc::new(ledger),
             store: Arc::new(Store::open(&at("replay")).expect("a store")),
+            latents: Arc::new(Latents::open(&at("latents"), 1 << 20).expect("latents")),
             base,
             peft: Arc::new(NoPeft),
             generations_kept: 3,

@@ -2,14 +2,15 @@
 //!
 //! A [`service`] is a plain struct. A [`host`] runs it, [`link`]s connect it, a [`lane`] restarts it
 //! together with its neighbours, and a [`compute`] thread does its long work. The [`ledger`] holds
-//! what was accepted, the [`store`] what is rehearsed, [`blobs`] the weights, [`manifests`] what is
-//! current.
+//! what was accepted, the [`store`] what is rehearsed, [`latents`] what the base makes of it, [`blobs`] the weights,
+//! [`manifests`] what is current.
 
 pub mod blobs;
 pub mod compute;
 pub mod disk;
 pub mod host;
 pub mod lane;
+pub mod latents;
 pub mod ledger;
 pub mod link;
 pub mod manifests;

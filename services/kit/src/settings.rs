@@ -154,6 +154,8 @@ section!(
         alpha: f64,
         rslora: bool,
         down: bool,
+        top_layers: i64,
+        latents_mb_max: u64,
         rate: f64,
         answer_rate: f64,
         passes: u32,
@@ -168,6 +170,8 @@ section!(
         clip: f64,
         weight_decay: f64,
         ewc_lambda: f64,
+        olora_lambda: f64,
+        olora_parts: i64,
         former_share: f64,
         former_share_rehearsed: f64,
         poll_ms: u64,
@@ -305,6 +309,8 @@ impl Settings {
         within("replay.anchor_tokens", r.anchor_tokens, 2..=4096)?;
         within("train.rank", t.rank, 1..=1024)?;
         within("train.alpha", t.alpha, 1e-3..=1e5)?;
+        within("train.top_layers", t.top_layers, 0..=1024)?;
+        within("train.latents_mb_max", t.latents_mb_max, 0..=1 << 20)?;
         within("train.rate", t.rate, 0.0..=1.0)?;
         within("train.answer_rate", t.answer_rate, 0.01..=100.0)?;
         within("train.passes", t.passes, 1..=1000)?;
@@ -319,6 +325,18 @@ impl Settings {
         within("train.clip", t.clip, 1e-6..=1e6)?;
         within("train.weight_decay", t.weight_decay, 0.0..=10.0)?;
         within("train.ewc_lambda", t.ewc_lambda, 0.0..=1e9)?;
+        within("train.olora_lambda", t.olora_lambda, 0.0..=1e6)?;
+        within("train.olora_parts", t.olora_parts, 1..=512)?;
+        ensure!(
+            t.olora_lambda == 0.0 || t.olora_parts <= t.rank,
+            "train.olora_parts is {}, and train.rank of {} cannot be cut into so many",
+            t.olora_parts,
+            t.rank
+        );
+        ensure!(
+            t.olora_lambda == 0.0 || t.weight_decay == 0.0,
+            "train.weight_decay shrinks what train.olora_lambda has left as it is: set one of them to 0"
+        );
         within("train.former_share", t.former_share, 0.0..=0.9)?;
         within("train.former_share_rehearsed", t.former_share_rehearsed, 0.0..=1.0)?;
         within("train.poll_ms", t.poll_ms, 10..=1000)?;

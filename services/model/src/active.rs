@@ -96,6 +96,11 @@ impl ActiveAdapters {
         self.layers.len()
     }
 
+    /// The first layer that anything is added to.
+    pub(crate) fn lowest_layer(&self) -> usize {
+        self.layers.iter().position(|groups| groups.iter().any(|deltas| !deltas.is_empty())).unwrap_or(0)
+    }
+
     /// What is added to the product of `group` in `layer`.
     pub(crate) fn deltas(&self, layer: usize, group: Group) -> &[Delta] {
         self.layers.get(layer).map_or(&[], |groups| &groups[group as usize])

@@ -78,6 +78,11 @@ impl Teacher {
         &self.base
     }
 
+    /// The lowest layer in which it differs from its base.
+    pub(crate) fn lowest_layer(&self) -> usize {
+        self.adapters.lowest_layer()
+    }
+
     /// How much is learned from it.
     pub fn mix(&self) -> Mix {
         self.mix

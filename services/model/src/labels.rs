@@ -273,7 +273,7 @@ impl Labels {
         let device = base.device();
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
         let seen = Tensor::from_slice(&seen).view([shape[0], 1, shape[1], shape[1]]).to_device(device);
-        Input { ids: tensor(&ids), positions: tensor(&positions), mask: Mask::Block(seen) }
+        Input { ids: tensor(&ids), positions: tensor(&positions), mask: Mask::Block(seen), entry: None }
     }
 }
 

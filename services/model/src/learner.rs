@@ -6,7 +6,9 @@ use anyhow::{Result, ensure};
 use tch::Tensor;
 
 use crate::device::Precision;
+use crate::distillation::Teacher;
 use crate::guard::Guard;
+use crate::latent::{self, Latents};
 use crate::llama::Base;
 use crate::lora::Adapter;
 use crate::loss::{self, SequenceScore};
@@ -70,6 +72,7 @@ pub struct Learner {
     adapter: Adapter,
     optimiser: AdamW,
     guards: Vec<Box<dyn Guard>>,
+    latents: Option<Box<dyn Latents>>,
     config: LearnerConfig,
 }
 
@@ -93,12 +96,18 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        Ok(Self { base, adapter, optimiser, guards: Vec::new(), config })
+        Ok(Self { base, adapter, optimiser, guards: Vec::new(), latents: None, config })
     }
 
     /// Has a method against forgetting take part in every step. Of several teachers the last is heard.
     pub fn hold_to(&mut self, guard: impl Guard + 'static) {
         self.guards.push(Box::new(guard));
+    }
+
+    /// Has what the base makes of a sequence below the adapter's lowest layer computed once and kept: see
+    /// [`crate::latent`]. Without an effect where the adapter begins in the first layer.
+    pub fn remember_in(&mut self, latents: impl Latents + 'static) {
+        self.latents = Some(Box::new(latents));
     }
 
     /// The base.
@@ -170,11 +179,16 @@ impl Learner {
 
     /// Scores and gradient of one micro-batch; no gradient where nothing is learned.
     fn micro_batch(&self, batch: &[Sequence], weight: f64) -> Result<(Vec<SequenceScore>, Option<Tensor>)> {
-        let packed = pack(&self.base, batch, self.config.row_tokens)?;
+        let mut packed = pack(&self.base, batch, self.config.row_tokens)?;
         if packed.learned_tokens() == 0 {
             return Ok((vec![SequenceScore::default(); batch.len()], None));
         }
         let teacher = self.guards.iter().rev().find_map(|guard| guard.teacher());
+        // The teacher reads the same packed rows, so that they may enter no higher than where it begins.
+        let layer = teacher.map_or(usize::MAX, Teacher::lowest_layer).min(self.adapter.lowest_layer());
+        if let Some(latents) = self.latents.as_deref().filter(|_| layer > 0) {
+            packed = latent::enter(&self.base, layer, batch, packed, latents, self.config.row_tokens)?;
+        }
         let (scores, gradient) = loss::adapter_gradient(&self.base, &self.adapter, &packed, weight, teacher)?;
         Ok((scores, Some(gradient)))
     }

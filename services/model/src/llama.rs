@@ -28,6 +28,17 @@ pub struct Input {
     pub positions: Tensor,
     /// Which tokens see which.
     pub mask: Mask,
+    /// Where the tokens enter the blocks; without it by their embeddings.
+    pub entry: Option<Entry>,
+}
+
+/// The residual stream as it enters a block, computed before.
+#[derive(Debug)]
+pub struct Entry {
+    /// The block it enters.
+    pub layer: usize,
+    /// [batch * length, hidden_size], in the base's precision.
+    pub x: Tensor,
 }
 
 impl Input {
@@ -36,7 +47,7 @@ impl Input {
         let length = ids.size().last().copied().unwrap_or(0);
         let positions =
             Tensor::arange_start(start, start + length, (Kind::Int64, ids.device())).expand_as(&ids);
-        Self { ids, positions, mask: Mask::Causal }
+        Self { ids, positions, mask: Mask::Causal, entry: None }
     }
 }
 
@@ -63,8 +74,8 @@ impl Base {
         mut cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let pass = self.prepare(input, cache.as_deref())?;
-        let mut x = self.embed(input)?;
-        for i in 0..self.layers.len() {
+        let (from, mut x) = self.enter(input)?;
+        for i in from..self.layers.len() {
             x = self.block(i, &x, &pass, adapters, cache.as_deref_mut())?;
         }
         if let Some(cache) = cache {
@@ -73,11 +84,24 @@ impl Base {
         self.rms_norm(&x, &self.norm)
     }
 
-    /// The embeddings of the input's tokens, [batch * length, hidden_size].
-    pub(crate) fn embed(&self, input: &Input) -> Result<Tensor> {
+    /// The first block that has to be computed, and what enters it, [batch * length, hidden_size].
+    pub(crate) fn enter(&self, input: &Input) -> Result<(usize, Tensor)> {
+        if let Some(Entry { layer, x }) = &input.entry {
+            return Ok((*layer, x.shallow_clone()));
+        }
         let rows = Tensor::f_embedding(&self.embedding, &input.ids, -1, false, false)?;
         // In pre-training the embedding is f32 whatever the precision.
-        Ok(rows.f_view([-1, self.config.hidden_size])?.f_to_kind(self.placement.kind())?)
+        Ok((0, rows.f_view([-1, self.config.hidden_size])?.f_to_kind(self.placement.kind())?))
+    }
+
+    /// What enters block `layer`, [batch * length, hidden_size], as the base alone makes it.
+    pub(crate) fn below(&self, layer: usize, input: &Input) -> Result<Tensor> {
+        let pass = self.prepare(input, None)?;
+        let (from, mut x) = self.enter(input)?;
+        for i in from..layer {
+            x = self.block(i, &x, &pass, &ActiveAdapters::none(), None)?;
+        }
+        Ok(x)
     }
 
     /// What block `i` makes of the residual stream `x`, [batch * length, hidden_size].

@@ -73,7 +73,7 @@ impl Target {
     }
 
     /// Input and output width.
-    fn shape(self, model: &ModelConfig) -> (i64, i64) {
+    pub(crate) fn shape(self, model: &ModelConfig) -> (i64, i64) {
         let [q, k, v] = model.qkv_rows();
         match self {
             Self::Q => (model.hidden_size, q),
@@ -107,6 +107,9 @@ pub struct LoraConfig {
     pub rslora: bool,
     /// The projections that are changed.
     pub targets: Vec<Target>,
+    /// The layers that are changed, ascending; empty for all. PEFT's `layers_to_transform`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<i64>,
     /// Ranks of modules that differ, by the end of the module's name, as PEFT has them.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rank_pattern: BTreeMap<String, i64>,
@@ -122,6 +125,7 @@ impl Default for LoraConfig {
             alpha: 32.0,
             rslora: false,
             targets: vec![Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up],
+            layers: Vec::new(),
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -145,12 +149,41 @@ impl LoraConfig {
         targets.sort();
         targets.dedup();
         ensure!(targets.len() == self.targets.len(), "LoRA targets: a projection is listed twice");
+        let ascending = self.layers.is_sorted_by(|a, b| a < b) && self.layers.first().is_none_or(|&i| i >= 0);
+        ensure!(ascending, "LoRA layers: they have to be listed from 0 up, each once");
         Ok(())
+    }
+
+    /// Refuses what no adapter of `model` could have.
+    fn check_for(&self, model: &ModelConfig) -> Result<()> {
+        self.check()?;
+        let beyond = self.layers.iter().find(|&&layer| layer >= model.layers);
+        ensure!(beyond.is_none(), "LoRA layers: the model has {} of them, counted from 0", model.layers);
+        Ok(())
+    }
+
+    /// The same for the uppermost `count` layers of `model` alone; 0 is for all.
+    ///
+    /// # Errors
+    /// When the model has fewer.
+    pub fn in_top_layers(self, count: i64, model: &ModelConfig) -> Result<Self> {
+        ensure!((0..=model.layers).contains(&count), "the base has {} layers, not {count}", model.layers);
+        let layers = if count == 0 || count == model.layers {
+            Vec::new()
+        } else {
+            (model.layers - count..model.layers).collect()
+        };
+        Ok(Self { layers, ..self })
     }
 
     /// Number of weights of such an adapter for `model`.
     pub fn parameter_count(&self, model: &ModelConfig) -> i64 {
         layout(self, model).1
+    }
+
+    /// The projections that such an adapter of `model` changes.
+    pub(crate) fn places(&self, model: &ModelConfig) -> Vec<(i64, Target)> {
+        layout(self, model).0.iter().map(|module| (module.layer, module.target)).collect()
     }
 
     fn rank_and_scale(&self, module: &str) -> (i64, f64) {
@@ -186,7 +219,7 @@ pub(crate) struct Module {
 /// all A, so that they form one matrix, then all B.
 fn layout(config: &LoraConfig, model: &ModelConfig) -> (Vec<Module>, i64) {
     let (mut modules, mut offset) = (Vec::new(), 0);
-    for layer in 0..model.layers {
+    for layer in (0..model.layers).filter(|i| config.layers.is_empty() || config.layers.contains(i)) {
         for group in [Group::Qkv, Group::O, Group::GateUp, Group::Down] {
             let first = modules.len();
             for target in
@@ -223,7 +256,7 @@ impl Adapter {
     /// # Errors
     /// When the configuration is impossible.
     pub fn new(config: LoraConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
-        config.check()?;
+        config.check_for(model)?;
         let (modules, len) = layout(&config, model);
         let mut values = vec![0f32; len as usize];
         let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -242,7 +275,7 @@ impl Adapter {
         model: &ModelConfig,
         mut read: impl FnMut(&str, &[i64]) -> Result<Tensor>,
     ) -> Result<Self> {
-        config.check()?;
+        config.check_for(model)?;
         let (modules, len) = layout(&config, model);
         let flat = Tensor::f_zeros([len], (Kind::Float, Device::Cpu))?;
         let adapter = Self { config, modules, flat };
@@ -295,6 +328,11 @@ impl Adapter {
             flat.f_kind()?
         );
         Ok(Self { config: self.config.clone(), modules: self.modules.clone(), flat })
+    }
+
+    /// The lowest layer that is changed: below it the base is all there is.
+    pub fn lowest_layer(&self) -> usize {
+        self.modules.first().map_or(0, |module| module.layer as usize)
     }
 
     /// Where the weights of one layer begin in the flat vector, and how many they are.
@@ -440,6 +478,9 @@ mod tests {
             LoraConfig { alpha: f64::NAN, ..LoraConfig::default() },
             LoraConfig { targets: vec![], ..LoraConfig::default() },
             LoraConfig { targets: vec![Target::Q, Target::Q], ..LoraConfig::default() },
+            LoraConfig { layers: vec![-1], ..LoraConfig::default() },
+            LoraConfig { layers: vec![1, 0], ..LoraConfig::default() },
+            LoraConfig { layers: vec![model.layers], ..LoraConfig::default() },
         ] {
             assert!(Adapter::new(config, &model, 0).is_err());
         }

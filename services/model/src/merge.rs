@@ -4,6 +4,7 @@
 //! another thing: their products cross.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use anyhow::{Context, Result, ensure};
 use rand::{Rng, SeedableRng};
@@ -197,7 +198,20 @@ fn assemble(mut merged: BTreeMap<(i64, Target), (Tensor, Tensor)>, model: &Model
     let mut targets: Vec<Target> = merged.keys().map(|(_, target)| *target).collect();
     targets.sort();
     targets.dedup();
-    let mut config = LoraConfig { rank, alpha: rank as f64, targets, ..LoraConfig::default() };
+    let mut layers: Vec<i64> = merged.keys().map(|(layer, _)| *layer).collect();
+    layers.dedup();
+    let mut config = LoraConfig { rank, alpha: rank as f64, targets, layers, ..LoraConfig::default() };
+    if config.layers.len() as i64 == model.layers {
+        config.layers.clear();
+    }
+    // Where one adapter changes a projection in fewer layers than another, the rest of them are left as they are.
+    for (layer, target) in config.places(model) {
+        if let Entry::Vacant(nothing) = merged.entry((layer, target)) {
+            let (inputs, outputs) = target.shape(model);
+            let zeros = |rows, columns| Tensor::f_zeros([rows, columns], (Kind::Float, Device::Cpu));
+            nothing.insert((zeros(1, inputs)?, zeros(outputs, 1)?));
+        }
+    }
     for ((layer, target), (a, _)) in merged.iter().filter(|(_, (a, _))| a.size()[0] != rank) {
         config.rank_pattern.insert(target.module(*layer), a.size()[0]);
         config.alpha_pattern.insert(target.module(*layer), a.size()[0] as f64);

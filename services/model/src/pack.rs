@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Tensor};
 
-use crate::llama::{Base, Input, Mask};
+use crate::llama::{Base, Entry, Input, Mask};
 
 /// Tokens to learn from or to score.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,7 +74,9 @@ pub struct Packed {
     /// The number of each token's sequence within its row; padding has its own.
     segments: Vec<i64>,
     learned: Vec<Learned>,
-    sequences: usize,
+    /// Where each sequence begins in the flattened rows; an empty one nowhere.
+    starts: Vec<i64>,
+    entry: Option<Entry>,
 }
 
 /// Lays sequences into rows of at most `row_tokens` tokens, or of the longest sequence where that is longer.
@@ -110,7 +112,8 @@ pub fn pack(base: &Base, sequences: &[Sequence], row_tokens: usize) -> Result<Pa
         positions: Vec::new(),
         segments: Vec::new(),
         learned: Vec::new(),
-        sequences: sequences.len(),
+        starts: vec![0; sequences.len()],
+        entry: None,
     };
     for (_, row) in &rows {
         packed.push_row(sequences, row, length);
@@ -123,6 +126,7 @@ impl Packed {
         let end = self.ids.len() + length;
         for (segment, &owner) in row.iter().enumerate() {
             let (sequence, start) = (&sequences[owner], self.ids.len() as i64);
+            self.starts[owner] = start;
             for &(from, to) in &sequence.learned {
                 self.learned.extend((from.max(1)..to).map(|t| Learned {
                     from: start + i64::from(t) - 1,
@@ -144,7 +148,17 @@ impl Packed {
 
     /// Number of sequences, empty ones included.
     pub fn sequences(&self) -> usize {
-        self.sequences
+        self.starts.len()
+    }
+
+    /// Where sequence `i` begins in the flattened rows.
+    pub(crate) fn start(&self, i: usize) -> i64 {
+        self.starts[i]
+    }
+
+    /// The same, entering the blocks there.
+    pub(crate) fn entering(self, entry: Entry) -> Self {
+        Self { entry: Some(entry), ..self }
     }
 
     /// Rows and their length in tokens.
@@ -185,7 +199,8 @@ impl Packed {
             let same = segments.unsqueeze(1).eq_tensor(&segments.unsqueeze(2));
             Mask::Block(same.tril(0).unsqueeze(1))
         };
-        Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask }
+        let entry = self.entry.as_ref().map(|e| Entry { layer: e.layer, x: e.x.shallow_clone() });
+        Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask, entry }
     }
 }
 

@@ -57,25 +57,25 @@ impl Adapter {
 fn peft_config(config: &LoraConfig, base_name: &str) -> Value {
     // An integer where it can be one: some readers take no other.
     let number = |x: f64| if x.fract() == 0.0 { json!(x as i64) } else { json!(x) };
+    let layers = if config.layers.is_empty() { Value::Null } else { json!(config.layers) };
     let alphas: BTreeMap<&String, Value> =
         config.alpha_pattern.iter().map(|(k, v)| (k, number(*v))).collect();
     json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
         "inference_mode": true, "r": config.rank, "lora_alpha": number(config.alpha), "lora_dropout": 0.0,
         "use_rslora": config.rslora, "use_dora": false, "bias": "none", "fan_in_fan_out": false,
-        "init_lora_weights": true, "modules_to_save": null, "layers_to_transform": null, "layers_pattern": null,
+        "init_lora_weights": true, "modules_to_save": null, "layers_to_transform": layers, "layers_pattern": null,
         "rank_pattern": config.rank_pattern, "alpha_pattern": alphas,
         "target_modules": config.targets.iter().map(|target| target.name()).collect::<Vec<_>>(),
     })
 }
 
 /// Options that are fine when absent, null, false, zero or empty, and change the arithmetic otherwise.
-const UNSUPPORTED: [&str; 20] = [
+const UNSUPPORTED: [&str; 19] = [
     "use_dora",
     "modules_to_save",
     "lora_bias",
     "fan_in_fan_out",
-    "layers_to_transform",
     "layers_pattern",
     "layer_replication",
     "trainable_token_indices",
@@ -113,6 +113,7 @@ fn lora_config(text: &str) -> Result<LoraConfig> {
         alpha: options.get("lora_alpha").and_then(Value::as_f64).context("lora_alpha is missing")?,
         rslora: options.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         targets: targets(options.get("target_modules"))?,
+        layers: layers(options.get("layers_to_transform"))?,
         rank_pattern: pattern(options, "rank_pattern", Value::as_i64)?,
         alpha_pattern: pattern(options, "alpha_pattern", Value::as_f64)?,
     };
@@ -137,6 +138,21 @@ fn targets(value: Option<&Value>) -> Result<Vec<Target>> {
     }
     targets.sort();
     Ok(targets)
+}
+
+/// One layer, or a list of them.
+fn layers(value: Option<&Value>) -> Result<Vec<i64>> {
+    let mut layers = match value {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(layers)) => layers
+            .iter()
+            .map(Value::as_i64)
+            .collect::<Option<_>>()
+            .context("layers_to_transform: not integers")?,
+        Some(layer) => vec![layer.as_i64().context("layers_to_transform has to be a list of layers")?],
+    };
+    layers.sort_unstable();
+    Ok(layers)
 }
 
 fn pattern<T>(
@@ -201,6 +217,23 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_of_some_layers_says_which() {
+        let model = golden::config("llama");
+        let config = LoraConfig::default().in_top_layers(1, &model).unwrap();
+        let adapter = Adapter::new(config, &model, 1).unwrap();
+        let _ = adapter.flat().shallow_clone().fill_(0.01);
+        let dir = scratch("layers");
+        adapter.write_peft(&dir, "llama").unwrap();
+        let written = std::fs::read_to_string(dir.join("adapter_config.json")).unwrap();
+        let again = Adapter::read_peft(&dir, &model).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        let written: Value = serde_json::from_str(&written).unwrap();
+        assert_eq!(written["layers_to_transform"], json!([model.layers - 1]));
+        assert_eq!((again.config(), again.lowest_layer()), (adapter.config(), model.layers as usize - 1));
+        assert!(again.flat().equal(adapter.flat()));
+    }
+
+    #[test]
     fn unsupported_options_are_refused_by_name() {
         for (i, (change, name)) in [
             (json!({"use_dora": true}), "use_dora"),
@@ -209,7 +242,10 @@ mod tests {
             (json!({"target_modules": ["q_proj", "lm_head"]}), "lm_head"),
             (json!({"target_modules": "all-linear"}), "all-linear"),
             (json!({"target_modules": []}), "targets"),
-            (json!({"layers_to_transform": [0]}), "layers_to_transform"),
+            (json!({"layers_to_transform": ["0"]}), "layers_to_transform"),
+            (json!({"layers_to_transform": [0]}), "unexpected"),
+            (json!({"layers_to_transform": [0, 9]}), "layers"),
+            (json!({"layers_pattern": ["h"]}), "layers_pattern"),
             (json!({"rank_pattern": {"^q.*": 4}}), "rank_pattern"),
             (json!({"peft_type": "IA3"}), "peft_type"),
             (json!({"r": "8"}), "r is missing"),

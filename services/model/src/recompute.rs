@@ -26,14 +26,18 @@ pub(crate) fn adapter_gradient(
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
     let input = packed.input(base.device());
     let pass = base.prepare(&input, None)?;
+    let (from, mut x) = base.enter(&input)?;
+    let lowest = adapter.lowest_layer();
     let mut entering = Vec::with_capacity(base.layers.len());
-    let mut x = base.embed(&input)?;
     {
         let _guard = tch::no_grad_guard();
         let active = base.activate(&[(adapter, 1.0)])?;
-        for i in 0..base.layers.len() {
+        for i in from..base.layers.len() {
             let after = base.block(i, &x, &pass, &active, None)?;
-            entering.push(std::mem::replace(&mut x, after));
+            let before = std::mem::replace(&mut x, after);
+            if i >= lowest {
+                entering.push((i, before));
+            }
         }
     }
     let top = x.f_detach()?.f_set_requires_grad(true)?;
@@ -43,16 +47,20 @@ pub(crate) fn adapter_gradient(
     let mut gradient = backward(&hidden, &above.hidden, &[&top])?.pop().context("no gradient")?;
 
     let mut parts = Vec::with_capacity(entering.len());
-    for (i, x) in entering.into_iter().enumerate().rev() {
-        let x = x.f_detach()?.f_set_requires_grad(i > 0)?;
+    for (i, x) in entering.into_iter().rev() {
+        let x = x.f_detach()?.f_set_requires_grad(i > lowest)?;
         let (start, length) = adapter.range_of_layer(i as i64);
         let leaf = adapter.flat().f_narrow(0, start, length)?.f_detach()?.f_set_requires_grad(true)?;
         let active = ActiveAdapters::of_layer(adapter, i as i64, &leaf, base.placement().kind())?;
         let after = base.block(i, &x, &pass, &active, None)?;
-        let parameters: &[&Tensor] = if i > 0 { &[&leaf, &x] } else { &[&leaf] };
-        let mut found = backward(&after, &gradient, parameters)?.into_iter();
-        parts.push(found.next().context("no gradient")?);
-        gradient = found.next().unwrap_or(gradient);
+        let mut parameters: Vec<&Tensor> = Vec::with_capacity(2);
+        parameters.extend((i > lowest).then_some(&x));
+        parameters.extend((length > 0).then_some(&leaf));
+        let mut found = backward(&after, &gradient, &parameters)?.into_iter();
+        if i > lowest {
+            gradient = found.next().context("no gradient")?;
+        }
+        parts.extend(found);
     }
     parts.reverse();
     Ok((above.scores, Tensor::f_cat(&parts, 0)?))
@@ -69,6 +77,7 @@ mod tests {
     use super::*;
     use crate::distillation::Mix;
     use crate::golden;
+    use crate::lora::LoraConfig;
     use crate::pack::{Sequence, pack};
 
     #[test]
@@ -81,10 +90,16 @@ mod tests {
         let mix = Mix { alpha: 0.3, temperature: 2.0 };
         let former =
             Teacher::new(base.share(), mix).unwrap().with_adapter(&golden::adapter("peft-qv")).unwrap();
-        let cases =
-            [("peft-r8", None), ("peft-qv", None), ("peft-rank-pattern", None), ("peft-r8", Some(&former))];
-        for (name, teacher) in cases {
-            let adapter = golden::adapter(name);
+        let upper = LoraConfig::default().in_top_layers(1, base.config()).unwrap();
+        let upper = Adapter::new(upper, base.config(), 1).unwrap();
+        let cases = [
+            ("r8", golden::adapter("peft-r8"), None),
+            ("qv", golden::adapter("peft-qv"), None),
+            ("rank-pattern", golden::adapter("peft-rank-pattern"), None),
+            ("r8, taught", golden::adapter("peft-r8"), Some(&former)),
+            ("the upper layer alone", upper, None),
+        ];
+        for (name, adapter, teacher) in cases {
             let (scores, whole) = loss::adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
             let (again, parts) = adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
             let size = whole.abs().max().double_value(&[]);

@@ -41,7 +41,7 @@ pub fn settle(
         most => Some(most as f64 * f64::from(1 << 20)),
     };
     let Some(limit) = limit.filter(|_| !matches!(placement.device, Device::Cuda(_))) else { return Ok(None) };
-    let lora = topology::training(settings, config.hidden_size)?.lora;
+    let lora = topology::training(settings, config)?.lora;
     let cache_bytes = settings.infer.cache_mb_max << 20;
     // Fewer than those of a row would save nothing: a row is the least that is computed.
     let least = settings.train.micro_tokens.min(settings.train.row_tokens);

@@ -10,6 +10,7 @@
 //! Each lane goes from a durable thing to a durable thing, and is restarted as a whole.
 
 use crate::text::Text;
+use anyhow::Context;
 use checkpoint::Checkpoint;
 use consolidate::{Consolidate, Gating};
 use filter::{Filter, Rules};
@@ -18,12 +19,14 @@ use ingest::{Cutter, Feeder, Ingest, Views};
 use kit::blobs::Blobs;
 use kit::compute::{Compute, Turn};
 use kit::lane::{Crew, Stop};
+use kit::latents::Latents;
 use kit::ledger::Ledger;
 use kit::link::{Door, Events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
 use model::anchor;
+use model::hf::ModelConfig;
 use model::llama::Base;
 use model::pack::Sequence;
 use proto::{
@@ -33,7 +36,7 @@ use proto::{
 use replay::{Mixer, Mixing, Settle};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use train::{Train, Training};
+use train::{Recall, Train, Training};
 
 /// Documents under way between two services of the intake lane.
 const INTAKE_CREDIT: usize = 16;
@@ -82,6 +85,7 @@ pub struct Plant {
     pub registry: Arc<Registry>,
     pub blobs: Arc<Blobs>,
     pub store: Arc<Store>,
+    pub latents: Arc<Latents>,
     pub text: Arc<Text>,
     pub base_id: BaseId,
     pub data_dir: PathBuf,
@@ -129,6 +133,7 @@ impl Plant {
             blobs: Arc::clone(&self.blobs),
             ledger: Arc::clone(&self.ledger),
             store: Arc::clone(&self.store),
+            latents: Arc::clone(&self.latents),
             base: self.base_id.clone(),
             peft: Arc::clone(&self.text) as Arc<dyn checkpoint::Peft>,
             generations_kept: s.checkpoint.generations_kept,
@@ -207,13 +212,15 @@ impl Plant {
     async fn train_thread(&self, stop: Stop) -> anyhow::Result<Compute<train::Worker>> {
         let s = &self.settings;
         let base = self.base();
-        let training = training(s, base.config().hidden_size)?;
+        let training = training(s, base.config())?;
         let (turn, threads) = (Arc::clone(&self.turn), s.base.threads);
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
+        let (latents, form) = (Arc::clone(&self.latents), format!("{} {}", self.base_id, base.placement()));
         Compute::start("train", move || {
             set_threads(threads);
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
-            Ok(train::Worker::new(base, training, anchors, turn, stop))
+            let recall = Recall::new(latents, form, &anchors);
+            Ok(train::Worker::new(base, training, anchors, recall, turn, stop))
         })
         .await
     }
@@ -279,7 +286,7 @@ fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
 ///
 /// # Errors
 /// When the shape of adapters is none.
-pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
+pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
     use model::lora::{LoraConfig, Target};
     let mut targets = LoraConfig::default().targets;
     if s.train.down {
@@ -293,6 +300,7 @@ pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
         ..LoraConfig::default()
     };
     lora.check()?;
+    let lora = lora.in_top_layers(s.train.top_layers, model).context("train.top_layers")?;
     Ok(Training {
         lora,
         learner: model::learner::LearnerConfig {
@@ -300,7 +308,7 @@ pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
             adamw: model::optim::AdamWConfig { weight_decay: s.train.weight_decay, ..Default::default() },
             row_tokens: s.train.row_tokens,
         },
-        rate: s.rate(width),
+        rate: s.rate(model.hidden_size),
         course: train::Course {
             passes: s.train.passes,
             answer_passes_max: s.train.answer_passes_max,
@@ -313,6 +321,7 @@ pub fn training(s: &Settings, width: i64) -> anyhow::Result<Training> {
         micro_tokens: s.train.micro_tokens,
         prompt_dropout: s.train.prompt_dropout,
         ewc_lambda: s.train.ewc_lambda,
+        olora: (s.train.olora_lambda > 0.0).then_some((s.train.olora_parts, s.train.olora_lambda)),
         former: model::guard::FormerShares {
             fresh: s.train.former_share,
             rehearsed: s.train.former_share_rehearsed,

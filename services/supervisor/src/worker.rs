@@ -8,6 +8,7 @@ use gateway::{Gateway, Recorder, ServerInfo};
 use kit::blobs::Blobs;
 use kit::compute::Turn;
 use kit::lane::{Lane, LaneOutcome, Policy, Stop};
+use kit::latents::Latents;
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::settings::Settings;
@@ -92,6 +93,7 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
     Ok(Plant {
         doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),
         store: Arc::new(Store::open(&lineages.join("replay"))?),
+        latents: Arc::new(Latents::open(&lineages.join("latents"), settings.train.latents_mb_max << 20)?),
         blobs: Arc::new(blobs),
         registry: Arc::new(registry),
         ledger: Arc::new(ledger),

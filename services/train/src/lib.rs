@@ -4,9 +4,11 @@
 //! that was interrupted is learned again exactly.
 
 mod course;
+mod recall;
 mod worker;
 
 pub use course::Course;
+pub use recall::{Known, Recall};
 pub use worker::{Training, Worker};
 
 use kit::blobs::Blobs;

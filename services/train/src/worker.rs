@@ -1,6 +1,7 @@
 //! What happens on the compute thread: the base, a learner for each batch, and the course.
 
 use crate::course::{Course, Fresh, Item};
+use crate::recall::Recall;
 use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
@@ -10,6 +11,7 @@ use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
 use model::llama::Base;
 use model::lora::{Adapter, LoraConfig};
 use model::mps;
+use model::orthogonal::Orthogonal;
 use model::pack::Sequence;
 use proto::{Batch, Example, ExampleId, LearnedExample, TrainReport};
 use rand::{Rng, SeedableRng};
@@ -40,6 +42,8 @@ pub struct Training {
     pub micro_tokens: usize,
     /// Strength of the EWC penalty; 0 is off.
     pub ewc_lambda: f64,
+    /// Parts that an adapter's ranks are cut into, one a batch, and what keeps them apart; none is off.
+    pub olora: Option<(i64, f64)>,
     /// Share of a prompt's tokens that an answer is learned without, others at each step.
     pub prompt_dropout: f64,
     /// What the parent generation has to say.
@@ -53,6 +57,7 @@ pub struct Worker {
     base: Base,
     training: Training,
     anchors: Vec<Sequence>,
+    recall: Recall,
     turn: Arc<Turn>,
     stop: Stop,
     /// Tokens of a micro-batch: the setting, or less once the device had too much at once.
@@ -119,10 +124,18 @@ impl Run<'_> {
 }
 
 impl Worker {
-    /// Takes the base, and the anchor sequences that are rehearsed beside every batch.
-    pub fn new(base: Base, training: Training, anchors: Vec<Sequence>, turn: Arc<Turn>, stop: Stop) -> Self {
+    /// Takes the base, the anchor sequences that are rehearsed beside every batch, and what is kept of the base's
+    /// hidden states.
+    pub fn new(
+        base: Base,
+        training: Training,
+        anchors: Vec<Sequence>,
+        recall: Recall,
+        turn: Arc<Turn>,
+        stop: Stop,
+    ) -> Self {
         let micro_tokens = Cell::new(mps::micro_tokens(training.micro_tokens, base.device()));
-        Self { base, training, anchors, turn, stop, micro_tokens }
+        Self { base, training, anchors, recall, turn, stop, micro_tokens }
     }
 
     /// Learns a batch.
@@ -148,17 +161,23 @@ impl Worker {
             Some(start) => Adapter::from_bytes(&start.weights, config).context("the parent's weights")?,
             None => Adapter::new(self.training.lora.clone(), config, batch.seed)?,
         };
-        let optimiser = start.and_then(|s| s.optimiser.as_deref());
+        // With parts of an adapter each batch has its own weights, and moments begin with them.
+        let optimiser = start.and_then(|s| s.optimiser.as_deref()).filter(|_| self.training.olora.is_none());
         let mut learner = Learner::new(self.base.share(), &adapter, optimiser, self.training.learner)?;
         let fisher = start.and_then(|s| s.fisher.as_deref()).filter(|_| self.training.ewc_lambda > 0.0);
         if let Some(bytes) = fisher {
             let ewc = Ewc::from_bytes(bytes, adapter.parameter_count())?;
             learner.hold_to(Elastic::new(ewc, self.training.ewc_lambda, &adapter)?);
         }
+        if let Some((parts, lambda)) = self.training.olora {
+            learner.hold_to(Orthogonal::new(&adapter, batch.number, parts, lambda)?);
+        }
         let shares = self.training.former;
         if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
             learner.hold_to(Former::new(&self.base, &adapter, shares)?);
         }
+        let examples = batch.rehearsed.iter().chain(&batch.fresh);
+        learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
         let fresh = batch.fresh.iter().map(|e| (as_fresh(e), sequence(e))).collect();
         Ok(Run {
             learner,

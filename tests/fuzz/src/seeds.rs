@@ -66,6 +66,7 @@ fn adapters() -> Vec<Vec<u8>> {
     let mut seeds = vec![both("peft-qv")];
     for rslora in [false, true] {
         let config = LoraConfig {
+            layers: if rslora { vec![1] } else { Vec::new() },
             rank: 1,
             alpha: 2.0,
             rslora,

@@ -34,7 +34,7 @@ impl Meanwhile {
     /// # Errors
     /// When it cannot learn.
     pub fn start(subject: &Subject, turn: &Arc<Turn>, share: f32) -> Result<Self> {
-        let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
+        let training = topology::training(&subject.settings, subject.base.config())?;
         let count = training.course.step_tokens.div_ceil(TOKENS);
         let step = micro_batches(&random(subject, count, TOKENS)?, training.micro_tokens);
         let (stop, tokens) = (Stop::new(), Arc::new(AtomicU64::new(0)));

@@ -29,6 +29,10 @@ pub enum Method {
     /// rehearsal. No gate.
     #[value(name = "lwf")]
     Lwf,
+    /// O-LoRA (Wang et al., arXiv 2310.14152): each batch trains a part of the ranks, apart from what earlier parts read
+    /// (train.olora_lambda, train.olora_parts), without rehearsal. No gate.
+    #[value(name = "olora")]
+    Olora,
     /// Dark experience replay (Buzzega et al., arXiv 2004.07211): rehearsal of texts whose loss is in part what the
     /// previous generation says (train.former_share_rehearsed). No gate.
     #[value(name = "der")]
@@ -46,6 +50,8 @@ pub enum Method {
 
 /// Strength of the penalty, and the former self's shares, where the settings leave them off.
 const EWC_LAMBDA: f64 = 100.0;
+/// As in the paper on O-LoRA.
+const OLORA_LAMBDA: f64 = 0.5;
 const FORMER_SHARE: f64 = 0.3;
 const FORMER_SHARE_REHEARSED: f64 = 0.5;
 
@@ -71,6 +77,7 @@ impl Method {
             Self::Ewc | Self::ReplayEwc => or(s.train.ewc_lambda, EWC_LAMBDA),
             _ => 0.0,
         };
+        s.train.olora_lambda = if self == Self::Olora { or(s.train.olora_lambda, OLORA_LAMBDA) } else { 0.0 };
         s.train.former_share = match self {
             Self::Lwf | Self::ReplayLwf => or(s.train.former_share, FORMER_SHARE),
             _ => 0.0,
@@ -110,6 +117,9 @@ mod tests {
         assert!(lwf.train.former_share > 0.0);
         let both = Method::ReplayLwf.apply(&settings);
         assert_eq!((&both.replay, both.train.former_share), (&settings.replay, lwf.train.former_share));
+        let olora = Method::Olora.apply(&settings);
+        assert_eq!((olora.replay.new_data_ratio, lwf.train.olora_lambda), (1.0, 0.0));
+        assert!(olora.train.olora_lambda > 0.0);
         let der = Method::Der.apply(&settings);
         assert_eq!((&der.replay, der.train.former_share), (&settings.replay, 0.0));
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);

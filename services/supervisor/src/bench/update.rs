@@ -6,14 +6,16 @@ use super::tasks::Line;
 use crate::topology;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::value_parser;
+use kit::latents::Latents;
 use model::guard::Former;
+use model::latent;
 use model::learner::{Learner, LearnerConfig, Outcome};
 use model::lora::Adapter;
 use model::pack::Sequence;
 use model::pretrain::corpus;
 use model::selftest;
 use nix::sys::resource::{UsageWho, getrusage};
-use proto::Content;
+use proto::{Content, ExampleId};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -21,7 +23,9 @@ use serde_json::json;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use train::{Known, Recall};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,8 +35,10 @@ Examples:
   engram bench update --base base-200m --examples 64 --set base.quantisation=nf4
 
 One pass over the new examples and those rehearsed beside them, with the services' own learner: pack, forward, the
-former self's forward pass of rehearsed texts, backward, clip, AdamW; without anchors, further passes and the gate. A first step that sets things up is not counted. Texts are cut as the services cut them;
-without --data the tokens are random. The ceiling is a product of two square matrices, in the same run.";
+former self's forward pass of rehearsed texts, backward, clip, AdamW; without anchors, further passes and the gate. A
+first step that sets things up is not counted. Texts are cut as the services cut them; without --data the tokens are
+random. With adapters in some layers only (--set train.top_layers=2), what is rehearsed enters above those below, as it
+was kept when it was new. The ceiling is a product of two square matrices, in the same run.";
 
 /// Time that the ceiling is sought for.
 const PEAK_TIME: Duration = Duration::from_millis(500);
@@ -66,6 +72,16 @@ pub struct Args {
     repeats: u64,
 }
 
+/// What is learned.
+struct Work {
+    /// New and rehearsed examples as they come, not sorted by length.
+    steps: Vec<Vec<Sequence>>,
+    /// Those of them that were learned before.
+    rehearsed: Vec<Sequence>,
+    /// Examples in a step.
+    batch: usize,
+}
+
 /// One measurement.
 struct Run {
     seconds: f64,
@@ -87,15 +103,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     for sequence in &mut sequences[new..] {
         sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
     }
+    let (batch, before) = (usize::try_from(args.batch)?, sequences[new..].to_vec());
     sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
-    let steps = steps(sequences, usize::try_from(args.batch)?);
+    let steps = sequences.chunks(batch).map(<[Sequence]>::to_vec).collect();
+    let work = Work { steps, rehearsed: before, batch };
     let peak = selftest::products(&subject.base.placement(), PEAK_TIME)?;
-    let runs = (0..args.repeats).map(|_| measure(&subject, &steps)).collect::<Result<Vec<Run>>>()?;
+    let runs = (0..args.repeats).map(|_| measure(&subject, &work)).collect::<Result<Vec<Run>>>()?;
     let run = median(runs).context("nothing was measured")?;
     let adapter = adapter(&subject)?;
-    let work = work(&subject, &adapter, &run);
+    let operations = operations(&subject, &adapter, &run, &work);
     let peak_rss = peak_rss_bytes()?;
-    let gflops = work / run.seconds / 1e9;
+    let gflops = operations / run.seconds / 1e9;
     let per_1000 = run.seconds * 1000.0 / new as f64;
     let figures = json!({
         "model": subject.json(), "adapter_parameters": adapter.parameter_count(),
@@ -120,11 +138,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 }
 
 pub(super) fn adapter(subject: &Subject) -> Result<Adapter> {
-    Adapter::new(
-        topology::training(&subject.settings, subject.base.config().hidden_size)?.lora,
-        subject.base.config(),
-        1,
-    )
+    Adapter::new(topology::training(&subject.settings, subject.base.config())?.lora, subject.base.config(), 1)
 }
 
 /// Sequences of random tokens, all of which count.
@@ -176,32 +190,45 @@ fn contents(path: &Path) -> Result<Vec<Content>> {
     Ok(lines.iter().map(Line::content).collect())
 }
 
-/// Steps of `batch` examples as they come, not sorted by length.
-fn steps(sequences: Vec<Sequence>, batch: usize) -> Vec<Vec<Sequence>> {
-    sequences.chunks(batch).map(<[Sequence]>::to_vec).collect()
+/// What the services keep of hidden states below the adapter, on disk. That of what is rehearsed is there already: it
+/// was new once.
+fn known(subject: &Subject, folder: &Path, work: &Work, lowest: usize) -> Result<Known> {
+    let latents = Latents::open(folder, subject.settings.train.latents_mb_max << 20)?;
+    let recall = Recall::new(Arc::new(latents), "bench".into(), &[]);
+    let ids = (0..).map(|ordinal| ExampleId { ordinal, chunk: 0 });
+    let known = recall.of(work.steps.iter().flatten().map(|sequence| sequence.tokens.clone()).zip(ids));
+    if lowest > 0 {
+        for rehearsed in work.rehearsed.chunks(work.batch) {
+            latent::fill(&subject.base, lowest, rehearsed, &known, subject.settings.train.row_tokens)?;
+        }
+    }
+    Ok(known)
 }
 
-fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
-    let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
+fn measure(subject: &Subject, work: &Work) -> Result<Run> {
+    let training = topology::training(&subject.settings, subject.base.config())?;
     let config: LearnerConfig = training.learner;
     let adapter = adapter(subject)?;
     let mut learner = Learner::new(subject.base.share(), &adapter, None, config)?;
     if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
         learner.hold_to(Former::new(&subject.base, &adapter, training.former)?);
     }
-    let mut step = |sequences: &[Sequence]| -> Result<usize> {
+    let folder = tempfile::tempdir().context("no folder for hidden states")?;
+    let known = known(subject, folder.path(), work, adapter.lowest_layer())?;
+    let step = |learner: &mut Learner, sequences: &[Sequence]| -> Result<usize> {
         let micro_batches = micro_batches(sequences, training.micro_tokens);
         let report = learner.step(&micro_batches, RATE, &mut || ControlFlow::Continue(()))?;
         ensure!(report.outcome == Outcome::Applied, "a step did not stay finite");
         Ok(report.tokens)
     };
-    step(&steps[0])?;
+    step(&mut learner, &work.steps[0])?;
+    learner.remember_in(known);
     let started = Instant::now();
     let mut learned_tokens = 0;
-    for sequences in steps {
-        learned_tokens += step(sequences)?;
+    for sequences in &work.steps {
+        learned_tokens += step(&mut learner, sequences)?;
     }
-    let tokens = steps.iter().flatten().map(|sequence| sequence.tokens.len()).sum();
+    let tokens = work.steps.iter().flatten().map(|sequence| sequence.tokens.len()).sum();
     Ok(Run { seconds: started.elapsed().as_secs_f64(), tokens, learned_tokens })
 }
 
@@ -222,16 +249,21 @@ pub(super) fn micro_batches(sequences: &[Sequence], tokens: usize) -> Vec<Vec<Se
     batches
 }
 
-/// Floating-point operations that the update needs: for each token 4 for a weight of the base's blocks (forward, and
-/// backward to what enters them) and 6 for one of the adapter; for each learned token 4 for a weight of the head. What
-/// attention takes beside its projections is left out, so that the share of the ceiling is no exaggeration.
-fn work(subject: &Subject, adapter: &Adapter, run: &Run) -> f64 {
+/// Floating-point operations that the update needs: for each token 4 for a weight of the blocks that the adapter changes
+/// (forward, and backward to what enters them), 2 for one below where that is not known, and 6 for one of the adapter;
+/// for each learned token 4 for a weight of the head. What attention takes beside its projections and what a former self
+/// takes is left out, so that the share of the ceiling is no exaggeration.
+fn operations(subject: &Subject, adapter: &Adapter, run: &Run, work: &Work) -> f64 {
     let config = subject.base.config();
     let head = (config.vocab_size * config.hidden_size) as f64;
     let embeddings = if config.tied { head } else { 2.0 * head };
     let blocks = config.parameter_count() as f64 - embeddings;
-    let every = 4.0 * blocks + 6.0 * adapter.parameter_count() as f64;
-    run.tokens as f64 * every + run.learned_tokens as f64 * 4.0 * head
+    let below = blocks * adapter.lowest_layer() as f64 / config.layers as f64;
+    let kept = subject.settings.train.latents_mb_max > 0;
+    let known: usize = if kept { work.rehearsed.iter().map(|s| s.tokens.len()).sum() } else { 0 };
+    let every = 4.0 * (blocks - below) + 6.0 * adapter.parameter_count() as f64;
+    let tokens = run.tokens as f64;
+    tokens * every + (tokens - known as f64) * 2.0 * below + run.learned_tokens as f64 * 4.0 * head
 }
 
 /// The most memory that this process had at once, in bytes.

@@ -1,4 +1,5 @@
 use super::*;
+use kit::latents::Latents;
 use model::device::{Placement, Precision};
 use model::hf::ModelConfig;
 use proto::Domain;
@@ -42,11 +43,15 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         micro_tokens: 64,
         prompt_dropout: 0.0,
         ewc_lambda: 0.0,
+        olora: None,
         former: FormerShares::default(),
         share_while_serving: 1.0,
     };
     let base = Base::random(&shape, 1, &placement).expect("a base");
-    Worker::new(base, training, Vec::new(), Turn::new(), Stop::new())
+    let folder = tempfile::tempdir().expect("a folder");
+    let latents = Arc::new(Latents::open(folder.path(), 0).expect("latents"));
+    let recall = Recall::new(latents, "base".into(), &[]);
+    Worker::new(base, training, Vec::new(), recall, Turn::new(), Stop::new())
 }
 
 fn batch() -> Batch {
@@ -126,6 +131,42 @@ fn a_prompt_loses_words_within_and_the_answer_none() {
         let before = whole.clone();
         thin(&mut whole, share, &mut rng);
         assert_eq!(whole, before, "nothing is dropped when off, nor of a text");
+    }
+}
+
+#[test]
+fn what_the_base_makes_of_examples_is_kept_from_batch_to_batch() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let latents = Arc::new(Latents::open(folder.path(), 1 << 20).expect("latents"));
+    let anchor = Sequence::whole((20..40).collect());
+    let mut weights = Vec::new();
+    for keeps in [false, true, true] {
+        let mut worker = worker(Precision::F32, 32.0);
+        worker.training.rate = 1e-2;
+        worker.training.course.anchor_share = 1.0;
+        worker.training.lora = LoraConfig::default().in_top_layers(1, worker.base.config()).expect("layers");
+        worker.anchors = vec![anchor.clone()];
+        if keeps {
+            worker.recall = Recall::new(Arc::clone(&latents), "base".into(), &worker.anchors);
+        }
+        weights.push(learned(&mut worker).weights);
+        let kept = |n: u64| latents.get(ExampleId { ordinal: n, chunk: 0 }, &hash(n));
+        assert_eq!((0..10).filter(|&n| kept(n).is_some()).count(), if keeps { 8 } else { 0 });
+    }
+    let shape = worker(Precision::F32, 32.0).base.config().clone();
+    let flat = |n: usize| Adapter::from_bytes(&weights[n], &shape).expect("weights").flat().shallow_clone();
+    for n in [1, 2] {
+        let distance = (flat(0) - flat(n)).abs().max().double_value(&[]);
+        assert!(distance < 1e-4, "{distance}");
+    }
+
+    fn hash(n: u64) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"base").update(&1u64.to_le_bytes());
+        for token in example(n).piece.tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        hasher.finalize().into()
     }
 }
 

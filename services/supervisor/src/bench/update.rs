@@ -1,18 +1,18 @@
 //! `engram bench update`: how fast the learner learns.
 
-use super::report;
 use super::subject::{Subject, SubjectArgs};
 use super::tasks::Line;
+use super::{report, resident};
 use crate::topology;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::value_parser;
 use model::guard::Former;
-use model::learner::{Learner, LearnerConfig, Outcome};
+use model::learner::{Learner, Outcome};
+use model::llama::Base;
 use model::lora::Adapter;
 use model::pack::Sequence;
 use model::pretrain::corpus;
 use model::selftest;
-use nix::sys::resource::{UsageWho, getrusage};
 use proto::Content;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -22,6 +22,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use train::Training;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -67,10 +68,13 @@ pub struct Args {
 }
 
 /// One measurement.
-struct Run {
-    seconds: f64,
-    tokens: usize,
-    learned_tokens: usize,
+pub(super) struct Run {
+    /// Of one pass.
+    pub seconds: f64,
+    /// Tokens of all examples.
+    pub tokens: usize,
+    /// Those of them that counted.
+    pub learned_tokens: usize,
 }
 
 /// Measures and reports.
@@ -79,22 +83,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
     let new = usize::try_from(args.examples)?;
     let rehearsed = (new as f64 * args.replay / (1.0 - args.replay)).round() as usize;
-    let mut sequences = match &args.data {
+    let sequences = match &args.data {
         Some(path) => of_text(path, &subject, new + rehearsed)?,
         None => random(&subject, new + rehearsed, usize::try_from(args.tokens)?)?,
     };
-    // As in the services: a rehearsed text is held to the former self, which costs a forward pass; an answer is not.
-    for sequence in &mut sequences[new..] {
-        sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
-    }
-    sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
-    let steps = steps(sequences, usize::try_from(args.batch)?);
+    let steps = steps(sequences, new, usize::try_from(args.batch)?);
     let peak = selftest::products(&subject.base.placement(), PEAK_TIME)?;
     let runs = (0..args.repeats).map(|_| measure(&subject, &steps)).collect::<Result<Vec<Run>>>()?;
     let run = median(runs).context("nothing was measured")?;
     let adapter = adapter(&subject)?;
     let work = work(&subject, &adapter, &run);
-    let peak_rss = peak_rss_bytes()?;
+    let peak_rss = resident::peak()?;
     let gflops = work / run.seconds / 1e9;
     let per_1000 = run.seconds * 1000.0 / new as f64;
     let figures = json!({
@@ -176,19 +175,24 @@ fn contents(path: &Path) -> Result<Vec<Content>> {
     Ok(lines.iter().map(Line::content).collect())
 }
 
-/// Steps of `batch` examples as they come, not sorted by length.
-fn steps(sequences: Vec<Sequence>, batch: usize) -> Vec<Vec<Sequence>> {
+/// Steps of `batch` examples, not sorted by length. Those after the first `new` ones are rehearsed among them.
+pub(super) fn steps(mut sequences: Vec<Sequence>, new: usize, batch: usize) -> Vec<Vec<Sequence>> {
+    rehearsed(&mut sequences[new..]);
+    sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
     sequences.chunks(batch).map(<[Sequence]>::to_vec).collect()
 }
 
-fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
-    let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
-    let config: LearnerConfig = training.learner;
-    let adapter = adapter(subject)?;
-    let mut learner = Learner::new(subject.base.share(), &adapter, None, config)?;
-    if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
-        learner.hold_to(Former::new(&subject.base, &adapter, training.former)?);
+/// As in the services: a rehearsed text is held to the former self, which costs a forward pass; an answer is not.
+pub(super) fn rehearsed(sequences: &mut [Sequence]) {
+    for sequence in sequences {
+        sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
     }
+}
+
+/// Times one pass over `steps`, after a first step that does not count.
+pub(super) fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
+    let training = topology::training(&subject.settings, subject.base.config().hidden_size)?;
+    let mut learner = learner(subject.base.share(), &adapter(subject)?, &training)?;
     let mut step = |sequences: &[Sequence]| -> Result<usize> {
         let micro_batches = micro_batches(sequences, training.micro_tokens);
         let report = learner.step(&micro_batches, RATE, &mut || ControlFlow::Continue(()))?;
@@ -203,6 +207,16 @@ fn measure(subject: &Subject, steps: &[Vec<Sequence>]) -> Result<Run> {
     }
     let tokens = steps.iter().flatten().map(|sequence| sequence.tokens.len()).sum();
     Ok(Run { seconds: started.elapsed().as_secs_f64(), tokens, learned_tokens })
+}
+
+/// A learner that is held to its former self as the services' is from a lineage's second generation on.
+pub(super) fn learner(base: Base, adapter: &Adapter, training: &Training) -> Result<Learner> {
+    let mut learner = Learner::new(base, adapter, None, training.learner)?;
+    if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
+        let former = Former::new(learner.base(), adapter, training.former)?;
+        learner.hold_to(former);
+    }
+    Ok(learner)
 }
 
 /// A step in parts of about `tokens` tokens, as the services take it.
@@ -234,14 +248,8 @@ fn work(subject: &Subject, adapter: &Adapter, run: &Run) -> f64 {
     run.tokens as f64 * every + run.learned_tokens as f64 * 4.0 * head
 }
 
-/// The most memory that this process had at once, in bytes.
-fn peak_rss_bytes() -> Result<u64> {
-    // The system counts in bytes on a Mac, and in KiB elsewhere.
-    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    Ok(u64::try_from(getrusage(UsageWho::RUSAGE_SELF)?.max_rss())? * unit)
-}
-
-fn median(mut runs: Vec<Run>) -> Option<Run> {
+/// The middle one by seconds.
+pub(super) fn median(mut runs: Vec<Run>) -> Option<Run> {
     runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let middle = runs.len() / 2;
     (middle < runs.len()).then(|| runs.swap_remove(middle))

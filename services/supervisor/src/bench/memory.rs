@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use clap::value_parser;
 use kit::compute::Turn;
 use kit::settings::Settings;
+use model::cpu::PAGE_TOKENS;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -175,8 +176,7 @@ impl Answers {
 /// How many answers of so many tokens a cache has room for at once, at most `streams` and at least one. Each may leave a
 /// part of its last page empty.
 fn at_once(streams: usize, length: usize, cache_tokens: usize) -> usize {
-    const PAGE_TOKENS_MAX: usize = 64;
-    streams.min(cache_tokens / length.next_multiple_of(PAGE_TOKENS_MAX)).max(1)
+    streams.min(cache_tokens / length.next_multiple_of(PAGE_TOKENS)).max(1)
 }
 
 /// What was resident while something was done.
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn no_more_are_asked_at_once_than_the_cache_has_room_for() {
         assert_eq!(at_once(16, 264, 100_000), 16);
-        assert_eq!(at_once(16, 264, 1000), 3, "each takes 320");
+        assert_eq!(at_once(16, 264, 1000), 3, "each takes 288");
         assert_eq!(at_once(16, 264, 100), 1, "whether it fits is for the cache to say");
     }
 

@@ -57,8 +57,11 @@ pub struct Args {
 /// Measures and reports.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let mut phases = Phases::default();
-    let mut subject = phases.measure("loading", || Subject::load(&args.subject))?;
-    ensure_fits(&subject, args.prompt_tokens.saturating_add(args.answer_tokens))?;
+    let mut subject = phases.measure("loading", || {
+        let subject = Subject::load(&args.subject)?;
+        ensure_fits(&subject, args.prompt_tokens.saturating_add(args.answer_tokens))?;
+        Ok(subject)
+    })?;
     let (config, placement) = (subject.base.config().clone(), subject.base.placement());
     // As the worker does: where memory is short, learning takes smaller micro-batches.
     let footprint = memory::settle(&mut subject.settings, &config, &placement)?;

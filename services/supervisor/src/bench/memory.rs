@@ -11,6 +11,7 @@ use clap::value_parser;
 use kit::compute::Turn;
 use kit::settings::Settings;
 use model::cpu::PAGE_TOKENS;
+use model::footprint::Footprint;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -98,7 +99,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         "streams": answers.streams,
         "micro_tokens": subject.settings.train.micro_tokens,
         "estimate_bytes": estimate,
-        "estimate": footprint.map(|f| json!({ "base": f.base, "answering": f.answering, "learning": f.learning })),
+        "estimate": footprint.map(parts),
         "peak_rss_bytes": peak,
         "of_estimate": estimate.map(|estimate| peak as f64 / estimate),
         "phases": phases.json(),
@@ -107,6 +108,11 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     report::store(args.subject.json.as_deref(), &figures)?;
     writeln!(out, "{}", subject.describe())?;
     tell(&figures, &phases, &subject.settings, out)
+}
+
+/// What the estimate is made of, in bytes.
+fn parts(footprint: Footprint) -> Value {
+    json!({ "base": footprint.base, "answering": footprint.answering, "learning": footprint.learning })
 }
 
 fn tell(figures: &Value, phases: &Phases, settings: &Settings, out: &mut dyn Write) -> Result<()> {
@@ -201,7 +207,10 @@ impl Phases {
     }
 
     fn json(&self) -> Value {
-        let phase = |Phase { name, resident }: &Phase| json!({ "name": name, "peak_rss_bytes": resident.peak, "rss_bytes": resident.now });
+        let phase = |phase: &Phase| {
+            let resident = phase.resident;
+            json!({ "name": phase.name, "peak_rss_bytes": resident.peak, "rss_bytes": resident.now })
+        };
         self.0.iter().map(phase).collect()
     }
 }

@@ -9,7 +9,7 @@
 
 Each measurement prints its figures as one line of JSON. Weights are random, and the same for nobody: only speed counts.
 """
-import argparse, importlib, json, pathlib, random, resource, statistics, sys, time
+import argparse, importlib, itertools, json, pathlib, random, resource, statistics, sys, time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs/models"
@@ -267,57 +267,61 @@ FIGURES = ("tokens_per_s", "prompt_tokens_per_s", "decode_tokens_per_s", "peak_r
 
 
 def results(folder):
-    """{what: {who: {figure: [of each round]}}}, from files ROUND.WHAT.WHO.json."""
+    """{what: {who: {figure: {round: value}}}}, in the order of measurement, from files ROUND.WHAT.WHO.json."""
     found = {}
-    for path in sorted(folder.glob("*.*.*.json"), key=lambda path: int(path.name.split(".")[0])):
-        _, what, who, _ = path.name.split(".")
+    for path in sorted(folder.glob("*.*.*.json"), key=lambda path: path.stat().st_mtime_ns):
+        turn, what, who, _ = path.name.split(".")
         figures = json.loads(path.read_text())
         rows = [(who, figures)]
         if "rows" in figures:  # `engram bench serve` has one for each number of adapters
             rows = [(f"{who}-{row['adapters']}-adapters" if row["adapters"] else who, row) for row in figures["rows"]]
         for name, row in rows:
             for figure in FIGURES:
-                if row.get(figure) is None or (what == "serve" and figure == "tokens_per_s"):
-                    continue
-                found.setdefault(what, {}).setdefault(name, {}).setdefault(figure, []).append(row[figure])
+                # What Engram's serve has as tokens_per_s has the prompts in it, and the peers' have not.
+                if row.get(figure) is not None and (what, figure) != ("serve", "tokens_per_s"):
+                    found.setdefault(what, {}).setdefault(name, {}).setdefault(figure, {})[turn] = row[figure]
     return found
+
+
+def comparable(ours, peer):
+    """Engram beside a peer, in 8 bits where the peer is."""
+    return ours.startswith("engram") and not peer.startswith("engram") and ("int8" in ours) == ("q8" in peer)
 
 
 def ratios(whats):
     """Each of Engram's figures as a multiple of each peer's, round by round."""
     for what, by_who in whats.items():
-        for ours in (who for who in by_who if who.startswith("engram")):
-            for peer in (who for who in by_who if not who.startswith("engram")):
-                for figure in FIGURES:
-                    pairs = list(zip(by_who[ours].get(figure, []), by_who[peer].get(figure, [])))
-                    if pairs:
-                        each = [mine / theirs for mine, theirs in pairs]
-                        yield {"what": what, "figure": figure, "engram": ours, "peer": peer,
-                               "median": statistics.median(each), "each_round": each}
+        for ours, peer in itertools.product(by_who, by_who):
+            for figure in FIGURES if comparable(ours, peer) else ():
+                mine, theirs = by_who[ours].get(figure, {}), by_who[peer].get(figure, {})
+                each = [mine[turn] / theirs[turn] for turn in mine if turn in theirs]
+                if each:
+                    yield {"what": what, "figure": figure, "engram": ours, "peer": peer,
+                           "median": statistics.median(each), "each_round": each}
 
 
 def table(a):
     whats = results(a.folder)
     medians = [
-        {"what": what, "figure": figure, "who": who, "median": statistics.median(each), "each_round": each}
+        {"what": what, "who": who, "figure": figure, "median": statistics.median(each.values()),
+         "each_round": list(each.values())}
         for what, by_who in whats.items() for who, figures in by_who.items() for figure, each in figures.items()
     ]
     compared = list(ratios(whats))
-    print(f"{'':9}{'':22}{'':20}{'median':>10}")
+    print("Medians")
     for row in medians:
-        value, unit = row["median"], ""
-        if row["figure"] == "peak_rss_bytes":
-            value, unit = value / 1e6, " MB"
-        print(f"{row['what']:9}{row['who']:22}{row['figure']:20}{value:10.1f}{unit}")
-    print("\nEngram as a multiple of each peer: the median of the rounds' ratios, and the least and the largest")
+        value = f"{row['median'] / 1e6:10.1f} MB" if row["figure"] == "peak_rss_bytes" else f"{row['median']:10.1f}"
+        print(f"  {row['what']:9}{row['who']:25}{row['figure']:20}{value}")
+    print("Engram as a multiple of each peer: the median of the rounds' ratios, the least and the largest")
     for row in compared:
-        each = row["each_round"]
-        print(f"{row['what']:9}{row['engram']:18} / {row['peer']:20}{row['figure']:20}{row['median']:7.2f}"
-              f"  ({min(each):.2f} to {max(each):.2f})")
+        least, largest = min(row["each_round"]), max(row["each_round"])
+        names = f"{row['engram']} / {row['peer']}"
+        print(f"  {row['what']:9}{names:45}{row['figure']:20}{row['median']:7.2f}  ({least:.2f} to {largest:.2f})")
     if a.json:
-        left_out = (a.folder / "left-out").read_text().splitlines() if (a.folder / "left-out").exists() else []
-        a.json.write_text(json.dumps({"shape": shape(a.folder), "medians": medians, "ratios": compared,
-                                      "left_out": left_out}, indent=1) + "\n")
+        left_out = (a.folder / "left-out").read_text().splitlines()
+        figures = {"shape": shape(a.folder), "threads": a.threads, "medians": medians, "ratios": compared,
+                   "left_out": left_out}
+        a.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main():
@@ -338,7 +342,7 @@ def main():
     command(update, "folder", dtype="float32", batch=16, threads=1).add_argument("--sorted", action="store_true")
     command(transformers, "folder", dtype="float32", prompt=64, tokens=64, streams=1, threads=1)
     command(llama, "folder", type="bf16", prompt=64, tokens=64, streams=1, threads=1)
-    command(table, "folder").add_argument("--json", type=pathlib.Path)
+    command(table, "folder", threads=1).add_argument("--json", type=pathlib.Path)
     a = parser.parse_args()
     a.run(a)
 

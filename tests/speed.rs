@@ -1,4 +1,4 @@
-//! `engram bench update`, `generate` and `serve`: how fast learning and answers are.
+//! `engram bench update`, `generate`, `serve`, `memory` and `growth`: how fast learning and answers are, and what they take.
 
 use crate::harness::engram;
 use crate::tiny;
@@ -19,8 +19,12 @@ fn write_shape(path: &Path) {
 }
 
 fn measured(folder: &Path, given: &[&str]) -> Value {
+    reported(folder, &[given, &["--repeats", "2"]].concat())
+}
+
+fn reported(folder: &Path, given: &[&str]) -> Value {
     let json = folder.join("result.json").display().to_string();
-    let output = engram(&[given, &["--json", &json, "--repeats", "2", "--set", "base.threads=1"]].concat());
+    let output = engram(&[given, &["--json", &json, "--set", "base.threads=1"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&fs::read(json).expect("there")).expect("JSON")
 }
@@ -103,6 +107,59 @@ fn answers_are_timed_while_something_is_learned() {
 }
 
 #[test]
+fn what_is_resident_is_told_by_what_is_done_beside_the_estimate() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let base = folder.path().join("base");
+    tiny::write(&base);
+    let base = base.display().to_string();
+    let given =
+        ["bench", "memory", "--base", &base, "--steps", "1", "--streams", "4", "--prompt-tokens", "40"];
+    let small =
+        ["replay.capacity=50", "train.step_tokens=128", "train.micro_tokens=64", "infer.cache_mb_max=1"];
+    let set = small.iter().flat_map(|setting| ["--set", *setting]).collect::<Vec<_>>();
+    let result = reported(folder.path(), &[&given[..], &set[..]].concat());
+    let phases = result["phases"].as_array().expect("phases");
+    let names: Vec<_> = phases.iter().filter_map(|phase| phase["name"].as_str()).collect();
+    assert_eq!(names, ["loading", "replay buffer", "learning", "answering", "both"]);
+    let peak = result["peak_rss_bytes"].as_u64().expect("a figure");
+    assert!(
+        phases.iter().all(|phase| (1..=peak).contains(&phase["peak_rss_bytes"].as_u64().expect("a figure")))
+    );
+    assert_eq!(result["replay_examples"].as_u64(), Some(50));
+    // Keys and values of a token take 512 bytes in f32, and room is made before there is none left.
+    assert!((1000..=4096).contains(&result["cached_tokens"].as_u64().expect("a figure")), "{result:#}");
+    for figure in ["base_bytes", "adapter_bytes", "replay_buffer_bytes", "of_estimate"] {
+        assert!(result[figure].as_f64().expect("a figure") > 0.0, "{figure}: {result:#}");
+    }
+    assert!(peak > result["base_bytes"].as_u64().expect("a figure"));
+}
+
+#[test]
+fn what_grows_is_told_with_its_exponent_and_drawn() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (base, shape) = (folder.path().join("base"), folder.path().join("shape.toml"));
+    tiny::write(&base);
+    write_shape(&shape);
+    let svg = folder.path().join("curves").display().to_string();
+    let (base, shape) = (base.display().to_string(), shape.display().to_string());
+    let models = format!("{base},{shape}");
+    let given = ["bench", "growth", "--base", &base, "--models", &models, "--svg", &svg, "--tokens", "8"];
+    let small = ["--examples", "8,32", "--kept", "20,200", "--domains", "1,4", "--adapters", "1,4"];
+    let result = measured(folder.path(), &[&given[..], &small, &["--documents", "200,1000"]].concat());
+    let curves = result["curves"].as_array().expect("curves");
+    let names: Vec<_> = curves.iter().filter_map(|curve| curve["curve"].as_str()).collect();
+    let rehearsal = ["rehearsal", "rehearsal-takes-in", "rehearsal-digest"];
+    assert_eq!(names, [&["examples"][..], &rehearsal, &["routing", "adapters", "models", "intake"]].concat());
+    for curve in curves {
+        assert_eq!(curve["points"].as_array().map(Vec::len), Some(2), "{curve:#}");
+        assert!(curve["exponent"].is_f64() && curve["expected"].is_f64(), "{curve:#}");
+        let name = format!("{}.svg", curve["curve"].as_str().expect("a name"));
+        let drawn = fs::read_to_string(Path::new(&svg).join(name)).expect("a drawing");
+        assert!(drawn.contains("measured"), "{curve:#}");
+    }
+}
+
+#[test]
 fn a_speed_that_cannot_be_measured_is_told_in_a_line() {
     let folder = tempfile::tempdir().expect("a folder");
     tiny::write(&folder.path().join("base"));
@@ -116,6 +173,8 @@ fn a_speed_that_cannot_be_measured_is_told_in_a_line() {
         (&["serve", "--base", &base, "--streams", "0"], "--streams"),
         (&["serve", "--base", &base, "--learning", "1.5"], "--learning"),
         (&["serve", "--base", &base, "--svg", "both.svg"], "--learning"),
+        (&["memory", "--base", &base, "--prompt-tokens", "300"], "context of 256"),
+        (&["growth", "--base", &base, "--adapters", "17"], "--adapters"),
     ] {
         let output = engram(&[&["bench"], given].concat());
         let line = String::from_utf8_lossy(&output.stderr);

@@ -12,7 +12,7 @@ mod router;
 pub use engine::{Engine, Request};
 pub use guide::Guide;
 pub use profiles::Profiles;
-pub use router::{Route, Routing};
+pub use router::{Route, Router, Routing};
 
 use anyhow::Context;
 use guide::Compilation;

@@ -8,6 +8,6 @@ mod buffer;
 mod mixer;
 mod settle;
 
-pub use buffer::Strategy;
+pub use buffer::{Buffer, Changes, Row, Strategy};
 pub use mixer::{Mixer, Mixing};
 pub use settle::Settle;

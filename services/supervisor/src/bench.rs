@@ -1,19 +1,24 @@
 //! `engram bench`: what the program is worth, measured on its own services.
 
 mod bag_of_words;
+mod full_buffer;
 mod generate;
+mod growth;
 mod heatmap;
 mod meanwhile;
+mod memory;
 mod method;
 mod panel;
 mod quality;
 mod report;
+mod resident;
 mod retention;
 mod scores;
 mod serve;
 mod subject;
 mod system;
 pub mod tasks;
+mod together;
 mod update;
 
 use anyhow::Result;
@@ -26,7 +31,9 @@ Examples:
   engram bench quality --data ./clinc150 --json result.json
   engram bench update --base reference --examples 256
   engram bench generate --base reference
-  engram bench serve --base reference --streams 16 --adapters 8";
+  engram bench serve --base reference --streams 16 --adapters 8
+  engram bench memory --base reference
+  engram bench growth --svg ./curves";
 
 /// What `engram bench` takes.
 #[derive(Debug, clap::Args)]
@@ -48,6 +55,10 @@ enum Bench {
     Generate(generate::Args),
     /// Measure how fast many answers are decoded at once, over several adapters, and while something is learned.
     Serve(serve::Args),
+    /// Measure the memory of serving and learning with one copy of the base, beside what is estimated.
+    Memory(memory::Args),
+    /// Time what grows with examples, memory, adapters, the base and documents, and tell how fast it grows.
+    Growth(growth::Args),
 }
 
 /// Runs the benchmark that is asked for.
@@ -58,5 +69,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         Bench::Update(args) => update::run(args, out),
         Bench::Generate(args) => generate::run(args, out),
         Bench::Serve(args) => serve::run(args, out),
+        Bench::Memory(args) => memory::run(args, out),
+        Bench::Growth(args) => growth::run(args, out),
     }
 }

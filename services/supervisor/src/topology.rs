@@ -262,7 +262,8 @@ pub fn cutter(s: &Settings, text: &Arc<Text>) -> Cutter {
     }
 }
 
-fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
+/// How batches are mixed, where so much of the disk that holds `disk` is free.
+pub fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
     use kit::settings::Strategy as Named;
     Mixing {
         capacity: s.replay.capacity,

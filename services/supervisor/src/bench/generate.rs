@@ -2,7 +2,8 @@
 
 use super::report;
 use super::subject::{Subject, SubjectArgs, median};
-use anyhow::{Context, Result, ensure};
+use super::together::ensure_fits;
+use anyhow::{Context, Result};
 use clap::value_parser;
 use model::batch::{Adapted, Batch, NotBegun};
 use model::sampling::Sampling;
@@ -42,12 +43,7 @@ pub struct Args {
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
     let (prompt, tokens) = (usize::try_from(args.prompt_tokens)?, usize::try_from(args.tokens)?);
-    let context = subject.base.config().max_positions;
-    let length = prompt.saturating_add(tokens);
-    ensure!(
-        i64::try_from(length).is_ok_and(|length| length <= context),
-        "{length} tokens are more than the base's context of {context}; ask for fewer"
-    );
+    ensure_fits(&subject, args.prompt_tokens.saturating_add(args.tokens))?;
     let mut batch = Batch::new(subject.base.share(), subject.settings.infer.cache_mb_max << 20)?;
     let (mut reading, mut decoding) = (Vec::new(), Vec::new());
     for seed in 0..=args.repeats {

@@ -1,7 +1,7 @@
 //! A learner that goes on while something else is measured.
 
 use super::subject::Subject;
-use super::update::{adapter, micro_batches, random};
+use super::update::{adapter, learner, micro_batches, random, rehearsed};
 use crate::topology;
 use anyhow::{Result, anyhow, ensure};
 use kit::compute::Turn;
@@ -34,9 +34,25 @@ impl Meanwhile {
     /// # Errors
     /// When it cannot learn.
     pub fn start(subject: &Subject, turn: &Arc<Turn>, share: f32) -> Result<Self> {
+        Self::begin(subject, turn, share, false)
+    }
+
+    /// The same with as much rehearsed as is new, which is held to the former self.
+    ///
+    /// # Errors
+    /// As for [`Meanwhile::start`].
+    pub fn rehearsing(subject: &Subject, turn: &Arc<Turn>, share: f32) -> Result<Self> {
+        Self::begin(subject, turn, share, true)
+    }
+
+    fn begin(subject: &Subject, turn: &Arc<Turn>, share: f32, rehearsing: bool) -> Result<Self> {
         let training = topology::training(&subject.settings, subject.base.config())?;
         let count = training.course.step_tokens.div_ceil(TOKENS);
-        let step = micro_batches(&random(subject, count, TOKENS)?, training.micro_tokens);
+        let mut sequences = random(subject, count, TOKENS)?;
+        if rehearsing {
+            rehearsed(&mut sequences[count / 2..]);
+        }
+        let step = micro_batches(&sequences, training.micro_tokens);
         let (stop, tokens) = (Stop::new(), Arc::new(AtomicU64::new(0)));
         let course =
             Course { step, share, turn: Arc::clone(turn), stop: stop.clone(), tokens: Arc::clone(&tokens) };
@@ -46,7 +62,12 @@ impl Meanwhile {
             if threads > 0 {
                 set_threads(threads);
             }
-            course.run(Learner::new(base, &adapter, None, training.learner)?)
+            // The guard is made here, where it is used: it does not go from thread to thread.
+            course.run(if rehearsing {
+                learner(base, &adapter, &training)?
+            } else {
+                Learner::new(base, &adapter, None, training.learner)?
+            })
         })?;
         let learning = Self { stop, tokens, thread };
         while learning.tokens() == 0 && !learning.thread.is_finished() {
@@ -58,6 +79,11 @@ impl Meanwhile {
     /// Tokens learned so far.
     pub fn tokens(&self) -> u64 {
         self.tokens.load(Ordering::Relaxed)
+    }
+
+    /// Whether it ended by itself, which only an error has it do.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Ends it.

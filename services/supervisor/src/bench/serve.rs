@@ -3,13 +3,13 @@
 use super::meanwhile::Meanwhile;
 use super::report;
 use super::subject::{Subject, SubjectArgs, median, quantile};
+use super::together::{adapter, ensure_fits};
 use anyhow::{Context, Result, bail, ensure};
 use clap::value_parser;
 use infer::{Engine, Request};
 use kit::compute::{Compute, Turn};
 use kit::link;
 use model::device::set_threads;
-use model::lora::{Adapter, LoraConfig};
 use model::pretrain::curve;
 use proto::{Domain, GenerateEvent, GenerationId, Sampling, Weighted};
 use serde_json::{Value, json};
@@ -74,12 +74,7 @@ fn share(text: &str) -> Result<f64, String> {
 /// Measures and reports.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
-    let length = args.prompt_tokens.saturating_add(args.tokens);
-    let context = subject.base.config().max_positions;
-    ensure!(
-        i64::try_from(length).is_ok_and(|length| length <= context),
-        "{length} tokens are more than the base's context of {context}; ask for fewer"
-    );
+    ensure_fits(&subject, args.prompt_tokens.saturating_add(args.tokens))?;
     writeln!(out, "{}", subject.describe())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let rows = runtime.block_on(async {
@@ -307,13 +302,6 @@ fn decoding(run: &Arrivals) -> f64 {
     let to = run.iter().filter_map(|at| at.last()).copied().fold(f64::INFINITY, f64::min);
     let tokens = run.iter().flatten().filter(|at| from < **at && **at <= to).count();
     if from < to { tokens as f64 / (to - from) } else { f64::NAN }
-}
-
-/// An adapter with an effect, another one for each number.
-fn adapter(subject: &Subject, number: u64) -> Result<Adapter> {
-    let fresh = Adapter::new(LoraConfig::default(), subject.base.config(), number)?;
-    // A fresh one changes nothing: its B is zero.
-    fresh.with_flat(fresh.flat() + 0.001)
 }
 
 fn generation(number: u64) -> Result<GenerationId> {

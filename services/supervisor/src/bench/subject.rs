@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What every measurement of speed takes.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub struct SubjectArgs {
     /// The base: `nano`, a folder in the Hugging Face form, or org/name on the hub; or a shape with random weights:
     /// `reference`, `base-100m`, `base-200m`, or a preset's file.
@@ -30,6 +30,13 @@ pub struct SubjectArgs {
     /// A setting, as section.key=value; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+}
+
+impl SubjectArgs {
+    /// The same of another base.
+    pub fn of(&self, base: &str) -> Self {
+        Self { base: base.to_owned(), ..self.clone() }
+    }
 }
 
 /// A base with its text side.

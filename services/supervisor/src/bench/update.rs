@@ -1,20 +1,20 @@
 //! `engram bench update`: how fast the learner learns.
 
-use super::report;
 use super::subject::{Subject, SubjectArgs};
 use super::tasks::Line;
+use super::{report, resident};
 use crate::topology;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::value_parser;
 use kit::latents::Latents;
 use model::guard::Former;
 use model::latent;
-use model::learner::{Learner, LearnerConfig, Outcome};
+use model::learner::{Learner, Outcome};
+use model::llama::Base;
 use model::lora::Adapter;
 use model::pack::Sequence;
 use model::pretrain::corpus;
 use model::selftest;
-use nix::sys::resource::{UsageWho, getrusage};
 use proto::{Content, ExampleId};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
@@ -25,7 +25,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use train::{Known, Recall};
+use train::{Known, Recall, Training};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -73,7 +73,7 @@ pub struct Args {
 }
 
 /// What is learned.
-struct Work {
+pub(super) struct Work {
     /// New and rehearsed examples as they come, not sorted by length.
     steps: Vec<Vec<Sequence>>,
     /// Those of them that were learned before.
@@ -82,11 +82,24 @@ struct Work {
     batch: usize,
 }
 
+impl Work {
+    /// Examples in steps of `batch`. Those after the first `new` ones are rehearsed among them.
+    pub fn new(mut sequences: Vec<Sequence>, new: usize, batch: usize) -> Self {
+        rehearsed(&mut sequences[new..]);
+        let rehearsed = sequences[new..].to_vec();
+        sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
+        Self { steps: sequences.chunks(batch).map(<[Sequence]>::to_vec).collect(), rehearsed, batch }
+    }
+}
+
 /// One measurement.
-struct Run {
-    seconds: f64,
-    tokens: usize,
-    learned_tokens: usize,
+pub(super) struct Run {
+    /// Of one pass.
+    pub seconds: f64,
+    /// Tokens of all examples.
+    pub tokens: usize,
+    /// Those of them that counted.
+    pub learned_tokens: usize,
 }
 
 /// Measures and reports.
@@ -95,24 +108,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
     let new = usize::try_from(args.examples)?;
     let rehearsed = (new as f64 * args.replay / (1.0 - args.replay)).round() as usize;
-    let mut sequences = match &args.data {
+    let sequences = match &args.data {
         Some(path) => of_text(path, &subject, new + rehearsed)?,
         None => random(&subject, new + rehearsed, usize::try_from(args.tokens)?)?,
     };
-    // As in the services: a rehearsed text is held to the former self, which costs a forward pass; an answer is not.
-    for sequence in &mut sequences[new..] {
-        sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
-    }
-    let (batch, before) = (usize::try_from(args.batch)?, sequences[new..].to_vec());
-    sequences.shuffle(&mut ChaCha8Rng::seed_from_u64(1));
-    let steps = sequences.chunks(batch).map(<[Sequence]>::to_vec).collect();
-    let work = Work { steps, rehearsed: before, batch };
+    let work = Work::new(sequences, new, usize::try_from(args.batch)?);
     let peak = selftest::products(&subject.base.placement(), PEAK_TIME)?;
     let runs = (0..args.repeats).map(|_| measure(&subject, &work)).collect::<Result<Vec<Run>>>()?;
     let run = median(runs).context("nothing was measured")?;
     let adapter = adapter(&subject)?;
     let operations = operations(&subject, &adapter, &run, &work);
-    let peak_rss = peak_rss_bytes()?;
+    let peak_rss = resident::peak()?;
     let gflops = operations / run.seconds / 1e9;
     let per_1000 = run.seconds * 1000.0 / new as f64;
     let figures = json!({
@@ -190,6 +196,13 @@ fn contents(path: &Path) -> Result<Vec<Content>> {
     Ok(lines.iter().map(Line::content).collect())
 }
 
+/// As in the services: a rehearsed text is held to the former self, which costs a forward pass; an answer is not.
+pub(super) fn rehearsed(sequences: &mut [Sequence]) {
+    for sequence in sequences {
+        sequence.rehearsed = sequence.learned.first().is_none_or(|&(from, _)| from == 0);
+    }
+}
+
 /// What the services keep of hidden states below the adapter, on disk. That of what is rehearsed is there already: it
 /// was new once.
 fn known(subject: &Subject, folder: &Path, work: &Work, lowest: usize) -> Result<Known> {
@@ -205,14 +218,11 @@ fn known(subject: &Subject, folder: &Path, work: &Work, lowest: usize) -> Result
     Ok(known)
 }
 
-fn measure(subject: &Subject, work: &Work) -> Result<Run> {
+/// Times one pass, after a first step that does not count.
+pub(super) fn measure(subject: &Subject, work: &Work) -> Result<Run> {
     let training = topology::training(&subject.settings, subject.base.config())?;
-    let config: LearnerConfig = training.learner;
     let adapter = adapter(subject)?;
-    let mut learner = Learner::new(subject.base.share(), &adapter, None, config)?;
-    if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
-        learner.hold_to(Former::new(&subject.base, &adapter, training.former)?);
-    }
+    let mut learner = learner(subject.base.share(), &adapter, &training)?;
     let folder = tempfile::tempdir().context("no folder for hidden states")?;
     let known = known(subject, folder.path(), work, adapter.lowest_layer())?;
     let step = |learner: &mut Learner, sequences: &[Sequence]| -> Result<usize> {
@@ -230,6 +240,16 @@ fn measure(subject: &Subject, work: &Work) -> Result<Run> {
     }
     let tokens = work.steps.iter().flatten().map(|sequence| sequence.tokens.len()).sum();
     Ok(Run { seconds: started.elapsed().as_secs_f64(), tokens, learned_tokens })
+}
+
+/// A learner that is held to its former self as the services' is from a lineage's second generation on.
+pub(super) fn learner(base: Base, adapter: &Adapter, training: &Training) -> Result<Learner> {
+    let mut learner = Learner::new(base, adapter, None, training.learner)?;
+    if training.former.fresh > 0.0 || training.former.rehearsed > 0.0 {
+        let former = Former::new(learner.base(), adapter, training.former)?;
+        learner.hold_to(former);
+    }
+    Ok(learner)
 }
 
 /// A step in parts of about `tokens` tokens, as the services take it.
@@ -266,14 +286,8 @@ fn operations(subject: &Subject, adapter: &Adapter, run: &Run, work: &Work) -> f
     tokens * every + (tokens - known as f64) * 2.0 * below + run.learned_tokens as f64 * 4.0 * head
 }
 
-/// The most memory that this process had at once, in bytes.
-fn peak_rss_bytes() -> Result<u64> {
-    // The system counts in bytes on a Mac, and in KiB elsewhere.
-    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    Ok(u64::try_from(getrusage(UsageWho::RUSAGE_SELF)?.max_rss())? * unit)
-}
-
-fn median(mut runs: Vec<Run>) -> Option<Run> {
+/// The middle one by seconds.
+pub(super) fn median(mut runs: Vec<Run>) -> Option<Run> {
     runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let middle = runs.len() / 2;
     (middle < runs.len()).then(|| runs.swap_remove(middle))

@@ -32,7 +32,7 @@ const RETENTION_BEST: &str = "engram:retention_best_loss";
 
 /// What each metric of this process means, those of the other services among them: what is not here
 /// has no help on the page, which promtool complains of.
-const HELP: [(&str, &str); 26] = [
+const HELP: [(&str, &str); 27] = [
     (RUNNING, "Requests for text that are being answered."),
     ("engram:num_requests_waiting", "Requests for text that wait for a place."),
     (LATENCY, "From a request for text to the end of its answer, seconds."),
@@ -54,6 +54,10 @@ const HELP: [(&str, &str); 26] = [
     ("engram:gate_refusals_total", "Candidates that the gate refused, by what came of it."),
     ("engram:train_loss", "Mean loss of what was learned last, nats a token, by lineage."),
     ("engram:train_tokens_total", "Tokens that were trained on, by lineage."),
+    (
+        "engram:train_latents_total",
+        "Sequences that entered above the lowest adapted layer, by whether that was kept.",
+    ),
     (RETENTION, "Loss of the current generation on what was known, nats a token, by domain and probe."),
     (RETENTION_BEST, "The best loss of any generation on it, nats a token, by domain and probe."),
     (names::MESSAGES, "Messages between services, by outcome."),

@@ -121,7 +121,7 @@ mod tests {
 
     fn sequences() -> Vec<Sequence> {
         let sequence = |n: u32| Sequence {
-            rehearsed: n % 2 == 0,
+            rehearsed: n.is_multiple_of(2),
             ..Sequence::whole((0..5 + 3 * n).map(|i| (i * i * 7 + n * 31) % 128).collect())
         };
         (0..7).map(sequence).collect()

@@ -147,7 +147,7 @@ impl Buffer {
         if row.first_loss >= high_loss {
             return Some(HIGH_LOSS);
         }
-        (self.redundancy(id, &row.signature) < DIVERSE_BELOW).then_some(DIVERSE)
+        (redundancy(&self.sample(), id, &row.signature) < DIVERSE_BELOW).then_some(DIVERSE)
     }
 
     fn importance(&self, held: &Held) -> f32 {
@@ -157,11 +157,10 @@ impl Buffer {
         })
     }
 
-    /// The highest similarity to a fixed sample of the other rows, 0 to 1.
-    fn redundancy(&self, id: ExampleId, signature: &[u32]) -> f32 {
+    /// A fixed sample of the rows, which others are compared with.
+    fn sample(&self) -> Vec<(ExampleId, &[u32])> {
         let stride = (self.held.len() / COMPARED).max(1);
-        let others = self.held.iter().step_by(stride).filter(|(other, _)| other.ordinal != id.ordinal);
-        others.map(|(_, held)| similarity(signature, &held.row.signature)).fold(0.0, f32::max)
+        self.held.iter().step_by(stride).map(|(id, held)| (*id, &held.row.signature[..])).collect()
     }
 
     /// Removes the rows with the lowest worth until the rest fits.
@@ -172,10 +171,12 @@ impl Buffer {
         }
         let fair = self.strategy == Strategy::Hybrid;
         let mut counts = Counts::default();
+        // Found once for all rows: to reach it in the map takes a walk over all of them.
+        let sample = self.sample();
         let place = |(id, held): (&ExampleId, &Held)| Place {
             id: *id,
             order: held.order,
-            worth: self.worth(*id, held),
+            worth: self.worth(*id, held, &sample),
             domain: counts.domain(&held.row),
             answer: counts.answer(&held.row),
         };
@@ -197,19 +198,26 @@ impl Buffer {
         }
     }
 
-    fn worth(&self, id: ExampleId, held: &Held) -> f32 {
+    fn worth(&self, id: ExampleId, held: &Held, sample: &[(ExampleId, &[u32])]) -> f32 {
+        let redundancy = || redundancy(sample, id, &held.row.signature);
         match self.strategy {
             Strategy::Reservoir => 0.0,
             Strategy::Importance => self.importance(held),
-            Strategy::Diversity => 1.0 - self.redundancy(id, &held.row.signature),
+            Strategy::Diversity => 1.0 - redundancy(),
             Strategy::Hybrid if held.row.marked.is_some_and(|m| m >= 1.0) => f32::MAX,
             // The draw keeps old and unremarkable rows from leaving in the order they came.
             Strategy::Hybrid => {
                 let draw = unit(self.seed, id) as f32;
-                self.importance(held) - 0.5 * self.redundancy(id, &held.row.signature) + 0.3 * draw
+                self.importance(held) - 0.5 * redundancy() + 0.3 * draw
             }
         }
     }
+}
+
+/// The highest similarity to a sample of the other rows, 0 to 1.
+fn redundancy(sample: &[(ExampleId, &[u32])], id: ExampleId, signature: &[u32]) -> f32 {
+    let others = sample.iter().filter(|(other, _)| other.ordinal != id.ordinal);
+    others.map(|(_, theirs)| similarity(signature, theirs)).fold(0.0, f32::max)
 }
 
 /// A row that may be evicted.

@@ -30,12 +30,14 @@ impl Curve {
     /// All of it in figures.
     pub fn json(&self) -> Value {
         let (first, last) = (self.points.first(), self.points.last());
+        // Most sizes are counts.
+        let size = |&(x, _): &(f64, f64)| if x.fract() == 0.0 { json!(x as u64) } else { json!(x) };
         json!({
             "curve": self.name,
             "grows": self.grows,
             "takes": self.takes,
-            "from": first.map(|(x, _)| x),
-            "to": last.map(|(x, _)| x),
+            "from": first.map(size),
+            "to": last.map(size),
             "took_first": first.map(|(_, y)| y),
             "took_last": last.map(|(_, y)| y),
             "exponent": self.exponent(),

@@ -138,7 +138,7 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     let base = base.to_str().expect("a path");
     let apart = [&format!("notes@{}", before[1]), "notes", "--base", base];
     let diff = with(&server, &[&["adapters", "diff"], &apart[..]].concat());
-    assert!(diff.contains(&format!("+ {id}  stdin\n1 documents added, 0 removed\n")), "{diff}");
+    assert!(diff.contains(&format!("+ {id}  stdin\n1 document added, 0 removed\n")), "{diff}");
     assert!(diff.contains(" q_proj    | "), "{diff}");
     let same = with(&server, &["adapters", "diff", "notes", "notes", "--base", base]);
     assert!(same.contains("0 documents added") && same.contains("0.0 %"), "{same}");

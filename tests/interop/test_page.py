@@ -53,8 +53,8 @@ def open_page(browser):
     yield open_at
     for context in contexts:
         context.close()
-    # What a test itself breaks is told in the console too: a key refused, a connection cut.
-    expected = ("401", "ERR_FAILED")
+    # What a test itself breaks is told in the console too: a file or a key refused, a connection cut.
+    expected = ("400", "401", "ERR_FAILED")
     assert [text for text in complaints if not any(mark in text for mark in expected)] == []
 
 
@@ -125,6 +125,7 @@ def test_files_are_taught_by_dropping_them(open_page, server):
     page = open_page(server)
     lines = [{"prompt": f"Who keeps key {n}?", "completion": f" Keeper {n}."} for n in range(3)]
     files = {"keys.jsonl": "\n".join(map(json.dumps, lines)), "bad.jsonl": "{not json}", "note.txt": "Short."}
+    files["bees.html"] = "<h1>Bees</h1><p>Aurelia keeps nine hives of bees behind the glass factory.</p>"
     page.evaluate(
         """(files) => {
             const moved = new DataTransfer();
@@ -136,9 +137,11 @@ def test_files_are_taught_by_dropping_them(open_page, server):
     )
     taught = page.locator("#taught")
     expect(taught).to_contain_text("keys.jsonl: 3 documents accepted")
-    expect(taught).to_contain_text("bad.jsonl: line 1 is not JSON")
+    expect(taught).to_contain_text("bad.jsonl:1 is not a JSON object")
     expect(taught).to_contain_text("note.txt: 1 document accepted")
+    expect(taught).to_contain_text("bees.html: 1 document accepted")
     expect(row(page, "Who keeps key 2?")).to_contain_text("keys.jsonl")
+    expect(row(page, "Aurelia keeps nine hives").locator(".excerpt")).not_to_contain_text("<p>")
     # A word says too little: the page tells why it was refused.
     expect(row(page, "Short.")).to_contain_text("refused")
     assert len(row(page, "Short.").locator("small").last.inner_text()) > 5

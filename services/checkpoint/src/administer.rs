@@ -60,7 +60,7 @@ impl Answer<Forget> for Checkpoint {
             .map(|(ordinal, document)| (if shared { Domain::general() } else { document.domain }, ordinal))
             .collect();
         let Some((lineage, _)) = places.first() else {
-            return Ok(Err(Refusal::NotFound(format!("there is no document {}", ask.id))));
+            return Ok(Err(Refusal::NotFound(format!("there is no document '{}'", ask.id))));
         };
         let dirty = self.that_hold(&places);
         let gone: BTreeSet<&GenerationId> = dirty.iter().map(|g| &g.id).collect();

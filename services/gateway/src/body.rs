@@ -2,11 +2,12 @@
 
 use crate::error::{ApiError, Result};
 use actix_web::body::{BodySize, BoxBody, MessageBody};
-use actix_web::dev::{self, ServiceResponse};
+use actix_web::dev::ServiceResponse;
 use actix_web::http::header;
 use actix_web::{HttpMessage, HttpRequest, web};
 use futures_util::StreamExt;
 use serde_json::{Map, Value};
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -113,20 +114,20 @@ impl Body {
     }
 }
 
-/// A request's body that was not read to its end.
+/// A request's body that was not read to its end, or what reads it.
 pub(crate) struct Unread {
-    _payload: dev::Payload,
+    _payload: Box<dyn Any>,
 }
 
 impl Unread {
-    pub(crate) fn new(payload: dev::Payload) -> Self {
-        Self { _payload: payload }
+    pub(crate) fn new(payload: impl Any) -> Self {
+        Self { _payload: Box::new(payload) }
     }
 }
 
-/// Says that nobody reads on in the body of a request.
-pub(crate) fn leave(request: &HttpRequest, payload: web::Payload) {
-    request.extensions_mut().insert(Unread::new(payload.into_inner()));
+/// Says that nobody reads on in the body of a request, which `payload` is or reads.
+pub(crate) fn leave(request: &HttpRequest, payload: impl Any) {
+    request.extensions_mut().insert(Unread::new(payload));
 }
 
 /// An answer's body that holds what was not read of the request. While it does, actix-web sees that there is more, and

@@ -67,7 +67,12 @@ fn document(mut fields: Fields, id: Option<DocumentId>, limits: Limits, now_ms: 
             "the document has {bytes} bytes of text, and one document takes {bytes_max}: \
              split it, and submit its parts as documents of their own"
         );
-        return Err(ApiError::too_large(message).param(path.trim_end_matches('.')));
+        let error = ApiError::too_large(message);
+        // A document that is the whole body has no place in it.
+        return Err(match path.trim_end_matches('.') {
+            "" => error,
+            place => error.param(place),
+        });
     }
     let id = id.unwrap_or_else(|| Document::content_id(&domain, &content));
     Ok(Document { id, domain, content, importance, source, submitted_ms: now_ms, derived_from })

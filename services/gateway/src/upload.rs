@@ -13,12 +13,14 @@ use actix_web::guard::GuardContext;
 use actix_web::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use actix_web::{HttpRequest, HttpResponse, web};
 use anyhow::Context;
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::future::Future;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
@@ -83,17 +85,29 @@ pub(crate) async fn submit(
     request: HttpRequest,
     payload: web::Payload,
 ) -> Result<HttpResponse> {
+    // Kept here too: the form lets go of what it reads when there is a mistake in it.
+    let payload = Rc::new(RefCell::new(payload));
+    let read = Rc::clone(&payload);
+    let parts = stream::poll_fn(move |context| read.borrow_mut().poll_next_unpin(context));
+    let answer = take(&state, &request, Multipart::new(request.headers(), parts)).await;
+    if answer.is_err() {
+        body::leave(&request, payload);
+    }
+    answer
+}
+
+async fn take(state: &State, request: &HttpRequest, parts: Multipart) -> Result<HttpResponse> {
     let limits = state.limits.upload;
     let length = request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
     if length.and_then(|length| length.parse().ok()).is_some_and(|bytes: usize| bytes > limits.bytes_max) {
         return Err(body::too_large(limits));
     }
-    let key = documents::idempotency_key(&request)?.map(str::to_owned);
-    documents::admit(&state, 1)?;
+    let key = documents::idempotency_key(request)?.map(str::to_owned);
+    documents::admit(state, 1)?;
     let turn = state.uploads.turns.try_acquire();
     let _turn = turn.map_err(|_| ApiError::busy("other uploads are being read", 1))?;
     let mut form = Form { limits, start: Instant::now(), bytes: 0, files: Vec::new(), about: Map::new() };
-    form.receive(&state.uploads, Multipart::new(request.headers(), payload)).await?;
+    form.receive(&state.uploads, parts).await?;
     let Form { files, about, .. } = form;
     if files.is_empty() {
         return Err(ApiError::invalid("file", "the form has no file: send one as the field 'file'"));
@@ -113,7 +127,7 @@ pub(crate) async fn submit(
         return Err(ApiError::too_large(message).param("file"));
     }
     let read = submission::read(json!({ "documents": bodies }), key.as_deref(), limits, now_ms())?;
-    let mut answers = documents::append(&state, read).await?;
+    let mut answers = documents::append(state, read).await?;
     for (answer, place) in answers.iter_mut().zip(places) {
         answer["place"] = place.into();
     }

@@ -18,8 +18,8 @@ Examples:
   engram chat                              talk with it
   engram status                            see what it is doing
 
-Ends with 0 when all was done, 1 when it failed, 2 when the command line is wrong, 3 when no server answers, and 4 when
-only a part could be done, as when some of many files cannot be read.";
+Ends with 0 when all was done, 1 when it failed, 2 when the command line is wrong, 3 when no server \
+answers, and 4 when only a part could be done, as when some of many files cannot be read.";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -197,5 +197,23 @@ mod tests {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("engram "), "{} has no example", command.get_name());
         }
+    }
+
+    fn help_is_wrapped(command: &clap::Command) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        for paragraph in help.split("\n\n") {
+            for (n, line) in paragraph.lines().enumerate() {
+                // Examples stand as they are written; what is told besides is one line, which clap breaks where the
+                // terminal ends.
+                let fits = line.starts_with(' ') && line.len() <= 100;
+                assert!(n == 0 || fits, "{}: {line}", command.get_name());
+            }
+        }
+        command.get_subcommands().for_each(help_is_wrapped);
+    }
+
+    #[test]
+    fn help_breaks_no_line_where_it_should_not() {
+        help_is_wrapped(&Cli::command());
     }
 }

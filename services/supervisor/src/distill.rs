@@ -49,11 +49,11 @@ Examples:
   engram distill --teacher http://127.0.0.1:8000/v1 --model qwen --domain help \\
       --prompts p.txt --out pairs.jsonl    to look at first; 'engram learn pairs.jsonl' follows
 
-The teacher is any server that streams chat completions as OpenAI's does. What the inputs say goes
-to it: files and documents too. Its key is taken from the variable that --key-env names, and is
-kept nowhere. A run that was ended goes on when the same command is given again: a journal, in the
-data folder or beside --out, knows what was asked. Answers leave the one in the data folder when a
-run ends and the server has them. Without prices, tokens are counted, and money is not.";
+The teacher is any server that streams chat completions as OpenAI's does. What the inputs say goes \
+to it: files and documents too. Its key is taken from the variable that --key-env names, and is kept \
+nowhere. A run that was ended goes on when the same command is given again: a journal, in the data \
+folder or beside --out, knows what was asked. Answers leave the one in the data folder when a run \
+ends and the server has them. Without prices, tokens are counted, and money is not.";
 
 /// Documents of one request to the server, and pairs of one answer, at most.
 const QUESTIONS_MAX: i64 = 100;

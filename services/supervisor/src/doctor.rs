@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 const EXAMPLES: &str = "\
 Examples:
   engram doctor
-  engram doctor --full > report.md                          compare the device with the CPU, in about 30 s
+  engram doctor --full > report.md     compare the device with the CPU, in about 30 s
   engram doctor --full --set base.device=mps --set base.precision=bf16
   engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
 

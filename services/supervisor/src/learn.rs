@@ -16,7 +16,7 @@ use std::time::Duration;
 const EXAMPLES: &str = "\
 Examples:
   engram learn facts.jsonl --wait               lines of one document a line
-  engram learn docs/ src/ --domain project      text and source code, as deep as it goes, but for what git ignores
+  engram learn docs/ src/ --domain project      text and source code, but for what git ignores
   engram learn report.pdf page.html notes.md    PDF, HTML, Markdown
   engram learn key.txt --importance 1.0         the last to be forgotten, should room run out
   echo 'The key is under the pot.' | engram learn -";

@@ -24,14 +24,14 @@ Examples:
   engram pretrain --preset my.toml --data ./texts --data ./more --out ./mybase --steps 2000 --seed 7
   engram pretrain --data ./texts --out ./mybase --minutes 60 --resume
   engram pretrain --preset base-200m --dry-run
-  engram pretrain --data ./texts --out ./small --teacher ./large --alpha 0.5    distillation on logits
+  engram pretrain --data ./texts --out ./small --teacher ./large --alpha 0.5   from its logits
 
-Reads each *.txt of the folders, whose documents end in a line <|endoftext|>; *.val.txt is held out
-and scored. Ctrl-C stops after the step that runs and writes what was learned. OUT/training holds the
-loss curve and the state from which --resume goes on exactly; delete it when you are done.
+Reads each *.txt of the folders, whose documents end in a line <|endoftext|>; *.val.txt is held out \
+and scored. Ctrl-C stops after the step that runs and writes what was learned. OUT/training holds \
+the loss curve and the state from which --resume goes on exactly; delete it when you are done.
 
-Built-in presets: nano (4.9 million weights, about the size of the base that comes with the program),
-reference (63.6), base-100m, base-200m.";
+Built-in presets: nano (4.9 million weights, about the size of the base that comes with the \
+program), reference (63.6), base-100m, base-200m.";
 
 /// How long the ceiling of the device is measured, before the run.
 const PRODUCTS_TIME: Duration = Duration::from_millis(500);

@@ -117,7 +117,8 @@ pub fn threads(setting: usize) -> String {
     let logical = available_parallelism().map_or(1, std::num::NonZero::get);
     let physical = physical_cores().map_or_else(String::new, |n| format!("{n} physical, "));
     let used = if setting > 0 { setting } else { tch::get_num_threads().max(1) as usize };
-    format!("{physical}{logical} logical cores; {used} threads compute (base.threads = {setting})")
+    let compute = if used == 1 { "thread computes" } else { "threads compute" };
+    format!("{physical}{logical} logical cores; {used} {compute} (base.threads = {setting})")
 }
 
 fn physical_cores() -> Option<usize> {

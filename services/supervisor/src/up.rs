@@ -18,10 +18,10 @@ Examples:
   engram up --base ./smollm --data ./knowledge     a base of your own, and a place of your own
   engram up --base HuggingFaceTB/SmolLM2-135M      a base from the hub; @REVISION may follow
   engram up --listen 0.0.0.0:8420 --config my.toml for others: needs a key in the settings
-  engram up --set replay.capacity=20000            one setting; ENGRAM__REPLAY__CAPACITY=20000 does the same
+  engram up --set replay.capacity=20000            one setting, as ENGRAM__REPLAY__CAPACITY does
 
-Flags win over the environment, the environment over the file, and the file over what is built in.
-A base from the hub is kept where Python's huggingface_hub keeps it, and its variables are followed:
+Flags win over the environment, the environment over the file, and the file over what is built in. A \
+base from the hub is kept where Python's huggingface_hub keeps it, and its variables are followed: \
 HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE=1 to use only what is there.";
 
 /// What `engram up` takes.

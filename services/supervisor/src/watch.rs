@@ -21,13 +21,14 @@ use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
 Examples:
-  engram watch notes/ --domain notes       learn what is there, then what changes; forget what is deleted
+  engram watch notes/ --domain notes       learn what is there and what changes; forget what goes
   engram watch notes/ --dry-run            say what would be done, and do nothing
-  engram watch src/ --once                 bring the server up to date, and end: for cron or a git hook
+  engram watch src/ --once                 bring the server up to date, and end, as in a git hook
 
-It learns what 'engram learn' would: what git ignores and what is hidden is left out. A file that was renamed is
-neither forgotten nor learned again. What was learned from which file stands in a state file in the data folder;
-it can be stopped and started at any time. The folder is read anew at the start and every --rescan seconds.";
+It learns what 'engram learn' would: what git ignores and what is hidden is left out. A file that \
+was renamed is neither forgotten nor learned again. What was learned from which file stands in a \
+state file in the data folder; it can be stopped and started at any time. The folder is read anew at \
+the start and every --rescan seconds.";
 
 /// A burst of changes is over when nothing has changed for so long.
 const QUIET: Duration = Duration::from_millis(500);

@@ -97,15 +97,20 @@ fn draw_loss(beats: &[Beat], now_ms: u64) -> Result<String, Box<dyn Error>> {
     Ok(svg)
 }
 
-/// The colour of the `n`th line, told apart by people who see few colours (Okabe and Ito, 2008).
+/// The colours of lines, told apart by people who see few colours (Okabe and Ito, 2008; the last but for its shade).
+/// `page.css` has them too.
+pub(super) const LINES: [RGBColor; 7] = [
+    RGBColor(0, 158, 115),
+    RGBColor(213, 94, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(0, 114, 178),
+    RGBColor(133, 133, 133),
+];
+
+/// The colour of the `n`th line.
 pub(super) fn line(n: usize) -> RGBColor {
-    const LINES: [RGBColor; 5] = [
-        RGBColor(0, 158, 115),
-        RGBColor(213, 94, 0),
-        RGBColor(86, 180, 233),
-        RGBColor(204, 121, 167),
-        RGBColor(230, 159, 0),
-    ];
     LINES[n % LINES.len()]
 }
 

@@ -24,11 +24,15 @@ async function key() {
 async function call(path, { body, ...options } = {}) {
   const bearer = await key();
   const headers = new Headers(bearer ? { authorization: `Bearer ${bearer}` } : {});
-  if (body !== undefined) {
+  const request = { ...options, headers };
+  if (body instanceof FormData) {
+    // The browser itself says that it is a form, and where its parts end.
+    Object.assign(request, { method: "POST", body });
+  } else if (body !== undefined) {
     headers.set("content-type", "application/json");
-    options = { method: "POST", body: JSON.stringify(body), ...options };
+    Object.assign(request, { method: "POST", body: JSON.stringify(body) });
   }
-  const answer = await fetch(path, { ...options, headers });
+  const answer = await fetch(path, request);
   if (answer.status === 401 && needsKey) {
     if (sessionStorage.getItem("key") === bearer) sessionStorage.removeItem("key");
     $("login-why").textContent = "That is not one of this server's keys.";
@@ -117,37 +121,20 @@ function taught(message, failed = false) {
   $("taught").classList.toggle("failed", failed);
 }
 
-/** Submits documents, as many at a time as the server takes. */
-async function submit(documents) {
-  const { documentsMax, bytesMax } = document.body.dataset;
-  const domain = $("domain").value.trim() || "general";
-  let group = [];
-  let bytes = 0;
-  const send = async () => {
-    if (group.length > 0) await call("/v1/documents", { body: { documents: group } });
-    [group, bytes] = [[], 0];
-  };
-  for (const document of documents) {
-    const size = new Blob([JSON.stringify(document)]).size + 64;
-    if (group.length >= Number(documentsMax) || bytes + size > Number(bytesMax) * 0.9) await send();
-    group.push({ domain, ...document });
-    bytes += size;
-  }
-  await send();
+/** Submits documents, or files as a form; gives what the server says of each document. */
+async function submit(body) {
+  const answer = await call("/v1/documents", { body });
+  return (await answer.json()).documents;
 }
 
-/** The documents of a file: one a line in JSONL, else the file as a text. */
-async function read(file) {
-  const text = await file.text();
-  if (!/\.(jsonl|ndjson)$/i.test(file.name)) return [{ text, source: file.name }];
-  const lines = text.split("\n").map((line, n) => [line, n + 1]).filter(([line]) => line.trim());
-  return lines.map(([line, n]) => {
-    try {
-      return { source: file.name, ...JSON.parse(line) };
-    } catch {
-      throw new Error(`line ${n} is not JSON`);
-    }
-  });
+const domain = () => $("domain").value.trim() || "general";
+
+/** Files are read by the server, which knows more forms of them, and cuts what is too long for one document. */
+function form(file) {
+  const form = new FormData();
+  form.set("domain", domain());
+  form.set("file", file);
+  return form;
 }
 
 async function teachFiles(files) {
@@ -156,12 +143,11 @@ async function teachFiles(files) {
   for (const file of files) {
     taught(`Reading ${file.name} …`);
     try {
-      const documents = await read(file);
-      await submit(documents);
+      const documents = await submit(form(file));
       told.push(`${file.name}: ${documents.length === 1 ? "1 document" : `${documents.length} documents`} accepted`);
     } catch (error) {
       failed = true;
-      told.push(`${file.name}: ${error.message}`);
+      told.push(error.message.includes(file.name) ? error.message : `${file.name}: ${error.message}`);
     }
     taught(`${told.join(". ")}.`, failed);
   }
@@ -182,7 +168,7 @@ function watchTeaching() {
       ? { prompt: $("prompt").value.trim(), completion: ` ${$("completion").value.trim()}`, source: "page" }
       : { text: $("text").value, source: "page" };
     try {
-      await submit([document]);
+      await submit({ documents: [{ domain: domain(), ...document }] });
       taught("Accepted: it is on disk. See below how it is learned.");
       for (const id of ["prompt", "completion", "text"]) $(id).value = "";
     } catch (error) {

@@ -142,7 +142,7 @@ fn legend(look: &Look) -> Markup {
     let mut names: Vec<&str> = look.beats.iter().map(|beat| beat.lineage.as_str()).collect();
     names.sort_unstable();
     names.dedup();
-    html! { @for (n, name) in names.iter().enumerate() { span class={ "line line-" (n % 5) } { (name) } " " } }
+    html! { @for (n, name) in names.iter().enumerate() { span class={ "line line-" (n % charts::LINES.len()) } { (name) } " " } }
 }
 
 fn described(look: &Look) -> String {

@@ -18,8 +18,7 @@ pub(super) fn page(state: &State, regions: &Regions, keys: bool) -> Markup {
                 link rel="stylesheet" href="/assets/page.css";
                 script type="module" src="/assets/page.js" {}
             }
-            body data-keys[keys] data-documents-max=(state.limits.submission.documents_max)
-                data-bytes-max=(state.limits.body.bytes_max) {
+            body data-keys[keys] {
                 a.skip href="#teach" { "Skip to the page" }
                 (heading(state, regions, keys))
                 noscript { p.banner { "Live figures, teaching and asking need JavaScript; `engram status` and `engram chat` do without." } }
@@ -104,9 +103,9 @@ fn teach(regions: &Regions) -> Markup {
                     button type="submit" { "Learn" }
                 }
                 p.note {
-                    label.file for="files" { "or choose files" }
-                    input #files .hidden type="file" multiple accept=".txt,.md,.jsonl,.ndjson,.rs,.py,.toml,text/*";
-                    ", or drop them anywhere: text, or JSONL with a document a line"
+                    label.file for="files" { "Or choose files" }
+                    input #files .hidden type="file" multiple accept=".txt,.md,.jsonl,.ndjson,.html,.pdf,.rs,.py,.toml,text/*";
+                    ", or drop them anywhere: text, code, HTML, PDF, or JSONL with a document a line"
                 }
             }
             p #taught role="status" {}

@@ -164,6 +164,18 @@ fn a_refused_body_without_an_end_is_hung_up_on() {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
         assert!(answer.to_ascii_lowercase().contains("connection: close"), "{path}: {answer}");
     }
+    // Forms: one that is too large, one with no beginning, and one that says nothing of where its parts end.
+    let small = Server::start(&["gateway.upload_bytes_max=4096"]);
+    let part = "content-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n";
+    let part = format!("{:x}\r\n--b\r\n{part}\r\n", part.len() + 5);
+    for (kind, begin, status) in
+        [("; boundary=b", part.as_str(), "413"), ("; boundary=b", "", "4"), ("", "", "400")]
+    {
+        let more = format!("transfer-encoding: chunked\r\ncontent-type: multipart/form-data{kind}");
+        let answer = endless(&small, &(head(DOCUMENTS, &more) + begin));
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{kind}: {answer}");
+        assert!(answer.to_ascii_lowercase().contains("connection: close"), "{kind}: {answer}");
+    }
     let server = Server::start(&["gateway.api_keys=a-key-of-sixteen-bytes"]);
     let answer = endless(&server, &head(DOCUMENTS, "transfer-encoding: chunked"));
     assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");

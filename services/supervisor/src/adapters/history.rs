@@ -147,7 +147,8 @@ pub fn diff(
             writeln!(out, "{}", line.trim_end())?;
         }
     }
-    writeln!(out, "{} documents added, {} removed", added.len(), removed.len())?;
+    let documents = if added.len() == 1 { "document" } else { "documents" };
+    writeln!(out, "{} {documents} added, {} removed", added.len(), removed.len())?;
     match distances {
         Ok(distances) => stat(&distances, out),
         Err(error) => Ok(writeln!(out, "weights are not compared: {error:#}")?),

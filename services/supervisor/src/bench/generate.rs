@@ -18,8 +18,8 @@ Examples:
   engram bench generate --base reference --set base.threads=2 --json result.json
   engram bench generate --base reference --set base.quantisation=int8
 
-One answer, the likeliest token each time, by the same passes that serve. prompt_tokens_per_s is the
-prompt over the time to the first token; decode_tokens_per_s the tokens after the first over theirs.
+One answer, the likeliest token each time, by the same passes that serve. prompt_tokens_per_s is the \
+prompt over the time to the first token; decode_tokens_per_s the tokens after the first over theirs. \
 Each is the median of the repeats, after one that does not count.";
 
 /// What `engram bench generate` takes.

@@ -22,14 +22,14 @@ Examples:
   engram bench growth --curves models --models nano,reference,base-100m,base-200m
   TMPDIR=/disk engram bench growth --curves intake --documents 1000,10000,100000
 
-Each curve is a cost at several sizes; its exponent is the slope of the logarithm of the cost over that of the size, and
-what is expected at most stands beside it. Above that, something grows faster than it should; a fixed part makes it
-smaller.
-  examples   one pass over new examples and as many rehearsed ones, without the gate (as bench update)
-  rehearsal  the replay buffer: to draw and read 64 examples, to take in 64 where it is full, and its digest
-  adapters   to choose adapters for a prompt among domains, and to decode a token of 16 answers over adapters
+Each curve is a cost at several sizes; its exponent is the slope of the logarithm of the cost over \
+that of the size, and what is expected at most stands beside it. Above that, something grows \
+faster than it should; a fixed part makes it smaller.
+  examples   a pass over new examples and as many rehearsed ones, as in bench update
+  rehearsal  the replay buffer: to draw 64 examples, take in 64 where it is full, and its digest
+  adapters   to choose adapters for a prompt, and to decode a token of 16 answers over them
   models     1,000 tokens learned on bases of other sizes, random ones but for nano
-  intake     100 documents into the ledger, as the gateway writes them, in the folder for temporary files";
+  intake     100 documents into the ledger, in the folder for temporary files";
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

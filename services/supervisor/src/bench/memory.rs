@@ -22,12 +22,13 @@ Examples:
   engram bench memory --base base-200m --set limits.memory_mb_max=2000 --json result.json
   engram bench memory --base base-100m --set base.quantisation=int8 --steps 1
 
-Loads the base once, fills a replay buffer (replay.capacity examples, on disk in a temporary folder), takes
-learning steps with the services' micro-batches while half is rehearsed and held to the former self, answers
-until the cache of keys and values is full (infer.cache_mb_max), and does both at once. For each of these, the most
-that was resident meanwhile; what one leaves behind is still there in the next. On systems other than Linux
-the peak is that of all before, too. The estimate is what limits.memory_mb_max is compared with. Left out are
-the HTTP server, the ledger, the gate and the anchors.";
+Loads the base once, fills a replay buffer (replay.capacity examples, on disk in a temporary \
+folder), takes learning steps with the services' micro-batches while half is rehearsed and held to \
+the former self, answers until the cache of keys and values is full (infer.cache_mb_max), and does \
+both at once. For each of these, the most that was resident meanwhile; what one leaves behind is \
+still there in the next. On systems other than Linux the peak is that of all before, too. The \
+estimate is what limits.memory_mb_max is compared with. Left out are the HTTP server, the ledger, \
+the gate and the anchors.";
 
 /// How often it is asked how far the learner is.
 const GLANCE: Duration = Duration::from_millis(5);

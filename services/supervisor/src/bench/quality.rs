@@ -26,11 +26,12 @@ Examples:
   engram bench quality --data ./clinc150 --set train.adapters=shared
   engram bench quality --data ./mine --published 0.85 --source 'who measured it, and where'
 
-DIR holds train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"}, or folders that do: then
-each is a domain. The examples are learned by the services themselves, shuffled and handed in at once.
-Of all labels the likeliest is the answer, from the adapter that the content decides for, as for the
-model 'auto', where there are several domains with an adapter each. Beside it stands TF-IDF of one and two words with logistic regression, trained on the same
-examples, those included that the filter refused or the gate set aside.";
+DIR holds train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"}, or folders that do: then \
+each is a domain. The examples are learned by the services themselves, shuffled and handed in at \
+once. Of all labels the likeliest is the answer, from the adapter that the content decides for, as \
+for the model 'auto', where there are several domains with an adapter each. Beside it stands TF-IDF \
+of one and two words with logistic regression, trained on the same examples, those included that the \
+filter refused or the gate set aside.";
 
 /// Labelled examples at most: the promise is about learning from few.
 const EXAMPLES_MAX: u64 = 10_000;

@@ -29,11 +29,11 @@ Examples:
   engram bench retention --tasks ./stream --order medical,code --limit 50 --drift ./pretrain
   engram bench retention --tasks ./clinc150 --method joint --set train.passes=6
 
-Tasks are folders with train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"} or
-{\"prompt\",\"response\"}, or pairs X.txt and X.val.txt, whose documents end in a line <|endoftext|>.
-They are learned by the services themselves, one task after another. A label is chosen among all
-labels seen so far, without being told the task; a text is scored in nats a token. With an adapter
-for each domain, the content decides which one answers, as for the model 'auto'.";
+Tasks are folders with train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"} or \
+{\"prompt\",\"response\"}, or pairs X.txt and X.val.txt, whose documents end in a line \
+<|endoftext|>. They are learned by the services themselves, one task after another. A label is \
+chosen among all labels seen so far, without being told the task; a text is scored in nats a token. \
+With an adapter for each domain, the content decides which one answers, as for the model 'auto'.";
 
 /// Bytes of each held-out text that the drift of the base is measured on.
 const DRIFT_BYTES: usize = 100_000;

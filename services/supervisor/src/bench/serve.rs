@@ -25,14 +25,14 @@ Examples:
   engram bench serve --streams 16 --adapters 0,8
   engram bench serve --streams 1 --adapters 1 --learning 0.2,0.5,0.8 --svg both.svg
 
-All streams are asked at once, each with a prompt of its own, and answered by the engine that serves.
-Stream i gets adapter i modulo their number (rank 16, random); with 0 adapters it is the base alone.
-tokens_per_s is all tokens over the whole time, prompts included; decode_tokens_per_s counts from the
-last stream's first token to the first stream's last. infer.max_running and infer.cache_mb_max are as
-large as it takes. Each figure is the median of the repeats, after one that does not count.
-With --learning all of it is measured again while the services' learner learns new random tokens,
-without rehearsal and its former self, with each of these values of train.share_while_serving;
-of_idle is its speed as a share of what it has where nobody asks.";
+All streams are asked at once, each with a prompt of its own, and answered by the engine that \
+serves. Stream i gets adapter i modulo their number (rank 16, random); with 0 adapters it is the \
+base alone. tokens_per_s is all tokens over the whole time, prompts included; decode_tokens_per_s \
+counts from the last stream's first token to the first stream's last. infer.max_running and \
+infer.cache_mb_max are as large as it takes. Each figure is the median of the repeats, after one \
+that does not count. With --learning all of it is measured again while the services' learner learns \
+new random tokens, without rehearsal and its former self, with each of these values of \
+train.share_while_serving; of_idle is its speed as a share of what it has where nobody asks.";
 
 /// Time for which the learner alone is measured.
 const IDLE_TIME: Duration = Duration::from_secs(3);

@@ -34,11 +34,12 @@ Examples:
   engram bench update --data ./clinc150/banking/train.jsonl --json result.json
   engram bench update --base base-200m --examples 64 --set base.quantisation=nf4
 
-One pass over the new examples and those rehearsed beside them, with the services' own learner: pack, forward, the
-former self's forward pass of rehearsed texts, backward, clip, AdamW; without anchors, further passes and the gate. A
-first step that sets things up is not counted. Texts are cut as the services cut them; without --data the tokens are
-random. With adapters in some layers only (--set train.top_layers=2), what is rehearsed enters above those below, as it
-was kept when it was new. The ceiling is a product of two square matrices, in the same run.";
+One pass over the new examples and those rehearsed beside them, with the services' own learner: \
+pack, forward, the former self's forward pass of rehearsed texts, backward, clip, AdamW; without \
+anchors, further passes and the gate. A first step that sets things up is not counted. Texts are \
+cut as the services cut them; without --data the tokens are random. With adapters in some layers \
+only (--set train.top_layers=2), what is rehearsed enters above those below, as it was kept when \
+it was new. The ceiling is a product of two square matrices, in the same run.";
 
 /// Time that the ceiling is sought for.
 const PEAK_TIME: Duration = Duration::from_millis(500);

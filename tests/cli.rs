@@ -254,12 +254,15 @@ fn a_conversation_teaches_only_when_it_is_told_to() {
             String::from_utf8_lossy(&output.stderr).into_owned(),
         )
     };
-    let (told, complained) = talk("/help\n/model\n/learn\n/lern\nWho keeps the bees?\n/quit\nnot said\n");
+    let (told, complained) =
+        talk("/help\n/model\n/model nobody\n/learn\n/lern\nWho keeps the bees?\n/quit\nnot said\n");
     assert!(
         told.contains("/learn TEXT") && told.contains("there are: ") && told.contains("base answers"),
         "{told}"
     );
-    assert!(complained.contains("nothing to learn yet") && complained.contains("no /lern"), "{complained}");
+    for mistake in ["nothing to learn yet", "no /lern", "no nobody"] {
+        assert!(complained.contains(mistake), "{mistake}: {complained}");
+    }
     assert_eq!(server.get("/v1/documents").ok()["documents"], json!([]), "nobody said /learn");
 
     let (told, _) =

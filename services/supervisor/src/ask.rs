@@ -25,7 +25,7 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: u32,
     /// 0 takes the most likely token each time.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Choose among the most likely tokens that together have this probability; 1 allows all.
     #[arg(long, value_name = "P")]

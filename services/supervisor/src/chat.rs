@@ -4,7 +4,7 @@ mod input;
 
 use crate::ask::SamplingArgs;
 use crate::client::{Client, ServerArgs, watched};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use input::Input;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -96,6 +96,14 @@ impl Talk<'_> {
             }
             ("/model", "") => self.models(request),
             ("/model", name) => {
+                let names = self.names()?;
+                for part in name.split('+') {
+                    let part = part.split(':').next().unwrap_or_default().trim();
+                    ensure!(
+                        names.iter().any(|known| known == part),
+                        "there is no {part}; /model lists what there is"
+                    );
+                }
                 request["model"] = json!(name);
                 Ok(())
             }
@@ -109,9 +117,14 @@ impl Talk<'_> {
 
     fn models(&mut self, request: &Value) -> Result<()> {
         writeln!(self.out, "{} answers", request["model"].as_str().unwrap_or("auto"))?;
+        let names = self.names()?.join(" ");
+        Ok(writeln!(self.out, "there are: {names}")?)
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
         let models = self.client.get("/v1/models")?;
         let names = models["data"].as_array().into_iter().flatten().filter_map(|model| model["id"].as_str());
-        Ok(writeln!(self.out, "there are: {}", names.collect::<Vec<_>>().join(" "))?)
+        Ok(names.map(str::to_owned).collect())
     }
 
     fn ask(&mut self, line: &str, request: &mut Value) -> Result<()> {

@@ -178,7 +178,9 @@ fn usage(error: &clap::Error) -> ExitCode {
         .filter(|(place, text)| *place == 0 || text.trim_start().starts_with("tip:"))
         .map(|(_, text)| text.trim())
         .collect();
-    fail(&format!("{}; 'engram --help' shows what there is", told.join("; ")));
+    let usage = text.split("Usage: ").nth(1).unwrap_or("engram").split_whitespace();
+    let command: Vec<&str> = usage.take_while(|word| !word.starts_with(['[', '<', '-'])).collect();
+    fail(&format!("{}; '{} --help' shows what there is", told.join("; "), command.join(" ")));
     ExitCode::from(2)
 }
 

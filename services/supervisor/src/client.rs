@@ -217,6 +217,9 @@ impl Client {
 
     fn refused(&self, status: StatusCode, answer: &Value) -> anyhow::Error {
         match status {
+            StatusCode::UNAUTHORIZED if self.key.is_some() => {
+                anyhow!("{} does not know the key that --key or ENGRAM_API_KEY gave", self.server)
+            }
             StatusCode::UNAUTHORIZED => {
                 anyhow!("{} asks for a key: give it with --key or ENGRAM_API_KEY", self.server)
             }

@@ -86,7 +86,8 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
     let footprint = crate::memory::settle(&mut settings, &ModelConfig::load(base_dir)?, &placement)?;
     if settings.train.micro_tokens < asked {
         let micro_tokens = settings.train.micro_tokens;
-        tracing::info!(micro_tokens, ?footprint, "memory is short: learning takes smaller micro-batches");
+        let mib = footprint.map_or(0.0, |footprint| (footprint.total() / f64::from(1 << 20)).ceil());
+        tracing::info!(micro_tokens, mib, "memory is short: learning takes smaller micro-batches");
     }
     let base = Base::load(base_dir, &placement)?;
     tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), bytes = base.bytes_len(), %placement, "loaded the base");

@@ -1,13 +1,21 @@
 //! What an owner asks for: roll back, forget, import, export.
 
 use crate::{Checkpoint, now_ms};
+use anyhow::Context;
+use kit::blobs::Blobs;
+use kit::latents::Latents;
+use kit::manifests::Registry;
 use kit::service::{Answer, Fault};
+use kit::store::Store;
 use proto::{
-    Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, PeftFiles, Refusal, Rollback,
-    RolledBack, SetAside, TrailEntry,
+    BaseId, Domain, Export, Forget, Forgotten, Generation, GenerationId, Import, PeftFiles, Refusal,
+    Rollback, RolledBack, SetAside, TrailEntry,
 };
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{fs, io};
 
 /// The reason that documents of rolled back generations carry.
 const ROLLED_BACK: &str = "rolled back";
@@ -54,42 +62,17 @@ impl Answer<Forget> for Checkpoint {
     async fn answer(&mut self, ask: Forget) -> Result<Self::Reply, Fault> {
         // First the documents themselves, so that no batch that is planned from here on can hold them.
         let removed = self.ledger.forget(&ask.id)?;
-        let shared = self.registry.manifest().shared;
-        let places: Vec<(Domain, u64)> = removed
-            .into_iter()
-            .map(|(ordinal, document)| (if shared { Domain::general() } else { document.domain }, ordinal))
-            .collect();
-        let Some((lineage, _)) = places.first() else {
-            return Ok(Err(Refusal::NotFound(format!("there is no document '{}'", ask.id))));
-        };
-        let dirty = self.that_hold(&places);
-        let gone: BTreeSet<&GenerationId> = dirty.iter().map(|g| &g.id).collect();
-        let affected: Vec<Domain> = self.registry.manifest().lineages.keys().cloned().collect();
-        for affected in affected {
-            let chain = self.registry.chain(&affected);
-            // The oldest one counts: all that came after it stands on it.
-            if let Some(at) = chain.iter().rposition(|g| gone.contains(&g.id)) {
-                let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
-                self.fall_back(&affected, target.map(|g| &**g))?;
-            }
-        }
-        if !dirty.is_empty() {
+        let purged = self.finish_forgetting()?;
+        if !purged.is_empty() {
             let _ = self.serve().await;
         }
-        let ordinals: BTreeSet<u64> = places.iter().map(|(_, ordinal)| *ordinal).collect();
-        for id in self.store.ids()?.into_iter().filter(|id| ordinals.contains(&id.ordinal)) {
-            self.store.remove(id)?;
-        }
-        self.latents.forget(&ordinals)?;
-        self.remove_files(dirty.iter().flat_map(|g| g.files()).collect())?;
-        for generation in &dirty {
-            self.registry.remove_generation(&generation.id)?;
-        }
-        // Deleted rows stay readable in the pages of a file until it is written anew.
-        self.store.rewrite()?;
-        self.ledger.rewrite()?;
-        let serving = self.registry.manifest().lineages.get(lineage).and_then(|l| l.current.clone());
-        let (derived_documents, removed_generations) = (places.len() as u32 - 1, dirty.len() as u32);
+        let Some((_, document)) = removed.first() else {
+            return Ok(Err(Refusal::NotFound(format!("there is no document '{}'", ask.id))));
+        };
+        let manifest = self.registry.manifest();
+        let lineage = if manifest.shared { Domain::general() } else { document.domain.clone() };
+        let serving = manifest.lineages.get(&lineage).and_then(|l| l.current.clone());
+        let (derived_documents, removed_generations) = (removed.len() as u32 - 1, purged.len() as u32);
         tracing::info!(id = %ask.id, derived_documents, removed_generations, "forgot a document");
         Ok(Ok(Forgotten { id: ask.id, derived_documents, removed_generations, serving }))
     }
@@ -133,6 +116,92 @@ impl Answer<Export> for Checkpoint {
 }
 
 impl Checkpoint {
+    /// Removes what was made of documents that the ledger has forgotten, with this base and with every other one that
+    /// learned in this data folder; gives the generations of this one that are gone. What a crash cut short is taken
+    /// up again where this is called at the start.
+    ///
+    /// # Errors
+    /// When something cannot be removed. The ledger goes on knowing what is to be forgotten.
+    pub fn finish_forgetting(&self) -> anyhow::Result<Vec<GenerationId>> {
+        let documents = self.ledger.forgetting()?;
+        if documents.is_empty() {
+            return Ok(Vec::new());
+        }
+        let purged = self.purge(&documents)?;
+        for folder in self.other_bases()? {
+            let purge = || match self.of_other_base(&folder)? {
+                Some(other) => other.purge(&documents).map(drop),
+                None => Ok(()),
+            };
+            purge().with_context(|| {
+                let folder = folder.display();
+                format!("{folder} may hold what is to be forgotten; where it is not needed, remove it")
+            })?;
+        }
+        // Deleted rows stay readable in the pages of a file until it is written anew.
+        self.ledger.rewrite()?;
+        self.ledger.nothing_left()?;
+        Ok(purged)
+    }
+
+    /// Removes what was made of documents from the generations, files and stores of one base.
+    fn purge(&self, documents: &[(Domain, u64)]) -> anyhow::Result<Vec<GenerationId>> {
+        let shared = self.registry.manifest().shared;
+        let place = |(domain, ordinal): &(Domain, u64)| {
+            (if shared { Domain::general() } else { domain.clone() }, *ordinal)
+        };
+        let dirty = self.that_hold(&documents.iter().map(place).collect::<Vec<_>>());
+        let gone: BTreeSet<&GenerationId> = dirty.iter().map(|g| &g.id).collect();
+        let affected: Vec<Domain> = self.registry.manifest().lineages.keys().cloned().collect();
+        for affected in affected {
+            let chain = self.registry.chain(&affected);
+            // The oldest one counts: all that came after it stands on it.
+            if let Some(at) = chain.iter().rposition(|g| gone.contains(&g.id)) {
+                let target = chain[at + 1..].iter().find(|g| self.blobs.get(&g.weights).is_ok());
+                self.fall_back(&affected, target.map(|g| &**g))?;
+            }
+        }
+        let ordinals: BTreeSet<u64> = documents.iter().map(|(_, ordinal)| *ordinal).collect();
+        for id in self.store.ids()?.into_iter().filter(|id| ordinals.contains(&id.ordinal)) {
+            self.store.remove(id)?;
+        }
+        self.latents.forget(&ordinals)?;
+        self.remove_files(dirty.iter().flat_map(|g| g.files()).collect())?;
+        for generation in &dirty {
+            self.registry.remove_generation(&generation.id)?;
+        }
+        self.store.rewrite()?;
+        Ok(dirty.iter().map(|g| g.id.clone()).collect())
+    }
+
+    /// The folders of the other bases that learned in this data folder.
+    fn other_bases(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let Ok(entries) = fs::read_dir(&self.bases) else { return Ok(Vec::new()) };
+        let folders = entries.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+        let own = Some(OsStr::new(self.base.as_str()));
+        Ok(folders.into_iter().filter(|folder| folder.is_dir() && folder.file_name() != own).collect())
+    }
+
+    /// The same service over what another base learned; none where it learned nothing.
+    fn of_other_base(&self, folder: &Path) -> anyhow::Result<Option<Self>> {
+        let registry = Registry::open(folder)?;
+        if registry.try_manifest().is_none() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            registry: Arc::new(registry),
+            blobs: Arc::new(Blobs::open(&folder.join("blobs"))?),
+            ledger: Arc::clone(&self.ledger),
+            store: Arc::new(Store::open(&folder.join("replay"))?),
+            latents: Arc::new(Latents::open(&folder.join("latents"), u64::MAX)?),
+            base: BaseId::new(folder.file_name().unwrap_or_default().to_string_lossy())?,
+            bases: self.bases.clone(),
+            peft: Arc::clone(&self.peft),
+            generations_kept: self.generations_kept,
+            publish: self.publish.clone(),
+        }))
+    }
+
     /// Every generation that holds something of documents, which are named by lineage and ordinal:
     /// those that learned one, and all that stand on one of them, since what came after may have
     /// rehearsed it; merges of them too, and what was rolled back and is still there.

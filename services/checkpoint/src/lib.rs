@@ -18,6 +18,7 @@ use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
 use kit::store::Store;
 use proto::{BaseId, Decision, Domain, Judgement, Lineage, Manifest, Merge, PeftFiles, Publish, Published};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -57,6 +58,8 @@ pub struct Checkpoint {
     pub latents: Arc<Latents>,
     /// The base everything belongs to.
     pub base: BaseId,
+    /// Where every base that learned in this data folder has a folder of its name.
+    pub bases: PathBuf,
     /// PEFT in and out.
     pub peft: Arc<dyn Peft>,
     /// Generations of a lineage whose files are kept.

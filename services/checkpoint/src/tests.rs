@@ -7,6 +7,7 @@ use proto::{
     LearnedExample, MergeMethod, Piece, Receipt, Refusal, Rollback, Stage, TrainReport, Verdict, VerdictKind,
     Weighted,
 };
+use std::path::Path;
 
 struct NoPeft;
 
@@ -25,7 +26,7 @@ impl Peft for NoPeft {
 
 struct Bench {
     service: Checkpoint,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Bench {
@@ -57,11 +58,12 @@ impl Bench {
             store: Arc::new(Store::open(&at("replay")).expect("a store")),
             latents: Arc::new(Latents::open(&at("latents"), 1 << 20).expect("latents")),
             base,
+            bases: at("bases"),
             peft: Arc::new(NoPeft),
             generations_kept: 3,
             publish,
         };
-        Self { service, _folder: folder }
+        Self { service, folder }
     }
 
     fn lineage(&self) -> Lineage {
@@ -248,6 +250,52 @@ async fn forgetting_reaches_what_was_rolled_back() {
     assert_eq!((forgotten.removed_generations, forgotten.serving), (1, None));
     assert!(bench.service.registry.generation(&rolled_back).is_none());
     assert!(bench.service.blobs.get(&weights).is_err());
+}
+
+/// Copies a folder with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("made");
+    for entry in std::fs::read_dir(from).expect("read") {
+        let entry = entry.expect("read");
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).expect("copied");
+        }
+    }
+}
+
+#[actix::test]
+async fn forgetting_reaches_what_another_base_learned() {
+    let mut bench = Bench::new(2).await;
+    let kept = bench.publish(1).await;
+    let weights =
+        |registry: &Registry, id: &GenerationId| registry.generation(id).expect("there").weights.clone();
+    let holds_it = bench.publish(2).await;
+    let gone = weights(&bench.service.registry, &holds_it);
+    let other = bench.folder.path().join("bases/fedcba9876543210");
+    copy(&bench.folder.path().join("lineages"), &other);
+    copy(&bench.folder.path().join("blobs"), &other.join("blobs"));
+    let forgotten = bench.service.answer(Forget { id: id(2) }).await.expect("answered").expect("forgotten");
+    assert_eq!((forgotten.removed_generations, forgotten.serving), (1, Some(kept.clone())));
+    let registry = Registry::open(&other).expect("a registry");
+    assert_eq!(registry.lineage(&Domain::general()).current, Some(kept.clone()));
+    assert!(registry.generation(&holds_it).is_none());
+    let blobs = Blobs::open(&other.join("blobs")).expect("blobs");
+    assert!(blobs.get(&gone).is_err() && blobs.get(&weights(&registry, &kept)).is_ok());
+}
+
+#[actix::test]
+async fn forgetting_that_was_cut_short_is_finished_at_the_start() {
+    let mut bench = Bench::new(2).await;
+    let generation = bench.publish(2).await;
+    // The process ended here, with the document gone and what was made of it still there.
+    bench.service.ledger.forget(&id(1)).expect("forgotten");
+    assert_eq!(bench.service.finish_forgetting().expect("finished"), [generation]);
+    assert_eq!((bench.lineage().cursor, bench.lineage().current), (0, None));
+    assert!(bench.service.finish_forgetting().expect("nothing to do").is_empty());
+    assert!(bench.service.ledger.forgetting().expect("read").is_empty());
 }
 
 #[actix::test]

@@ -10,6 +10,7 @@
 //! Each lane goes from a durable thing to a durable thing, and is restarted as a whole.
 
 use crate::text::Text;
+use crate::worker;
 use anyhow::Context;
 use checkpoint::Checkpoint;
 use consolidate::{Consolidate, Gating};
@@ -124,21 +125,27 @@ impl Plant {
         Ok(())
     }
 
-    /// Examples that the ledger holds, to published generations. Without `learning`, what is
-    /// published stays in its owner's hands: rollback, forgetting, import, export and merging go on.
-    pub async fn learn(&self, crew: &mut Crew, learning: bool) -> anyhow::Result<()> {
-        let s = &self.settings;
-        let checkpoint = crew.host(Checkpoint {
+    /// What publishes, rolls back and forgets.
+    pub fn checkpoint(&self) -> Checkpoint {
+        Checkpoint {
             registry: Arc::clone(&self.registry),
             blobs: Arc::clone(&self.blobs),
             ledger: Arc::clone(&self.ledger),
             store: Arc::clone(&self.store),
             latents: Arc::clone(&self.latents),
             base: self.base_id.clone(),
+            bases: worker::bases(&self.data_dir),
             peft: Arc::clone(&self.text) as Arc<dyn checkpoint::Peft>,
-            generations_kept: s.checkpoint.generations_kept,
+            generations_kept: self.settings.checkpoint.generations_kept,
             publish: self.doors.publish.clone(),
-        });
+        }
+    }
+
+    /// Examples that the ledger holds, to published generations. Without `learning`, what is
+    /// published stays in its owner's hands: rollback, forgetting, import, export and merging go on.
+    pub async fn learn(&self, crew: &mut Crew, learning: bool) -> anyhow::Result<()> {
+        let s = &self.settings;
+        let checkpoint = crew.host(self.checkpoint());
         checkpoint.answer_at(&self.doors.rollback);
         checkpoint.answer_at(&self.doors.forget);
         checkpoint.answer_at(&self.doors.import);

@@ -18,7 +18,7 @@ use model::llama::Base;
 use proto::{BaseId, Blob, Manifest};
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -61,7 +61,7 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
         tracing::info!("documents are cut anew: the tokenizer, or how documents are cut, has changed");
     }
     // Lineages belong to a base. Another base finds its own, or starts at generation zero.
-    let lineages = data_dir.join("lineages").join(id.as_str());
+    let lineages = bases(data_dir).join(id.as_str());
     let registry = Registry::open(&lineages)?;
     let shared = settings.train.adapters == kit::settings::AdapterScope::Shared;
     match registry.try_manifest() {
@@ -91,7 +91,7 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
     }
     let base = Base::load(base_dir, &placement)?;
     tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), bytes = base.bytes_len(), %placement, "loaded the base");
-    Ok(Plant {
+    let plant = Plant {
         doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),
         store: Arc::new(Store::open(&lineages.join("replay"))?),
         latents: Arc::new(Latents::open(&lineages.join("latents"), settings.train.latents_mb_max << 20)?),
@@ -104,7 +104,20 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
         data_dir: data_dir.to_owned(),
         base: Mutex::new(base),
         settings,
-    })
+    };
+    let gone = plant.checkpoint().finish_forgetting()?;
+    if !gone.is_empty() {
+        tracing::warn!(
+            generations = gone.len(),
+            "finished forgetting what was being forgotten when this ended"
+        );
+    }
+    Ok(plant)
+}
+
+/// Where each base that learned in a data folder has a folder of its own.
+pub fn bases(data_dir: &Path) -> PathBuf {
+    data_dir.join("lineages")
 }
 
 /// Runs lanes and gateway; returns when all of them have ended.

@@ -2,7 +2,8 @@
 
 use super::query::ordinals;
 use super::tables::{
-    DERIVED, DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, Settled, TRAILS, names, unframe,
+    DERIVED, DOCUMENTS, DOMAINS, EXAMPLES, IDS, PLACES, SETTLED, STATE, Settled, TRAILS, forgetting, names,
+    unframe,
 };
 use super::{Ledger, LedgerError, Result, open_database};
 use proto::{Document, DocumentId, Domain, VerdictKind};
@@ -17,7 +18,8 @@ use std::sync::PoisonError;
 impl Ledger {
     /// Removes a document, all that derive from it, and all that is known of them. Gives back what
     /// was removed, the document itself first; nothing when there is no such document. Their text
-    /// stays in unused pages of the file until [`Ledger::rewrite`].
+    /// stays in unused pages of the file until [`Ledger::rewrite`], and they are among those of
+    /// [`Ledger::forgetting`] until [`Ledger::nothing_left`].
     ///
     /// # Errors
     /// When it cannot be brought to disk.
@@ -31,8 +33,27 @@ impl Ledger {
                 }
             }
             tables.advance_cursor()?;
+            let mut forgetting = tables.forgetting()?;
+            forgetting.extend(removed.iter().map(|(ordinal, document)| (document.domain.clone(), *ordinal)));
+            tables.set_forgetting(&forgetting)?;
             Ok(removed)
         })
+    }
+
+    /// Documents that were removed, and that may still be in what was made of them: by domain and ordinal.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn forgetting(&self) -> Result<Vec<(Domain, u64)>> {
+        self.shared.read(|read| forgetting(&read.open_table(STATE)?))
+    }
+
+    /// Says that nothing that was made of those documents is left.
+    ///
+    /// # Errors
+    /// When it cannot be brought to disk.
+    pub fn nothing_left(&self) -> Result<()> {
+        self.shared.transact(|tables| tables.set_forgetting(&[]))
     }
 
     /// Takes the kept documents with `after < ordinal <= through` out of what is to be learned, those

@@ -31,6 +31,7 @@ pub(super) const STATE: TableDefinition<&str, Frame> = TableDefinition::new("sta
 
 const COUNTERS: &str = "counters";
 const ENCODING: &str = "encoding";
+const FORGETTING: &str = "forgetting";
 
 /// The largest row that is read, bytes: a document of the largest body with room to spare.
 const ROW_BYTES_MAX: usize = wire::PAYLOAD_BYTES_MAX;
@@ -136,6 +137,11 @@ pub(super) fn trail(table: &impl ReadableTable<u64, Frame>, ordinal: u64) -> Res
     Ok(Trail { entries: row.into_iter().map(entry).collect() })
 }
 
+/// See [`Tables::forgetting`].
+pub(super) fn forgetting(state: &impl ReadableTable<&'static str, Frame>) -> Result<Vec<(Domain, u64)>> {
+    Ok(get(state, FORGETTING)?.unwrap_or_default())
+}
+
 /// All tables, open for writing.
 pub(super) struct Tables<'t> {
     pub documents: Table<'t, u64, Frame>,
@@ -179,6 +185,20 @@ impl<'t> Tables<'t> {
 
     pub fn set_encoding(&mut self, encoding: &str) -> Result<()> {
         self.state.insert(ENCODING, frame(&encoding)?.as_slice())?;
+        Ok(())
+    }
+
+    /// Documents that are gone from here, and may still be in what was made of them.
+    pub fn forgetting(&self) -> Result<Vec<(Domain, u64)>> {
+        forgetting(&self.state)
+    }
+
+    pub fn set_forgetting(&mut self, documents: &[(Domain, u64)]) -> Result<()> {
+        if documents.is_empty() {
+            self.state.remove(FORGETTING)?;
+        } else {
+            self.state.insert(FORGETTING, frame(&documents)?.as_slice())?;
+        }
         Ok(())
     }
 

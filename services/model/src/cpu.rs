@@ -37,6 +37,7 @@ use crate::generate::to_vec;
 use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::{Adapter, Group};
+use crate::quant::{BLOCK, Matrix, Quantisation};
 use adapters::LowRank;
 use attention::attend;
 use frozen::Frozen;
@@ -165,7 +166,7 @@ impl Cpu {
             },
             team: Team::new(tch::get_num_threads().max(1) as usize),
             embedding: Weight::of(&base.embedding)?,
-            head: Weight::of(&base.head)?,
+            head: Weight::of_matrix(&head(base, level)?)?,
             norm: Frozen::new(&base.norm)?,
             frequencies: Frozen::new(&base.frequencies)?,
             room: Room::default(),
@@ -337,6 +338,14 @@ impl Cpu {
         let mut logits = logits.chunks(head.outputs).map(<[f32]>::to_vec);
         Ok(spans.iter().map(|span| if span.speaks { logits.next() } else { None }).collect())
     }
+}
+
+/// The head that answers are decoded with: in 8 bits where the rest of the base is quantised, for it is the largest
+/// matrix of a small base, and is read for every token. Learning keeps the head as it is.
+fn head(base: &Base, level: Level) -> Result<Matrix> {
+    let fits = level >= Level::Avx2 && base.config().hidden_size % BLOCK == 0;
+    let quantisation = if base.is_quantised() && fits { Quantisation::Int8 } else { Quantisation::None };
+    Matrix::new(base.head.shallow_clone(), quantisation)
 }
 
 /// Spans next to each other with the same adapters.

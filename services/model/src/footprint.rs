@@ -62,6 +62,13 @@ impl Footprint {
                 Quantisation::Int8 => 1.0 + scales,
                 Quantisation::Nf4 => 0.5 + scales,
             };
+        // Answers are decoded with a head of their own in 8 bits.
+        let head = match placement.quantisation {
+            Quantisation::None => 0.0,
+            Quantisation::Int8 | Quantisation::Nf4 => {
+                (config.vocab_size * config.hidden_size) as f64 * (1.0 + scales)
+            }
+        };
         let (layers, tokens) = (config.layers as f64, micro_tokens as f64);
         let block = tokens * block_bytes_a_token(config, placement);
         let activations = if placement.quantisation == Quantisation::None {
@@ -72,7 +79,7 @@ impl Footprint {
         };
         let adapter = lora.parameter_count(config) as f64 * ADAPTER_WEIGHT_BYTES;
         Self {
-            base: RUNTIME_BYTES + embeddings * width + matrix_bytes,
+            base: RUNTIME_BYTES + embeddings * width + matrix_bytes + head,
             answering: cache_bytes as f64,
             learning: activations + head_bytes(config) + adapter,
         }

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ANSWER, DOMAIN, ENGRAM, NANO, QUESTION
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOLERANCE = 1e-4
@@ -50,6 +50,20 @@ def test_peft_computes_the_logits_of_an_exported_adapter(server, base, tokenizer
         theirs = PeftModel.from_pretrained(base, adapter)(ids).logits
     assert (logits(NANO, ids, adapter) - theirs).abs().max() < TOLERANCE
     assert (theirs - alone).abs().max() > 0.1, "an adapter that has learned something changes something"
+
+
+def test_an_adapter_of_some_layers_is_the_same_to_peft(base, tokenizer, logits, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 4])
+    model = get_peft_model(base, config)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(tmp_path)
+    ids = tokenizer(QUESTION + ANSWER, return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = model(ids).logits
+    assert (logits(NANO, ids, tmp_path) - theirs).abs().max() < TOLERANCE
 
 
 def test_a_merged_model_is_one_to_transformers_with_equal_logits(server, base, tokenizer, logits, tmp_path):

@@ -81,7 +81,7 @@ pub struct Engine {
 
 impl Engine {
     /// An engine that decodes at most `running_max` answers at the same time, whose keys and values take at most
-    /// `cache_bytes_max`.
+    /// `cache_bytes_max`, and with `narrow_copy` from a copy of the weights as [`Batch::narrow`] makes it.
     ///
     /// # Errors
     /// When the base's weights are not as a base has them.
@@ -90,9 +90,11 @@ impl Engine {
         language: Arc<Language>,
         running_max: usize,
         cache_bytes_max: usize,
+        narrow_copy: bool,
     ) -> anyhow::Result<Self> {
+        let batch = Batch::new(base, cache_bytes_max)?;
         Ok(Self {
-            batch: Batch::new(base, cache_bytes_max)?,
+            batch: if narrow_copy { batch.narrow()? } else { batch },
             language,
             running_max,
             adapters: HashMap::new(),

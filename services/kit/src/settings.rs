@@ -206,6 +206,7 @@ section!(
         max_running: usize,
         queue_max: usize,
         cache_mb_max: usize,
+        narrow_copy: bool,
         max_tokens_default: u32,
         route_strictness: f32,
         route_top: usize,

@@ -151,6 +151,23 @@ impl Base {
     /// # Errors
     /// When the configuration is impossible.
     pub fn random(config: &ModelConfig, seed: u64, placement: &Placement) -> Result<Self> {
+        Self::drawn(config, seed, placement, |weight| weight)
+    }
+
+    /// The same with weights that are numbers of 16 bits, as those of most checkpoints are.
+    ///
+    /// # Errors
+    /// As for [`Base::random`].
+    pub fn random_in_16_bits(config: &ModelConfig, seed: u64, placement: &Placement) -> Result<Self> {
+        Self::drawn(config, seed, placement, |weight| half::bf16::from_f32(weight).to_f32())
+    }
+
+    fn drawn(
+        config: &ModelConfig,
+        seed: u64,
+        placement: &Placement,
+        stored: impl Fn(f32) -> f32,
+    ) -> Result<Self> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         Self::build(config.clone(), placement, |name, shape, kind| {
             if shape.len() == 1 {
@@ -161,7 +178,7 @@ impl Base {
             let values: Vec<f32> = (0..shape.iter().product::<i64>())
                 .map(|_| {
                     let (radius, angle) = (1.0 - random.random::<f32>(), random.random::<f32>());
-                    0.02 * (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * angle).cos()
+                    stored(0.02 * (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * angle).cos())
                 })
                 .collect();
             Ok(Tensor::from_slice(&values).f_view(shape)?.f_to_kind(kind)?)

@@ -103,6 +103,15 @@ impl Batch {
         Ok(Self { base, cpu, prefixes: Prefixes::default(), pages_max, reserved: 0, adapted: 0 })
     }
 
+    /// The same with a copy of the weights in 16 bits, where that has the same numbers: see [`Cpu::narrow`].
+    ///
+    /// # Errors
+    /// As for [`Batch::new`].
+    pub fn narrow(mut self) -> Result<Self> {
+        self.cpu = Cpu::narrow(&self.base)?;
+        Ok(self)
+    }
+
     /// The base.
     pub fn base(&self) -> &Base {
         &self.base

@@ -130,11 +130,27 @@ impl Cpu {
     /// # Errors
     /// When its weights are not as a base has them.
     pub fn new(base: &Base) -> Result<Option<Self>> {
+        Self::build(base, false)
+    }
+
+    /// The same with a copy in bf16 of each f32 matrix that has the same numbers in it, as those of most checkpoints
+    /// do: the sums stay what they are to the last bit, and half as many bytes are read for them.
+    ///
+    /// # Errors
+    /// As for [`Cpu::new`].
+    pub fn narrow(base: &Base) -> Result<Option<Self>> {
+        Self::build(base, true)
+    }
+
+    fn build(base: &Base, narrow: bool) -> Result<Option<Self>> {
         if base.device() != Device::Cpu {
             return Ok(None);
         }
         let _guard = tch::no_grad_guard();
         let (config, level) = (base.config().clone(), trust::level()?);
+        // Where there are products of pairs of bf16, rows would be rounded for them.
+        let narrow = narrow && matches!(level, Level::Avx2 | Level::Avx512);
+        let view = |matrix: &Matrix| view(matrix, narrow);
         let layer = |layer: &crate::base::Layer| -> Result<Layer> {
             let qk_norm = match &layer.qk_norm {
                 Some([query, key]) => Some([Frozen::new(query)?, Frozen::new(key)?]),
@@ -142,16 +158,16 @@ impl Cpu {
             };
             Ok(Layer {
                 attention_norm: Frozen::new(&layer.attention_norm)?,
-                qkv: Weight::of_matrix(&layer.qkv)?,
+                qkv: view(&layer.qkv)?,
                 qkv_bias: match &layer.qkv_bias {
                     Some(bias) => Some(to_vec(&bias.f_to_kind(Kind::Float)?)?),
                     None => None,
                 },
                 qk_norm,
-                o: Weight::of_matrix(&layer.o)?,
+                o: view(&layer.o)?,
                 mlp_norm: Frozen::new(&layer.mlp_norm)?,
-                gate_up: Weight::of_matrix(&layer.gate_up)?,
-                down: Weight::of_matrix(&layer.down)?,
+                gate_up: view(&layer.gate_up)?,
+                down: view(&layer.down)?,
             })
         };
         let layers: Vec<Layer> = base.layers.iter().map(layer).collect::<Result<_>>()?;
@@ -166,7 +182,7 @@ impl Cpu {
             },
             team: Team::new(tch::get_num_threads().max(1) as usize),
             embedding: Weight::of(&base.embedding)?,
-            head: Weight::of_matrix(&head(base, level)?)?,
+            head: view(&head(base, level)?)?,
             norm: Frozen::new(&base.norm)?,
             frequencies: Frozen::new(&base.frequencies)?,
             room: Room::default(),
@@ -338,6 +354,20 @@ impl Cpu {
         let mut logits = logits.chunks(head.outputs).map(<[f32]>::to_vec);
         Ok(spans.iter().map(|span| if span.speaks { logits.next() } else { None }).collect())
     }
+}
+
+/// A view of a base's matrix, or with `narrow` of a copy in bf16, where that has the same numbers.
+fn view(matrix: &Matrix, narrow: bool) -> Result<Weight> {
+    if let Matrix::Dense(wide) = matrix
+        && narrow
+        && wide.f_kind()? == Kind::Float
+    {
+        let half = wide.f_to_kind(Kind::BFloat16)?;
+        if half.f_to_kind(Kind::Float)?.f_equal(wide)? {
+            return Weight::of(&half);
+        }
+    }
+    Weight::of_matrix(matrix)
 }
 
 /// The head that answers are decoded with: in 8 bits where the rest of the base is quantised, for it is the largest

@@ -1,10 +1,11 @@
 //! How much memory serving and learning take, said before they start.
 
-use crate::device::Placement;
+use crate::device::{Placement, Precision};
 use crate::hf::ModelConfig;
 use crate::lora::LoraConfig;
 use crate::loss::CHUNK_ROWS;
 use crate::quant::{BLOCK, Quantisation};
+use tch::Device;
 
 /// Bytes that libtorch and its kernels take before any weight, as measured on a CPU.
 pub const RUNTIME_BYTES: f64 = 350e6;
@@ -28,6 +29,12 @@ pub(crate) fn block_bytes_a_token(config: &ModelConfig, placement: &Placement) -
 /// Bytes of the logits of as many tokens as there are at once, of their gradient and of what lies between.
 pub(crate) fn head_bytes(config: &ModelConfig) -> f64 {
     CHUNK_ROWS as f64 * config.vocab_size as f64 * 12.0
+}
+
+/// Bytes of the copy of a base's weights in 16 bits that a CPU answers from where they are such numbers in f32, at most.
+pub fn narrow_copy_bytes(config: &ModelConfig, placement: &Placement) -> f64 {
+    let wide = placement.precision == Precision::F32 && placement.quantisation == Quantisation::None;
+    if wide && placement.device == Device::Cpu { 2.0 * config.parameter_count() as f64 } else { 0.0 }
 }
 
 /// What serving and learning with a base take at their peak, in bytes: an estimate.
@@ -94,7 +101,6 @@ impl Footprint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Precision;
     use crate::pretrain::preset::Preset;
 
     fn megabytes(shape: &str, quantisation: Quantisation, micro_tokens: usize) -> f64 {

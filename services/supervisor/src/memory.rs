@@ -4,7 +4,7 @@ use crate::{report, topology, up};
 use anyhow::{Result, bail};
 use kit::settings::Settings;
 use model::device::Placement;
-use model::footprint::Footprint;
+use model::footprint::{Footprint, narrow_copy_bytes};
 use model::hf::ModelConfig;
 use std::path::Path;
 use tch::Device;
@@ -26,7 +26,7 @@ pub fn check(settings: &Settings, base_dir: &Path) -> Result<()> {
     settle(&mut settings.clone(), &config, &up::placement(settings)?).map(drop)
 }
 
-/// Has learning take smaller micro-batches until all fits, and tells what it will take, in bytes. On CUDA, whose memory
+/// Has answers do without a copy of the weights and learning take smaller micro-batches until all fits, and tells what it will take, in bytes. On CUDA, whose memory
 /// is its own, nothing is settled.
 ///
 /// # Errors
@@ -51,8 +51,15 @@ pub fn settle(
         if !settings.train.enabled {
             footprint.learning = 0.0;
         }
+        if settings.infer.narrow_copy {
+            footprint.answering += narrow_copy_bytes(config, placement);
+        }
         if footprint.total() <= limit {
             return Ok(Some(footprint));
+        }
+        if settings.infer.narrow_copy {
+            settings.infer.narrow_copy = false;
+            continue;
         }
         if micro_tokens <= least {
             let mb = |bytes: f64| (bytes / f64::from(1 << 20)).ceil();

@@ -187,9 +187,10 @@ impl Plant {
         let (base, language, threads) = (self.base(), self.text.language(), s.base.threads);
         let running_max = s.infer.max_running;
         let (speaks, cache_bytes_max) = (Arc::clone(&language), s.infer.cache_mb_max << 20);
+        let narrow_copy = s.infer.narrow_copy;
         let engine = Compute::start_engine("infer", 1 + running_max, move || {
             set_threads(threads);
-            Engine::new(base, speaks, running_max, cache_bytes_max)
+            Engine::new(base, speaks, running_max, cache_bytes_max, narrow_copy)
         })
         .await?;
         let death = engine.death();

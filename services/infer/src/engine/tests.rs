@@ -18,7 +18,7 @@ fn engine(running_max: usize) -> Engine {
     let tokenizer = Arc::new(Tokenizer::load(dir).expect("a tokenizer"));
     let template = ChatTemplate::load(dir).expect("a template");
     let language = Language { config: base.config().clone(), tokenizer, template };
-    Engine::new(base, Arc::new(language), running_max, 64 << 20).expect("an engine")
+    Engine::new(base, Arc::new(language), running_max, 64 << 20, true).expect("an engine")
 }
 
 fn sampling(seed: u64) -> proto::Sampling {

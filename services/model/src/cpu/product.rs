@@ -206,6 +206,12 @@ impl Weight {
         Ok(Self { numbers, outputs, inputs })
     }
 
+    /// Whether its numbers are bf16.
+    #[cfg(test)]
+    pub fn is_bf16(&self) -> bool {
+        matches!(self.numbers, Numbers::Bf16(_))
+    }
+
     /// What products with this need of their rows.
     pub fn formats(&self, level: Level) -> Formats {
         let whole = self.inputs.is_multiple_of(BLOCK as usize);

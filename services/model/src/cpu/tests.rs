@@ -107,6 +107,22 @@ fn every_format_gives_what_the_plain_pass_gives() {
 }
 
 #[test]
+fn a_copy_in_sixteen_bits_changes_nothing_and_is_made_only_where_it_does_not() {
+    let row: Vec<u32> = (0..20).map(|i| i * 37 % 500).collect();
+    let (wide, adapter) = wide(Precision::F32, Quantisation::None);
+    let stored = Base::random_in_16_bits(wide.config(), 3, &Placement::CPU_F32).unwrap();
+    for (base, is_narrow) in [(&wide, false), (&stored, true)] {
+        let active = Arc::new(Cpu::activate(base, &[(&adapter, 1.0)]).unwrap());
+        let (mut plain, mut narrow) = (cpu(base), Cpu::narrow(base).unwrap().unwrap());
+        assert!(logits(&mut plain, &active, &row).equal(&logits(&mut narrow, &active, &row)));
+        if matches!(narrow.level, Level::Avx2 | Level::Avx512) {
+            let weights = [&narrow.head, &narrow.layers[0].qkv, &narrow.layers[1].down];
+            assert!(weights.iter().all(|weight| weight.is_bf16() == is_narrow));
+        }
+    }
+}
+
+#[test]
 fn a_token_is_computed_alike_in_any_company() {
     for (precision, quantisation, _) in KINDS {
         let (base, adapter) = wide(precision, quantisation);

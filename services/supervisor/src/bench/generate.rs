@@ -44,7 +44,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let subject = Subject::load(&args.subject)?;
     let (prompt, tokens) = (usize::try_from(args.prompt_tokens)?, usize::try_from(args.tokens)?);
     ensure_fits(&subject, args.prompt_tokens.saturating_add(args.tokens))?;
-    let mut batch = Batch::new(subject.base.share(), subject.settings.infer.cache_mb_max << 20)?;
+    let mut batch = subject.batch(subject.settings.infer.cache_mb_max << 20)?;
     let (mut reading, mut decoding) = (Vec::new(), Vec::new());
     for seed in 0..=args.repeats {
         // Adapters anew each time, so that no prompt was read before.

@@ -155,11 +155,12 @@ impl<'a> Bench<'a> {
         let length = (args.prompt_tokens + args.tokens) as usize + 256;
         let cache_bytes =
             (subject.settings.infer.cache_mb_max << 20).max(streams_max * length * bytes_a_token);
+        let narrow_copy = subject.settings.infer.narrow_copy;
         let engine = Compute::start_engine("infer", 1 + streams_max, move || {
             if threads > 0 {
                 set_threads(threads);
             }
-            Engine::new(base, language, streams_max, cache_bytes)
+            Engine::new(base, language, streams_max, cache_bytes, narrow_copy)
         })
         .await?;
         let bench = Self { args, subject, engine, streams_max, turn: Turn::new() };

@@ -5,6 +5,7 @@ use crate::{base, up};
 use anyhow::{Context, Result};
 use infer::Language;
 use kit::settings::Settings;
+use model::batch::Batch;
 use model::chat::ChatTemplate;
 use model::llama::Base;
 use model::pretrain::preset::Preset;
@@ -61,13 +62,22 @@ impl Subject {
         let dir = base::resolve(if shape { base::BUILT_IN } else { name }, &base::data_dir()?)?;
         let (base, language) = if shape {
             let config = Preset::find(name)?.model()?;
-            let base = Base::random(&config, 1, &placement)?;
+            let base = Base::random_in_16_bits(&config, 1, &placement)?;
             (base, language_of_numbers(config.vocab_size)?)
         } else {
             (Base::load(&dir, &placement)?, language(&dir)?)
         };
         let language = Language { config: base.config().clone(), ..language };
         Ok(Self { base, language: Arc::new(language), settings, dir })
+    }
+
+    /// Answers as the server gives them, whose keys and values take `cache_bytes` at most.
+    ///
+    /// # Errors
+    /// When the base cannot be prepared for answers.
+    pub fn batch(&self, cache_bytes: usize) -> Result<Batch> {
+        let batch = Batch::new(self.base.share(), cache_bytes)?;
+        if self.settings.infer.narrow_copy { batch.narrow() } else { Ok(batch) }
     }
 
     /// Its way from text to tokens.

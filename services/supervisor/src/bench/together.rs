@@ -26,7 +26,7 @@ impl<'a> Together<'a> {
     /// # Errors
     /// When the base cannot be prepared for answers.
     pub fn new(subject: &'a Subject, cache_bytes: usize, adapters: u64) -> Result<Self> {
-        let mut batch = Batch::new(subject.base.share(), cache_bytes)?;
+        let mut batch = subject.batch(cache_bytes)?;
         let mut adapted = Vec::new();
         for number in 0..adapters {
             adapted.push(batch.adapt(&[(&adapter(subject, number)?.to_device(subject.base.device()), 1.0)])?);

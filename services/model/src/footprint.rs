@@ -3,7 +3,7 @@
 use crate::device::{Placement, Precision};
 use crate::hf::ModelConfig;
 use crate::lora::LoraConfig;
-use crate::loss::CHUNK_ROWS;
+use crate::loss::chunk_rows;
 use crate::quant::{BLOCK, Quantisation};
 use tch::Device;
 
@@ -26,9 +26,10 @@ pub(crate) fn block_bytes_a_token(config: &ModelConfig, placement: &Placement) -
     stream * config.hidden_size as f64 + FEED_FORWARD_COPIES * width * config.intermediate_size as f64
 }
 
-/// Bytes of the logits of as many tokens as there are at once, of their gradient and of what lies between.
+/// Bytes of the logits of as many tokens as there are at once, of the former self's, of their gradient and of what lies
+/// between.
 pub(crate) fn head_bytes(config: &ModelConfig) -> f64 {
-    CHUNK_ROWS as f64 * config.vocab_size as f64 * 12.0
+    (chunk_rows(config.vocab_size) * config.vocab_size) as f64 * 24.0
 }
 
 /// Bytes of the copy of a base's weights in 16 bits that a CPU answers from where they are such numbers in f32, at most.

@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input, Mask};
-use crate::loss::CHUNK_ROWS;
+use crate::loss::chunk_rows;
 
 /// Tokens of one forward pass, padding included.
 const PASS_TOKENS: usize = 8192;
@@ -224,7 +224,7 @@ impl Labels {
         by_place.sort_by_key(|&i| wanted[i].0);
         let mut found = vec![0_f32; wanted.len()];
         let mut next = by_place.into_iter().peekable();
-        for chunk in places.chunks(CHUNK_ROWS as usize) {
+        for chunk in places.chunks(chunk_rows(base.config().vocab_size) as usize) {
             let rows = hidden.f_index_select(0, &Tensor::from_slice(chunk).to_device(base.device()))?;
             let log_probs = base.logits(&rows)?.f_log_softmax(-1, Kind::Float)?;
             let (mut indices, mut flat) = (Vec::new(), Vec::new());

@@ -13,8 +13,14 @@ use crate::lora::Adapter;
 use crate::pack::{Packed, Sequence, pack};
 use crate::recompute;
 
-/// Rows of logits that exist at once.
-pub const CHUNK_ROWS: i64 = 256;
+/// Logits that exist at once, about; of a student and its teacher there are some copies.
+const CHUNK_LOGITS: i64 = 1 << 22;
+
+/// Rows of logits that exist at once, of a vocabulary of so many tokens: fewer would make small products, more would be
+/// most of what learning takes.
+pub fn chunk_rows(vocabulary: i64) -> i64 {
+    (CHUNK_LOGITS / vocabulary.max(1)).clamp(32, 256)
+}
 
 /// Tokens of one forward pass when scoring.
 const SCORE_TOKENS: usize = 4096;
@@ -217,8 +223,9 @@ fn each_chunk(
     let targets = packed.targets(base.device()).1.f_unsqueeze(1)?;
     let total = packed.learned_tokens() as i64;
     let mut nll = vec![Tensor::f_zeros([0], (Kind::Float, base.device()))?];
-    for start in (0..total).step_by(CHUNK_ROWS as usize) {
-        let count = CHUNK_ROWS.min(total - start);
+    let rows = chunk_rows(base.config().vocab_size);
+    for start in (0..total).step_by(rows as usize) {
+        let count = rows.min(total - start);
         let (rows, targets) = (hidden.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
         let mut log_probs = base.logits(&rows)?.f_log_softmax(-1, Kind::Float)?;
         nll.push(log_probs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?.f_neg()?);
@@ -279,7 +286,7 @@ mod tests {
         // More learned tokens than one chunk holds.
         let many: Vec<Sequence> = (0..5).flat_map(|_| sequences()).collect();
         let packed = pack(&base, &many, 64).unwrap();
-        assert!(packed.learned_tokens() as i64 > CHUNK_ROWS);
+        assert!(packed.learned_tokens() as i64 > chunk_rows(base.config().vocab_size));
         let active = base.activate(&[(&adapter, 1.0)]).unwrap();
         let ours = gradient(&base, &active, &packed, 0.01, &[&flat]).unwrap();
 

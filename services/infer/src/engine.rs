@@ -92,9 +92,9 @@ impl Engine {
         cache_bytes_max: usize,
         narrow_copy: bool,
     ) -> anyhow::Result<Self> {
-        let batch = Batch::new(base, cache_bytes_max)?;
+        let batch = if narrow_copy { Batch::narrow } else { Batch::new };
         Ok(Self {
-            batch: if narrow_copy { batch.narrow()? } else { batch },
+            batch: batch(base, cache_bytes_max)?,
             language,
             running_max,
             adapters: HashMap::new(),

@@ -7,6 +7,7 @@ use anyhow::Context;
 use proto::ExampleId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -100,9 +101,9 @@ impl Latents {
         self.make_room(&mut held, size)?;
         let file = [from, blake3::hash(content).as_bytes(), content].concat();
         let path = self.path(id);
-        fs::write(&path, file).with_context(|| format!("{} cannot be written", path.display()))?;
+        // Known of before it is there, so that what is left of it where the disk fails is forgotten too.
         held.insert(id, size);
-        Ok(())
+        fs::write(&path, file).with_context(|| format!("{} cannot be written", path.display()))
     }
 
     /// Removes all that was computed of these documents, and takes nothing of them any more.
@@ -128,9 +129,15 @@ impl Latents {
 
     fn remove(&self, held: &mut Held, id: ExampleId) -> anyhow::Result<()> {
         let path = self.path(id);
-        fs::remove_file(&path).with_context(|| format!("{} cannot be removed", path.display()))?;
-        held.remove(id);
-        Ok(())
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("{} cannot be removed", path.display()))
+            }
+            _ => {
+                held.remove(id);
+                Ok(())
+            }
+        }
     }
 
     fn path(&self, id: ExampleId) -> PathBuf {
@@ -189,6 +196,21 @@ mod tests {
         drop(latents);
         assert_eq!(there(&Latents::open(dir.path(), 70).expect("opened")).len(), 1);
         assert_eq!(there(&Latents::open(dir.path(), 0).expect("opened")).len(), 0);
+    }
+
+    #[test]
+    fn what_somebody_removed_or_could_not_be_written_stands_in_nobodys_way() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let latents = Latents::open(dir.path(), 150).expect("opened");
+        latents.put(example(1), &FROM, b"12345").expect("put");
+        fs::remove_file(dir.path().join("1-2")).expect("removed");
+        // A folder in the place of a file cannot be written to.
+        fs::create_dir(dir.path().join("2-2")).expect("made");
+        assert!(latents.put(example(2), &FROM, b"12345").is_err());
+        fs::remove_dir(dir.path().join("2-2")).expect("removed");
+        latents.put(example(3), &FROM, b"12345").expect("put: the first made room");
+        latents.forget(&BTreeSet::from([1, 2])).expect("forgotten");
+        assert_eq!(there(&latents), [3]);
     }
 
     #[test]

@@ -99,17 +99,21 @@ impl Batch {
     /// When the base's weights are not as a base has them.
     pub fn new(base: Base, cache_bytes_max: usize) -> Result<Self> {
         let cpu = Cpu::new(&base)?;
-        let pages_max = cache_bytes_max / page_bytes(&base);
-        Ok(Self { base, cpu, prefixes: Prefixes::default(), pages_max, reserved: 0, adapted: 0 })
+        Ok(Self::on(base, cpu, cache_bytes_max))
     }
 
     /// The same with a copy of the weights in 16 bits, where that has the same numbers: see [`Cpu::narrow`].
     ///
     /// # Errors
     /// As for [`Batch::new`].
-    pub fn narrow(mut self) -> Result<Self> {
-        self.cpu = Cpu::narrow(&self.base)?;
-        Ok(self)
+    pub fn narrow(base: Base, cache_bytes_max: usize) -> Result<Self> {
+        let cpu = Cpu::narrow(&base)?;
+        Ok(Self::on(base, cpu, cache_bytes_max))
+    }
+
+    fn on(base: Base, cpu: Option<Cpu>, cache_bytes_max: usize) -> Self {
+        let pages_max = cache_bytes_max / page_bytes(&base);
+        Self { base, cpu, prefixes: Prefixes::default(), pages_max, reserved: 0, adapted: 0 }
     }
 
     /// The base.

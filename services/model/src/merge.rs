@@ -292,6 +292,30 @@ mod tests {
     }
 
     #[test]
+    fn adapters_of_other_layers_and_projections_merge_to_their_sum() {
+        let (base, model) = (golden::base("llama"), golden::config("llama"));
+        let ids = &golden::tensors("peft-r8/golden.safetensors")["input_ids"];
+        let some = |targets: Vec<Target>, layers: Vec<i64>| {
+            let adapter =
+                Adapter::new(LoraConfig { rank: 4, targets, layers, ..LoraConfig::default() }, &model, 1);
+            let adapter = adapter.unwrap();
+            adapter.with_flat(adapter.flat() + 0.01).unwrap()
+        };
+        let last = model.layers - 1;
+        let (all, upper) = (some(vec![Target::V], vec![]), some(vec![Target::Q, Target::Up], vec![last]));
+        let (lower, again) = (some(vec![Target::O], vec![0]), some(vec![Target::Q], vec![last]));
+        for (one, two, layers) in
+            [(&all, &upper, vec![]), (&lower, &upper, vec![]), (&upper, &again, vec![last])]
+        {
+            let merged = merge(&[(one, 0.7), (two, 0.3)], &PLAIN, &model).unwrap();
+            let logits =
+                |adapters: &[(&Adapter, f64)]| golden::logits(&base, &base.activate(adapters).unwrap(), ids);
+            let distance = golden::distance(&logits(&[(&merged, 1.0)]), &logits(&[(one, 0.7), (two, 0.3)]));
+            assert!(distance < 1e-4 && merged.config().layers == layers, "{distance} {:?}", merged.config());
+        }
+    }
+
+    #[test]
     fn dare_is_the_weighted_sum_in_expectation_and_follows_its_seed() {
         let exact = delta(&merged([0.7, 0.3], PLAIN), 0);
         let width = exact.size()[0].min(exact.size()[1]);

@@ -76,8 +76,8 @@ impl Subject {
     /// # Errors
     /// When the base cannot be prepared for answers.
     pub fn batch(&self, cache_bytes: usize) -> Result<Batch> {
-        let batch = Batch::new(self.base.share(), cache_bytes)?;
-        if self.settings.infer.narrow_copy { batch.narrow() } else { Ok(batch) }
+        let batch = if self.settings.infer.narrow_copy { Batch::narrow } else { Batch::new };
+        batch(self.base.share(), cache_bytes)
     }
 
     /// Its way from text to tokens.

@@ -146,6 +146,7 @@ impl Checkpoint {
 
     /// Removes what was made of documents from the generations, files and stores of one base.
     fn purge(&self, documents: &[(Domain, u64)]) -> anyhow::Result<Vec<GenerationId>> {
+        let _past = self.registry.hold_past();
         let shared = self.registry.manifest().shared;
         let place = |(domain, ordinal): &(Domain, u64)| {
             (if shared { Domain::general() } else { domain.clone() }, *ordinal)

@@ -15,9 +15,7 @@ impl Checkpoint {
     /// or something that the batch holds was forgotten.
     pub(crate) fn stale(&self, judgement: &Judgement) -> anyhow::Result<Option<&'static str>> {
         let batch = &judgement.batch;
-        let manifest = self.registry.manifest();
-        let lineage = manifest.lineages.get(&batch.lineage).cloned().unwrap_or_default();
-        if lineage.cursor != batch.after || lineage.current != batch.parent {
+        if self.registry.has_passed(batch) {
             return Ok(Some("the lineage has moved"));
         }
         let all = batch.fresh.iter().chain(&batch.rehearsed).chain(&batch.held_out);

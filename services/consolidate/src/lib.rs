@@ -40,7 +40,12 @@ impl Handle<Candidate> for Consolidate {
     async fn handle(&mut self, candidate: &Candidate) -> Result<(), Fault> {
         fail::fail_point!("consolidate::handle");
         let weights = self.blobs.get(&candidate.weights)?;
-        let held = self.held(candidate)?;
+        let held = match self.held(candidate) {
+            Err(_) if self.registry.has_passed(&candidate.batch) => {
+                return self.put_aside(candidate, "history has passed by").await;
+            }
+            held => held?,
+        };
         let job = candidate.clone();
         let judged = self.compute.run(move |worker| worker.judge(&job, &weights, held)).await;
         let (verdict, receipt) = judged.map_err(anyhow::Error::from)??;

@@ -5,14 +5,14 @@
 
 use crate::blobs::write_durably;
 use anyhow::{Context, bail};
-use proto::{Domain, Generation, GenerationId, Lineage, Manifest};
+use proto::{Batch, Domain, Generation, GenerationId, Lineage, Manifest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::watch;
 
 /// Manifest files that are kept, for a fallback and for whoever wants to know.
@@ -25,6 +25,7 @@ pub struct Registry {
     generations: RwLock<BTreeMap<GenerationId, Arc<Generation>>>,
     current: watch::Sender<Option<Arc<Manifest>>>,
     live: AtomicU64,
+    past: Mutex<()>,
 }
 
 impl Registry {
@@ -48,7 +49,8 @@ impl Registry {
         let manifest = newest(dir, &generations)?;
         let (current, _) = watch::channel(manifest.map(Arc::new));
         let live = AtomicU64::new(0);
-        Ok(Self { dir: dir.to_owned(), generations: RwLock::new(generations), current, live })
+        let (generations, past) = (RwLock::new(generations), Mutex::new(()));
+        Ok(Self { dir: dir.to_owned(), generations, current, live, past })
     }
 
     /// Makes a manifest current, with the generation it is about: durable when this returns.
@@ -141,6 +143,18 @@ impl Registry {
     /// The generation, current or before it, in which a lineage learned a document.
     pub fn learned_in(&self, lineage: &Domain, ordinal: u64) -> Option<Arc<Generation>> {
         self.chain(lineage).into_iter().find(|g| g.after < ordinal && ordinal <= g.through)
+    }
+
+    /// Whether a lineage has moved on from where a batch found it: by a rollback, an import, or something forgotten.
+    pub fn has_passed(&self, batch: &Batch) -> bool {
+        let lineage = self.lineage(&batch.lineage);
+        lineage.cursor != batch.after || lineage.current != batch.parent
+    }
+
+    /// Keeps the past as it is while this is held: forgetting waits with what it removes, and whoever reads what
+    /// generations learned waits for a forgetting to be over.
+    pub fn hold_past(&self) -> MutexGuard<'_, ()> {
+        self.past.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that inference serves this manifest.

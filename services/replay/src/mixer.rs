@@ -83,12 +83,8 @@ impl Mixer {
         let mut manifests = self.registry.subscribe();
         while !stop.is_set() {
             manifests.borrow_and_update();
-            let manifest = self.registry.manifest();
-            self.follow(&manifest)?;
-            let batch = if self.has_room()? { self.plan(&manifest)? } else { None };
-            if let Some(batch) = batch {
+            if let Some((batch, judged)) = self.mix()? {
                 let lineage = batch.lineage.clone();
-                let judged = manifest.lineages.get(&lineage).map_or(0, |l| l.judged);
                 tracing::info!(
                     lineage = %batch.lineage, number = batch.number, attempt = batch.attempt,
                     fresh = batch.fresh.len(), rehearsed = batch.rehearsed.len(), "learning a batch"
@@ -105,6 +101,19 @@ impl Mixer {
             }
         }
         Ok(())
+    }
+
+    /// The next batch, if there is something to learn and room for it, and how many its lineage has had judged.
+    fn mix(&mut self) -> anyhow::Result<Option<(Batch, u64)>> {
+        let registry = Arc::clone(&self.registry);
+        let _past = registry.hold_past();
+        let manifest = registry.manifest();
+        self.follow(&manifest)?;
+        let batch = if self.has_room()? { self.plan(&manifest)? } else { None };
+        Ok(batch.map(|batch| {
+            let judged = manifest.lineages.get(&batch.lineage).map_or(0, |l| l.judged);
+            (batch, judged)
+        }))
     }
 
     /// Whether the disk has room for another generation. Documents wait until it has.
@@ -155,6 +164,7 @@ impl Mixer {
             history.extend(self.registry.ancestors(lineage.current.clone()));
         }
         history.sort_by_key(|g| g.manifest);
+        fail::fail_point!("replay::history");
         history
     }
 

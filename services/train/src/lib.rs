@@ -41,7 +41,11 @@ impl Service for Train {
 impl Handle<Batch> for Train {
     async fn handle(&mut self, batch: &Batch) -> Result<(), Fault> {
         fail::fail_point!("train::handle");
-        let start = self.start(batch)?;
+        let start = match self.start(batch) {
+            // Its parent was forgotten on the way; `checkpoint` drops the batch, and it is planned anew.
+            Err(_) if self.registry.has_passed(batch) => return self.put_aside(batch, "history has passed by").await,
+            start => start?,
+        };
         let job = batch.clone();
         let end = self
             .compute

@@ -174,9 +174,10 @@ impl Judge {
     }
 }
 
-/// A label as it follows its text.
+/// A label as it follows its text: on a line of its own, so that it is said from the break before it, which is the
+/// same for all texts, and not from whatever word a text ends with.
 pub fn answer(label: &str) -> String {
-    format!(" {label}")
+    format!("\n{label}")
 }
 
 fn bar(length: usize) -> ProgressBar {

@@ -31,8 +31,9 @@ Examples:
 
 Tasks are folders with train.jsonl and test.jsonl, whose lines are {\"text\",\"label\"} or \
 {\"prompt\",\"response\"}, or pairs X.txt and X.val.txt, whose documents end in a line \
-<|endoftext|>. They are learned by the services themselves, one task after another. A label is \
-chosen among all labels seen so far, without being told the task; a text is scored in nats a token. \
+<|endoftext|>. They are learned by the services themselves, one task after another. A label stands \
+on a line of its own after its text, and is chosen among all labels seen so far, without being told the \
+task; a text is scored in nats a token. \
 With an adapter for each domain, the content decides which one answers, as for the model 'auto'.";
 
 /// Bytes of each held-out text that the drift of the base is measured on.

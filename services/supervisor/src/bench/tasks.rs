@@ -241,7 +241,7 @@ mod tests {
             prompt: prompt.into(),
             completion: completion.into(),
         };
-        assert_eq!(tasks[0].documents, [completion("hi", " greeting"), completion("bye", " leave")]);
+        assert_eq!(tasks[0].documents, [completion("hi", "\ngreeting"), completion("bye", "\nleave")]);
         assert_eq!(tasks[1].documents.len(), 2);
         assert!(matches!(&tasks[1].test, Test::Text(held_out) if held_out.len() == 1));
         assert_eq!(tasks[2].documents, [completion("2+2=", "4")]);

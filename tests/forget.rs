@@ -59,7 +59,7 @@ fn forgetting_and_learning_do_not_get_into_each_others_way() {
     let ledgers = server.submit(&in_domain("ledgers", 3));
     live(&ledgers);
     // A generation goes, and three merges with it, while the mixer looks at what was learned.
-    ["one", "two", "three"].map(merge_into);
+    ["one", "two", "three"].iter().for_each(|into| merge_into(into));
     server.delete(&format!("/v1/documents/{}", ledgers[0])).ok();
     live(&ledgers[1..]);
     // A batch is on its way when the generation goes that it stands on.

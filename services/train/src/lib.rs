@@ -43,7 +43,9 @@ impl Handle<Batch> for Train {
         fail::fail_point!("train::handle");
         let start = match self.start(batch) {
             // Its parent was forgotten on the way; `checkpoint` drops the batch, and it is planned anew.
-            Err(_) if self.registry.has_passed(batch) => return self.put_aside(batch, "history has passed by").await,
+            Err(_) if self.registry.has_passed(batch) => {
+                return self.put_aside(batch, "history has passed by").await;
+            }
             start => start?,
         };
         let job = batch.clone();

@@ -64,19 +64,25 @@ impl Handle<Candidate> for Consolidate {
             Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
         };
         if !matches!(decision, Decision::Publish(_)) {
-            self.blobs.remove(&candidate.weights)?;
-            self.blobs.remove(&candidate.optimiser)?;
+            self.remove(candidate)?;
         }
         self.send(candidate, decision, receipt).await
     }
 
     async fn put_aside(&mut self, candidate: &Candidate, reason: &str) -> Result<(), Fault> {
+        self.remove(candidate)?;
         let reason = format!("what was learned from it could not be measured: {reason}");
         self.send(candidate, Decision::SetAside(reason), Receipt::default()).await
     }
 }
 
 impl Consolidate {
+    /// Nothing stays of a candidate that is not published: it may hold what is forgotten meanwhile.
+    fn remove(&self, candidate: &Candidate) -> anyhow::Result<()> {
+        self.blobs.remove(&candidate.weights)?;
+        self.blobs.remove(&candidate.optimiser)
+    }
+
     async fn send(&self, candidate: &Candidate, decision: Decision, receipt: Receipt) -> Result<(), Fault> {
         let judgement = Judgement {
             batch: candidate.batch.clone(),

@@ -21,8 +21,8 @@ Examples:
 
 A text, whose documents end in a line <|endoftext|>, gives nll_per_token (nats), bits_per_byte and \
 tokens. Lines of {\"text\",\"label\"} give the accuracy with which the label, on a line of its own \
-after the text, is the likeliest of all labels in the file; lines of {\"prompt\",\"response\"} the share that is answered exactly, and the \
-share that begins with the response (begins), since who learned a text goes on with it.";
+after the text, is the likeliest of all labels in the file; lines of {\"prompt\",\"response\"} the \
+share that is answered exactly, and the share that begins with the response (begins), since who learned a text goes on with it.";
 
 /// What `engram eval` takes.
 #[derive(Debug, clap::Args)]

@@ -174,6 +174,7 @@ section!(
         olora_parts: i64,
         former_share: f64,
         former_share_rehearsed: f64,
+        answers_apart: bool,
         poll_ms: u64,
         share_while_serving: f32,
     }

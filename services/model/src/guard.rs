@@ -22,6 +22,11 @@ pub trait Guard {
     fn teacher(&self) -> Option<&Teacher> {
         None
     }
+
+    /// Which tokens, by id, are not made less likely by sequences that have none of them to learn.
+    fn spared(&self) -> Option<&[bool]> {
+        None
+    }
 }
 
 /// Elastic weight consolidation: see [`crate::ewc`].
@@ -81,5 +86,56 @@ impl Former {
 impl Guard for Former {
     fn teacher(&self) -> Option<&Teacher> {
         Some(&self.teacher)
+    }
+}
+
+/// Asymmetric cross-entropy (ER-ACE, Caccia et al., arXiv 2104.05025): new answers are told apart from each other, and
+/// leave it to what is rehearsed to tell old ones from them. Else every new answer makes all old ones less likely, and
+/// the few that are rehearsed do not make up for it.
+pub struct Apart {
+    spared: Vec<bool>,
+}
+
+impl Apart {
+    /// Spares the tokens of `rehearsed` answers that no `fresh` one has, as ids; none where there are no such tokens.
+    pub fn new(
+        base: &Base,
+        fresh: impl Iterator<Item = u32>,
+        rehearsed: impl Iterator<Item = u32>,
+    ) -> Option<Self> {
+        let mut spared = vec![false; base.config().vocab_size as usize];
+        let mut set = |token: u32, to: bool| spared.get_mut(token as usize).map(|spared| *spared = to);
+        rehearsed.for_each(|token| {
+            set(token, true);
+        });
+        fresh.for_each(|token| {
+            set(token, false);
+        });
+        spared.contains(&true).then_some(Self { spared })
+    }
+}
+
+impl Guard for Apart {
+    fn spared(&self) -> Option<&[bool]> {
+        Some(&self.spared)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    #[test]
+    fn what_old_answers_alone_have_is_spared() {
+        let base = golden::base("llama");
+        let spared = |fresh: &[u32], rehearsed: &[u32]| {
+            let apart = Apart::new(&base, fresh.iter().copied(), rehearsed.iter().copied())?;
+            let of = apart.spared().expect("tokens").iter().enumerate();
+            Some(of.filter(|(_, spared)| **spared).map(|(token, _)| token).collect::<Vec<_>>())
+        };
+        assert_eq!(spared(&[1, 2], &[2, 3, 7]), Some(vec![3, 7]));
+        assert_eq!(spared(&[1, 2], &[2, 1]), None);
+        assert_eq!(spared(&[1], &[]), None);
     }
 }

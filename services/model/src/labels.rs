@@ -1,11 +1,11 @@
 //! Which of many answers is the likeliest to follow a text.
 //!
-//! The text is computed once, and answers that begin alike share what they have in common: they are a tree whose
-//! nodes see the text and the path that leads to them. Of the tree only those branches are computed that may still
-//! hold the likeliest answer: a log-likelihood only falls with further tokens, so that the first token's bounds the
-//! whole from above, and over the length of the answer its mean.
+//! Answers that begin alike share what they have in common: they are a tree whose nodes see the text and the path that
+//! leads to them. Of the tree only those branches are computed that may still hold the likeliest answer: a
+//! log-likelihood only falls with further tokens, so that of the first tokens, up to the first that tells answers apart,
+//! bounds the whole from above, and over the length of the answer its mean.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anyhow::{Result, anyhow, ensure};
 use tch::{Kind, Tensor};
@@ -107,11 +107,12 @@ impl Labels {
         self.check(base, texts)?;
         ensure!(groups.iter().all(|group| !group.is_empty()), "there is no answer to choose from");
         let wanted: BTreeSet<usize> = groups.iter().flatten().copied().collect();
-        let firsts: BTreeSet<Step> = wanted.iter().map(|&n| self.answers[n][0]).collect();
-        let firsts: Vec<Step> = firsts.into_iter().collect();
-        let paths: Vec<Vec<&[Step]>> = vec![firsts.iter().map(std::slice::from_ref).collect(); texts.len()];
-        let first = self.sums(base, adapters, texts, &paths)?;
-        let mut choices: Vec<Choice> = first.iter().map(|sums| self.bounds(&firsts, sums, rule)).collect();
+        let openings = self.openings(&wanted);
+        let firsts: BTreeSet<&[Step]> = openings.values().copied().collect();
+        let firsts: Vec<&[Step]> = firsts.into_iter().collect();
+        let first = self.sums(base, adapters, texts, &vec![firsts.clone(); texts.len()])?;
+        let mut choices: Vec<Choice> =
+            first.iter().map(|sums| self.bounds(&openings, &firsts, sums, rule)).collect();
         for round in 0..2 {
             let tried: Vec<Vec<usize>> =
                 choices.iter().map(|choice| choice.next(groups, round == 0)).collect();
@@ -146,12 +147,29 @@ impl Labels {
         Ok(())
     }
 
-    /// What the log-likelihoods of the answers' first tokens say of the answers.
-    fn bounds(&self, firsts: &[Step], sums: &[f64], rule: Rule) -> Choice {
-        let of_first: HashMap<Step, f64> = firsts.iter().copied().zip(sums.iter().copied()).collect();
-        let bound =
-            |answer: &Vec<Step>| of_first.get(&answer[0]).map(|first| rule.score(*first, answer.len()));
-        Choice { bounds: self.answers.iter().map(bound).collect(), known: HashMap::new() }
+    /// How each of these answers opens: with what they all begin with, such as a line break, and the token after it.
+    fn openings(&self, wanted: &BTreeSet<usize>) -> BTreeMap<usize, &[Step]> {
+        let answer = |n: &usize| self.answers[*n].as_slice();
+        let first = wanted.first().map(answer).unwrap_or_default();
+        let common = |n| first.iter().zip(answer(n)).take_while(|(a, b)| a == b).count();
+        let common = wanted.iter().map(common).min().unwrap_or(0);
+        wanted.iter().map(|n| (*n, &answer(n)[..answer(n).len().min(common + 1)])).collect()
+    }
+
+    /// What the log-likelihoods of the answers' openings say of the answers.
+    fn bounds(
+        &self,
+        openings: &BTreeMap<usize, &[Step]>,
+        firsts: &[&[Step]],
+        sums: &[f64],
+        rule: Rule,
+    ) -> Choice {
+        let of_first: HashMap<&[Step], f64> = firsts.iter().copied().zip(sums.iter().copied()).collect();
+        let bound = |n: &usize| {
+            let opening = of_first.get(openings.get(n)?)?;
+            Some(rule.score(*opening, self.answers[*n].len()))
+        };
+        Choice { bounds: (0..self.answers.len()).map(|n| bound(&n)).collect(), known: HashMap::new() }
     }
 
     /// For each text the log-likelihood of each of its paths, in nats.
@@ -336,6 +354,7 @@ impl Choice {
 mod tests {
     use super::*;
     use crate::golden;
+    use crate::lora::Adapter;
     use crate::loss;
     use crate::pack::Sequence;
 
@@ -343,23 +362,32 @@ mod tests {
     fn the_choice_is_that_of_every_answer_scored_alone() {
         let base = golden::base("llama");
         let adapter = golden::adapter("peft-r8");
-        let active = base.activate(&[(&adapter, 1.0)]).unwrap();
         // Answers of one to four tokens, many of which begin alike.
         let answers: Vec<Vec<u32>> =
             (0..40_u32).map(|n| (0..=n % 4).map(|i| (n / (4 - i) * 7 + i * 13) % 128).collect()).collect();
         let texts: Vec<Vec<u32>> =
             (2..12_u32).map(|n| (0..n).map(|i| (i * 11 + n) % 128).collect()).collect();
-        let labels = Labels::new(&answers).unwrap();
+        // And such that all begin with the same two.
+        let alike: Vec<Vec<u32>> =
+            answers.iter().map(|answer| [&[5, 9], answer.as_slice()].concat()).collect();
+        for answers in [answers, alike] {
+            check(&base, &adapter, &answers, &texts);
+        }
+    }
+
+    fn check(base: &Base, adapter: &Adapter, answers: &[Vec<u32>], texts: &[Vec<u32>]) {
+        let active = base.activate(&[(adapter, 1.0)]).unwrap();
+        let labels = Labels::new(answers).unwrap();
         let groups = [(0..40).collect(), (0..40).filter(|n| n % 3 == 0).collect::<Vec<_>>(), vec![7]];
         let alone = |text: &[u32], answer: &[u32], rule: Rule| {
             let tokens = [text, answer].concat();
             let learned = vec![(text.len() as u32, tokens.len() as u32)];
             let sequence = Sequence { tokens, learned, rehearsed: false };
-            let score = loss::score(&base, &[(&adapter, 1.0)], &[sequence], 64).unwrap()[0];
+            let score = loss::score(base, &[(adapter, 1.0)], &[sequence], 64).unwrap()[0];
             if rule == Rule::Sum { -score.nll_sum } else { -score.mean() }
         };
         for rule in [Rule::Sum, Rule::Mean] {
-            let chosen = labels.likeliest(&base, &active, &texts, &groups, rule).unwrap();
+            let chosen = labels.likeliest(base, &active, texts, &groups, rule).unwrap();
             for (text, chosen) in texts.iter().zip(&chosen) {
                 let alone: Vec<f64> = answers.iter().map(|answer| alone(text, answer, rule)).collect();
                 for (group, &(answer, score)) in groups.iter().zip(chosen) {
@@ -383,6 +411,19 @@ mod tests {
         assert_eq!(choice.next(&groups, false), [6, 7]);
         choice.known.extend([(6, -6.0), (7, -7.0)]);
         assert_eq!((choice.best(&groups[0]), choice.best(&groups[1])), (Some((6, -6.0)), Some((8, -15.5))));
+    }
+
+    #[test]
+    fn answers_open_with_what_they_have_in_common_and_a_token_more() {
+        let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2], vec![1, 6]]).unwrap();
+        let openings = |wanted: &[usize]| -> Vec<Vec<u32>> {
+            let openings = labels.openings(&wanted.iter().copied().collect());
+            openings.values().map(|opening| opening.iter().map(|step| step.1).collect()).collect()
+        };
+        assert_eq!(openings(&[0, 1]), [vec![1, 2, 3], vec![1, 2, 4]]);
+        assert_eq!(openings(&[0, 2]), [vec![1, 2, 3], vec![1, 2]]);
+        assert_eq!(openings(&[0, 3]), [vec![1, 2], vec![1, 6]]);
+        assert_eq!(openings(&[1]), [vec![1, 2, 4, 5]]);
     }
 
     #[test]

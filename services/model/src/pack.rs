@@ -77,6 +77,16 @@ pub struct Packed {
     /// Where each sequence begins in the flattened rows; an empty one nowhere.
     starts: Vec<i64>,
     entry: Option<Entry>,
+    spared: Option<Spared>,
+}
+
+/// Tokens that are not made less likely by those who do not say them: see [`crate::guard::Apart`].
+#[derive(Debug)]
+pub(crate) struct Spared {
+    /// Whether each learned token's sequence leaves them alone, bool [learned tokens, 1].
+    pub by: Tensor,
+    /// Which tokens of the vocabulary they are, bool [1, vocab_size].
+    pub tokens: Tensor,
 }
 
 /// Lays sequences into rows of at most `row_tokens` tokens, or of the longest sequence where that is longer.
@@ -114,6 +124,7 @@ pub fn pack(base: &Base, sequences: &[Sequence], row_tokens: usize) -> Result<Pa
         learned: Vec::new(),
         starts: vec![0; sequences.len()],
         entry: None,
+        spared: None,
     };
     for (_, row) in &rows {
         packed.push_row(sequences, row, length);
@@ -159,6 +170,22 @@ impl Packed {
     /// The same, entering the blocks there.
     pub(crate) fn entering(self, entry: Entry) -> Self {
         Self { entry: Some(entry), ..self }
+    }
+
+    /// The same, with tokens spared by every sequence that has none of them to learn. `tokens` says which, by id.
+    pub(crate) fn sparing(mut self, tokens: &[bool], device: Device) -> Self {
+        let says = |learned: &Learned| tokens.get(learned.target as usize).is_some_and(|spared| *spared);
+        let mut saying = vec![false; self.sequences()];
+        self.learned.iter().for_each(|learned| saying[learned.owner] |= says(learned));
+        let by: Vec<bool> = self.learned.iter().map(|learned| !saying[learned.owner]).collect();
+        let tensor = |values: &[bool], shape| Tensor::from_slice(values).view(shape).to_device(device);
+        self.spared = Some(Spared { by: tensor(&by, [-1, 1]), tokens: tensor(tokens, [1, -1]) });
+        self
+    }
+
+    /// What is spared, by whom.
+    pub(crate) fn spared(&self) -> Option<&Spared> {
+        self.spared.as_ref()
     }
 
     /// Rows and their length in tokens.

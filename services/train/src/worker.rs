@@ -6,7 +6,7 @@ use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::Ewc;
-use model::guard::{Elastic, Former, FormerShares};
+use model::guard::{Apart, Elastic, Former, FormerShares};
 use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
 use model::llama::Base;
 use model::lora::{Adapter, LoraConfig};
@@ -48,6 +48,8 @@ pub struct Training {
     pub prompt_dropout: f64,
     /// What the parent generation has to say.
     pub former: FormerShares,
+    /// Whether new answers leave rehearsed ones as likely as they are.
+    pub answers_apart: bool,
     /// Share of the time that learning takes while requests run.
     pub share_while_serving: f32,
 }
@@ -175,6 +177,10 @@ impl Worker {
         let shares = self.training.former;
         if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
             learner.hold_to(Former::new(&self.base, &adapter, shares)?);
+        }
+        let apart = Apart::new(&self.base, of_answers(&batch.fresh), of_answers(&batch.rehearsed));
+        if let Some(apart) = apart.filter(|_| self.training.answers_apart) {
+            learner.hold_to(apart);
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);
         learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
@@ -413,6 +419,13 @@ fn as_fresh(example: &Example) -> Fresh {
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.
 fn is_answer(learned: &[(u32, u32)]) -> bool {
     learned.first().is_some_and(|&(from, _)| from > 0)
+}
+
+/// The tokens of the answers among examples.
+fn of_answers(examples: &[Example]) -> impl Iterator<Item = u32> {
+    let answers = examples.iter().map(|example| &example.piece).filter(|piece| is_answer(&piece.learned));
+    let ranges = answers.flat_map(|piece| piece.learned.iter().map(|range| (&piece.tokens, *range)));
+    ranges.flat_map(|(tokens, (from, to))| &tokens[from as usize..to as usize]).copied()
 }
 
 /// Drops a share of the tokens that an answer follows, but for the first and the last, which no prompt is without:

@@ -37,6 +37,10 @@ pub enum Method {
     /// previous generation says (train.former_share_rehearsed). No gate.
     #[value(name = "der")]
     Der,
+    /// Asymmetric cross-entropy (ER-ACE, Caccia et al., arXiv 2104.05025): rehearsal, and what is new does not make the
+    /// tokens of old answers less likely (train.answers_apart). No gate.
+    #[value(name = "ace")]
+    Ace,
     /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.
     #[value(name = "replay+lwf")]
     ReplayLwf,
@@ -58,7 +62,10 @@ const FORMER_SHARE_REHEARSED: f64 = 0.5;
 impl Method {
     /// Whether it learns from the replay buffer.
     pub fn rehearses(self) -> bool {
-        matches!(self, Self::Default | Self::Replay | Self::ReplayEwc | Self::Der | Self::ReplayLwf)
+        matches!(
+            self,
+            Self::Default | Self::Replay | Self::ReplayEwc | Self::Der | Self::Ace | Self::ReplayLwf
+        )
     }
 
     /// The settings under which the system learns by this method.
@@ -86,6 +93,7 @@ impl Method {
             Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
             _ => 0.0,
         };
+        s.train.answers_apart = self == Self::Ace;
         if self == Self::Joint {
             // One batch: its passes shuffle all tasks.
             s.replay.batch_examples = 100_000;
@@ -122,6 +130,8 @@ mod tests {
         assert!(olora.train.olora_lambda > 0.0);
         let der = Method::Der.apply(&settings);
         assert_eq!((&der.replay, der.train.former_share), (&settings.replay, 0.0));
+        let ace = Method::Ace.apply(&settings);
+        assert!(ace.train.answers_apart && ace.replay == settings.replay && !der.train.answers_apart);
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
         assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }

@@ -3,6 +3,7 @@
 use crate::topology::Plant;
 use crate::worker;
 use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
 use kit::lane::Stop;
 use kit::settings::Settings;
 use kit::status::document_status;
@@ -90,12 +91,16 @@ impl System {
         let ids: Vec<_> = documents.iter().map(|d| d.id.clone()).collect();
         // All at once: what a batch holds must not depend on how fast they come.
         ledger.append(documents).await?;
+        let bar = ProgressBar::new_spinner();
         while self.has_work()? {
             if self.stop.is_set() {
                 bail!("the services ended before everything was learned");
             }
+            let published = self.plant.registry.generations().len().saturating_sub(before);
+            bar.set_message(format!("learning {} documents: {published} generations published", ids.len()));
             tokio::time::sleep(POLL).await;
         }
+        bar.finish_and_clear();
         let mut taught = Taught {
             seconds: started.elapsed().as_secs_f64(),
             generations: self.plant.registry.generations().len().saturating_sub(before),

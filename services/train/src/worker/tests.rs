@@ -42,6 +42,7 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         course,
         micro_tokens: 64,
         prompt_dropout: 0.0,
+        answers_apart: false,
         ewc_lambda: 0.0,
         olora: None,
         former: FormerShares::default(),

@@ -77,6 +77,20 @@ fn what_is_learned_and_what_is_kept_stand_side_by_side() {
 }
 
 #[test]
+fn new_labels_are_told_apart_by_themselves_where_old_ones_are_known() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(&folder.path().join("base"));
+    write_tasks(&folder.path().join("tasks"));
+    let loss_of_the_second = |method: &str| {
+        let none_rehearsed = ["--mode", "shared", "--set", "replay.new_data_ratio=1"];
+        let result = retention(folder.path(), &[["--method", method].as_slice(), &none_rehearsed].concat());
+        result["runs"][0]["documents"]["loss"][0].as_f64().expect("a loss before it was learned")
+    };
+    let (naive, ace) = (loss_of_the_second("naive"), loss_of_the_second("ace"));
+    assert!(ace < naive, "the first labels' tokens have no part in it: {ace} and {naive}");
+}
+
+#[test]
 fn an_adapter_for_each_task_is_measured_by_choice_and_by_oracle() {
     let folder = tempfile::tempdir().expect("a folder");
     tiny::write(&folder.path().join("base"));

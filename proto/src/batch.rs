@@ -32,6 +32,8 @@ pub struct Batch {
     pub rehearsed: Vec<Example>,
     /// How many of those a pass over all fresh examples takes; the passes take turns through them.
     pub rehearsed_a_pass: u32,
+    /// Tokens of all answers that the lineage has learned, ascending; empty where learning does not ask for them.
+    pub known_answers: Vec<u32>,
     /// Factor on the learning rate: 1 at first, lower after a refusal.
     pub rate_scale: f32,
     /// Examples that are only measured: the held-out part that this batch adds to the probe.

@@ -79,6 +79,7 @@ fn batch() -> Batch {
         fresh: vec![example(41)],
         rehearsed: vec![example(7)],
         rehearsed_a_pass: 1,
+        known_answers: vec![3, 300],
         rate_scale: 0.5,
         held_out: vec![Example { held_out: true, ..example(42) }],
         replay_digest: "d1".into(),

@@ -173,6 +173,7 @@ mod tests {
             fresh: Vec::new(),
             rehearsed: Vec::new(),
             rehearsed_a_pass: 0,
+            known_answers: Vec::new(),
             rate_scale: 1.0,
             held_out: Vec::new(),
             replay_digest: String::new(),

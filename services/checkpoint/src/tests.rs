@@ -84,6 +84,7 @@ impl Bench {
             fresh: (at.cursor + 1..=through).map(example).collect(),
             rehearsed: Vec::new(),
             rehearsed_a_pass: 0,
+            known_answers: Vec::new(),
             rate_scale: 1.0,
             held_out: Vec::new(),
             replay_digest: String::new(),

@@ -91,21 +91,22 @@ impl Guard for Former {
 
 /// Asymmetric cross-entropy (ER-ACE, Caccia et al., arXiv 2104.05025): new answers are told apart from each other, and
 /// leave it to what is rehearsed to tell old ones from them. Else every new answer makes all old ones less likely, and
-/// the few that are rehearsed do not make up for it.
+/// the few that are rehearsed do not make up for it. Here old answers are all that were ever learned, and not only
+/// those that are rehearsed.
 pub struct Apart {
     spared: Vec<bool>,
 }
 
 impl Apart {
-    /// Spares the tokens of `rehearsed` answers that no `fresh` one has, as ids; none where there are no such tokens.
+    /// Spares the tokens of `known` answers that no `fresh` one has, as ids; none where there are no such tokens.
     pub fn new(
         base: &Base,
         fresh: impl Iterator<Item = u32>,
-        rehearsed: impl Iterator<Item = u32>,
+        known: impl Iterator<Item = u32>,
     ) -> Option<Self> {
         let mut spared = vec![false; base.config().vocab_size as usize];
         let mut set = |token: u32, to: bool| spared.get_mut(token as usize).map(|spared| *spared = to);
-        rehearsed.for_each(|token| {
+        known.for_each(|token| {
             set(token, true);
         });
         fresh.for_each(|token| {
@@ -129,8 +130,8 @@ mod tests {
     #[test]
     fn what_old_answers_alone_have_is_spared() {
         let base = golden::base("llama");
-        let spared = |fresh: &[u32], rehearsed: &[u32]| {
-            let apart = Apart::new(&base, fresh.iter().copied(), rehearsed.iter().copied())?;
+        let spared = |fresh: &[u32], known: &[u32]| {
+            let apart = Apart::new(&base, fresh.iter().copied(), known.iter().copied())?;
             let of = apart.spared().expect("tokens").iter().enumerate();
             Some(of.filter(|(_, spared)| **spared).map(|(token, _)| token).collect::<Vec<_>>())
         };

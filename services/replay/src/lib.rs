@@ -4,6 +4,7 @@
 //! Two halves: [`Settle`] ends the intake lane, by writing a judged document's examples to the
 //! ledger; [`Mixer`] starts the learn lane, by reading them from there.
 
+mod answers;
 mod buffer;
 mod mixer;
 mod settle;

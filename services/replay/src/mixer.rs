@@ -1,6 +1,7 @@
 //! The start of learning: which lineage learns next, from which fresh examples, beside which
 //! rehearsed ones.
 
+use crate::answers::{self, Answers};
 use crate::buffer::{Buffer, Row, Strategy};
 use anyhow::Context;
 use kit::blobs::Blobs;
@@ -33,6 +34,8 @@ pub struct Mixing {
     pub rehearse_min: usize,
     /// Fresh examples in a batch at most; a longer document still comes whole.
     pub batch_examples: usize,
+    /// Whether learning asks which answers are known.
+    pub known_answers: bool,
     /// Looks for work at least this often.
     pub poll: Duration,
     /// Seed of all that is random in learning.
@@ -51,6 +54,8 @@ pub struct Mixer {
     blobs: Arc<Blobs>,
     store: Arc<Store>,
     buffer: Buffer,
+    /// The answers that were learned, where they are asked for.
+    answers: Answers,
     /// Generations whose examples the buffer has been offered, in order of publication.
     offered: Vec<Arc<Generation>>,
     next: Link<Batch>,
@@ -70,7 +75,8 @@ impl Mixer {
         next: Link<Batch>,
     ) -> anyhow::Result<Self> {
         let buffer = Buffer::new(mixing.capacity, mixing.strategy, mixing.seed);
-        let mut mixer = Self { mixing, ledger, registry, blobs, store, buffer, offered: Vec::new(), next };
+        let (answers, offered) = (Answers::default(), Vec::new());
+        let mut mixer = Self { mixing, ledger, registry, blobs, store, buffer, answers, offered, next };
         mixer.rebuild().context("the replay buffer could not be rebuilt from the ledger")?;
         Ok(mixer)
     }
@@ -172,6 +178,7 @@ impl Mixer {
     fn rebuild(&mut self) -> anyhow::Result<()> {
         self.buffer = Buffer::new(self.mixing.capacity, self.mixing.strategy, self.mixing.seed);
         self.offered.clear();
+        self.answers = Answers::default();
         for generation in self.history(&self.registry.manifest()) {
             self.offer(generation, false)?;
         }
@@ -200,6 +207,9 @@ impl Mixer {
         let examples = self.ledger.examples_of(&ids)?;
         let rows = examples.iter().map(|example| (example.id, row(example, losses[&example.id])));
         let changes = self.buffer.learn(rows.collect());
+        if self.mixing.known_answers {
+            self.answers.learn(&generation.lineage, &examples);
+        }
         self.offered.push(generation);
         if store {
             for id in &changes.evicted {
@@ -261,6 +271,7 @@ impl Mixer {
             fresh: window.examples,
             rehearsed,
             rehearsed_a_pass: rehearsed_a_pass as u32,
+            known_answers: self.answers.tokens(&lineage),
             rate_scale: 0.5_f32.powi(care as i32),
             held_out: window.held_out,
             replay_digest: self.store.digest()?,
@@ -290,16 +301,8 @@ fn row(example: &Example, first_loss: f32) -> Row {
         marked: example.marked.then_some(example.importance),
         first_loss,
         signature: example.signature.clone(),
-        answer: answer(example),
+        answer: answers::of(example).map(answers::digest),
     }
-}
-
-/// A digest of what an example answers to its prompt, by which it is told which answers repeat.
-fn answer(example: &Example) -> Option<u64> {
-    let &(from, to) = example.piece.learned.first().filter(|(from, _)| *from > 0)?;
-    let tokens = example.piece.tokens.get(from as usize..to as usize)?;
-    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-    Some(u64::from_le_bytes(blake3::hash(&bytes).as_bytes()[..8].try_into().ok()?))
 }
 
 /// The batch's own seed: different for each batch and attempt, equal for the same one again.

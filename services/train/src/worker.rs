@@ -48,8 +48,6 @@ pub struct Training {
     pub prompt_dropout: f64,
     /// What the parent generation has to say.
     pub former: FormerShares,
-    /// Whether new answers leave rehearsed ones as likely as they are.
-    pub answers_apart: bool,
     /// Share of the time that learning takes while requests run.
     pub share_while_serving: f32,
 }
@@ -178,8 +176,8 @@ impl Worker {
         if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
             learner.hold_to(Former::new(&self.base, &adapter, shares)?);
         }
-        let apart = Apart::new(&self.base, of_answers(&batch.fresh), of_answers(&batch.rehearsed));
-        if let Some(apart) = apart.filter(|_| self.training.answers_apart) {
+        let known = batch.known_answers.iter().copied();
+        if let Some(apart) = Apart::new(&self.base, of_answers(&batch.fresh), known) {
             learner.hold_to(apart);
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);

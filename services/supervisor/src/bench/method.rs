@@ -41,6 +41,9 @@ pub enum Method {
     /// tokens of old answers less likely (train.answers_apart). No gate.
     #[value(name = "ace")]
     Ace,
+    /// Asymmetric cross-entropy, rehearsal and elastic weight consolidation. No gate.
+    #[value(name = "ace+ewc")]
+    AceEwc,
     /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.
     #[value(name = "replay+lwf")]
     ReplayLwf,
@@ -64,7 +67,13 @@ impl Method {
     pub fn rehearses(self) -> bool {
         matches!(
             self,
-            Self::Default | Self::Replay | Self::ReplayEwc | Self::Der | Self::Ace | Self::ReplayLwf
+            Self::Default
+                | Self::Replay
+                | Self::ReplayEwc
+                | Self::Der
+                | Self::Ace
+                | Self::AceEwc
+                | Self::ReplayLwf
         )
     }
 
@@ -81,7 +90,7 @@ impl Method {
         }
         let or = |given: f64, otherwise: f64| if given > 0.0 { given } else { otherwise };
         s.train.ewc_lambda = match self {
-            Self::Ewc | Self::ReplayEwc => or(s.train.ewc_lambda, EWC_LAMBDA),
+            Self::Ewc | Self::ReplayEwc | Self::AceEwc => or(s.train.ewc_lambda, EWC_LAMBDA),
             _ => 0.0,
         };
         s.train.olora_lambda = if self == Self::Olora { or(s.train.olora_lambda, OLORA_LAMBDA) } else { 0.0 };
@@ -93,7 +102,7 @@ impl Method {
             Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
             _ => 0.0,
         };
-        s.train.answers_apart = self == Self::Ace;
+        s.train.answers_apart = matches!(self, Self::Ace | Self::AceEwc);
         if self == Self::Joint {
             // One batch: its passes shuffle all tasks.
             s.replay.batch_examples = 100_000;
@@ -132,6 +141,9 @@ mod tests {
         assert_eq!((&der.replay, der.train.former_share), (&settings.replay, 0.0));
         let ace = Method::Ace.apply(&settings);
         assert!(ace.train.answers_apart && ace.replay == settings.replay && !der.train.answers_apart);
+        assert_eq!(ace.train.ewc_lambda, 0.0);
+        let both = Method::AceEwc.apply(&own);
+        assert!(both.train.answers_apart && both.train.ewc_lambda == 7.0);
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
         assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }

@@ -105,13 +105,12 @@ impl Apart {
         known: impl Iterator<Item = u32>,
     ) -> Option<Self> {
         let mut spared = vec![false; base.config().vocab_size as usize];
-        let mut set = |token: u32, to: bool| spared.get_mut(token as usize).map(|spared| *spared = to);
-        known.for_each(|token| {
-            set(token, true);
-        });
-        fresh.for_each(|token| {
-            set(token, false);
-        });
+        let marks = known.map(|token| (token, true)).chain(fresh.map(|token| (token, false)));
+        for (token, mark) in marks {
+            if let Some(spared) = spared.get_mut(token as usize) {
+                *spared = mark;
+            }
+        }
         spared.contains(&true).then_some(Self { spared })
     }
 }

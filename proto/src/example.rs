@@ -14,6 +14,15 @@ pub struct Piece {
     pub learned: Vec<(u32, u32)>,
 }
 
+impl Piece {
+    /// What it answers to its prompt, range by range; nothing where it is text, which is learned from its start.
+    pub fn answers(&self) -> impl Iterator<Item = &[u32]> {
+        let answers = self.learned.first().is_some_and(|&(from, _)| from > 0);
+        let ranges = self.learned.iter().filter(move |_| answers);
+        ranges.filter_map(|&(from, to)| self.tokens.get(from as usize..to as usize))
+    }
+}
+
 /// A document in pieces: `ingest` to `filter`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Parsed {

@@ -176,8 +176,9 @@ impl Worker {
         if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
             learner.hold_to(Former::new(&self.base, &adapter, shares)?);
         }
-        let known = batch.known_answers.iter().copied();
-        if let Some(apart) = Apart::new(&self.base, of_answers(&batch.fresh), known) {
+        let new = batch.fresh.iter().flat_map(|example| example.piece.answers()).flatten();
+        let known = batch.known_answers.iter();
+        if let Some(apart) = Apart::new(&self.base, new.copied(), known.copied()) {
             learner.hold_to(apart);
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);
@@ -417,13 +418,6 @@ fn as_fresh(example: &Example) -> Fresh {
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.
 fn is_answer(learned: &[(u32, u32)]) -> bool {
     learned.first().is_some_and(|&(from, _)| from > 0)
-}
-
-/// The tokens of the answers among examples.
-fn of_answers(examples: &[Example]) -> impl Iterator<Item = u32> {
-    let answers = examples.iter().map(|example| &example.piece).filter(|piece| is_answer(&piece.learned));
-    let ranges = answers.flat_map(|piece| piece.learned.iter().map(|range| (&piece.tokens, *range)));
-    ranges.flat_map(|(tokens, (from, to))| &tokens[from as usize..to as usize]).copied()
 }
 
 /// Drops a share of the tokens that an answer follows, but for the first and the last, which no prompt is without:

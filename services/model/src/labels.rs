@@ -1,21 +1,22 @@
 //! Which of many answers is the likeliest to follow a text.
 //!
 //! Answers that begin alike share what they have in common: they are a tree whose nodes see the text and the path that
-//! leads to them. Of the tree only those branches are computed that may still hold the likeliest answer: a
-//! log-likelihood only falls with further tokens, so that of the first tokens, up to the first that tells answers apart,
-//! bounds the whole from above, and over the length of the answer its mean.
+//! leads to them. The text is read once, and no node twice: keys and values of both are kept while answers are compared. Of
+//! the tree only those branches are read that may still hold the likeliest answer: a log-likelihood only falls with
+//! further tokens, so that of the first tokens, up to the first that tells answers apart, bounds the whole from above,
+//! and over the length of the answer its mean.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use tch::{Kind, Tensor};
 
 use crate::active::ActiveAdapters;
-use crate::llama::{Base, Input, Mask};
+use crate::llama::{Base, Input, KvCache, Mask};
 use crate::loss::chunk_rows;
 
-/// Tokens of one forward pass, padding included.
-const PASS_TOKENS: usize = 8192;
+/// Texts are read side by side for as long as they and their trees have so many tokens.
+const READ_TOKENS: usize = 8192;
 /// Answers of a group that are computed before bounds are compared with the best of them.
 const FIRST_TRIED: usize = 6;
 
@@ -46,6 +47,8 @@ type Step = (Option<usize>, u32);
 pub struct Labels {
     /// Every token that leads on. A parent stands before its children.
     nodes: Vec<Node>,
+    /// The tokens that may follow each node, and the text.
+    following: BTreeMap<Option<usize>, BTreeSet<u32>>,
     /// The steps of each answer.
     answers: Vec<Vec<Step>>,
 }
@@ -64,26 +67,35 @@ impl Labels {
     /// # Errors
     /// When an answer is empty.
     pub fn new(answers: &[Vec<u32>]) -> Result<Self> {
-        let mut nodes: Vec<Node> = Vec::new();
-        let mut known: HashMap<(Option<usize>, u32), usize> = HashMap::new();
-        let mut paths = Vec::with_capacity(answers.len());
+        let mut labels = Self {
+            nodes: Vec::new(),
+            following: BTreeMap::new(),
+            answers: Vec::with_capacity(answers.len()),
+        };
+        let mut known: HashMap<Step, usize> = HashMap::new();
         for answer in answers {
             ensure!(!answer.is_empty(), "an answer to choose from has no tokens");
             let mut at = None;
             let mut path = Vec::with_capacity(answer.len());
             for (depth, &token) in answer.iter().enumerate() {
                 path.push((at, token));
+                labels.following.entry(at).or_default().insert(token);
                 // The last token is predicted, and nothing is predicted from it.
                 if depth + 1 < answer.len() {
                     at = Some(*known.entry((at, token)).or_insert_with(|| {
-                        nodes.push(Node { token, parent: at, depth });
-                        nodes.len() - 1
+                        labels.nodes.push(Node { token, parent: at, depth });
+                        labels.nodes.len() - 1
                     }));
                 }
             }
-            paths.push(path);
+            labels.answers.push(path);
         }
-        Ok(Self { nodes, answers: paths })
+        Ok(labels)
+    }
+
+    /// The node that a step leads to; none where answers end with it.
+    fn node(&self, step: Step) -> Option<usize> {
+        self.nodes.iter().position(|node| (node.parent, node.token) == step)
     }
 
     /// Tokens of the longest answer.
@@ -91,7 +103,8 @@ impl Labels {
         self.answers.iter().map(Vec::len).max().unwrap_or(0)
     }
 
-    /// For each text and each group of answers the likeliest by `rule`, and its score in nats. Answers are numbered in the order of [`Labels::new`]; of equals the last one wins.
+    /// For each text and each group of answers the likeliest by `rule`, and its score in nats. Answers are numbered in
+    /// the order of [`Labels::new`]; of equals the last one wins.
     ///
     /// # Errors
     /// When a text is empty, or does not fit the model's context together with the longest answer, or a group is empty.
@@ -106,22 +119,54 @@ impl Labels {
         let _guard = tch::no_grad_guard();
         self.check(base, texts)?;
         ensure!(groups.iter().all(|group| !group.is_empty()), "there is no answer to choose from");
+        // Texts of like length are read side by side, so that little of it is padding.
+        let mut order: Vec<usize> = (0..texts.len()).collect();
+        order.sort_by_key(|&i| texts[i].len());
+        let mut likeliest = vec![Vec::new(); texts.len()];
+        let mut rest = order.as_slice();
+        while let Some((&shortest, _)) = rest.split_first() {
+            let fits = READ_TOKENS / (texts[shortest].len() + self.nodes.len());
+            let (members, after) = rest.split_at(fits.clamp(1, rest.len()));
+            let members_texts = members.iter().map(|&i| texts[i].as_slice()).collect();
+            let mut reading = Reading::new(self, base, adapters, members_texts);
+            for (&i, chosen) in members.iter().zip(self.choose(&mut reading, groups, rule)?) {
+                likeliest[i] = chosen;
+            }
+            rest = after;
+        }
+        Ok(likeliest)
+    }
+
+    /// The likeliest of each group for each text of a reading.
+    fn choose(
+        &self,
+        reading: &mut Reading<'_>,
+        groups: &[Vec<usize>],
+        rule: Rule,
+    ) -> Result<Vec<Vec<(usize, f64)>>> {
         let wanted: BTreeSet<usize> = groups.iter().flatten().copied().collect();
-        let openings = self.openings(&wanted);
-        let firsts: BTreeSet<&[Step]> = openings.values().copied().collect();
-        let firsts: Vec<&[Step]> = firsts.into_iter().collect();
-        let first = self.sums(base, adapters, texts, &vec![firsts.clone(); texts.len()])?;
-        let mut choices: Vec<Choice> =
-            first.iter().map(|sums| self.bounds(&openings, &firsts, sums, rule)).collect();
+        let opening = self.opening(&wanted);
+        let path = |n: usize| self.answers[n].as_slice();
+        reading.texts(&path(wanted.first().copied().unwrap_or(0))[..opening])?;
+        let mut choices: Vec<Choice> = Vec::new();
+        for likely in &reading.likely {
+            let mut bounds = vec![None; self.answers.len()];
+            for &n in &wanted {
+                let opening = &path(n)[..path(n).len().min(opening + 1)];
+                bounds[n] = Some(rule.score(sum(likely, opening)?, path(n).len()));
+            }
+            choices.push(Choice { bounds, known: HashMap::new() });
+        }
         for round in 0..2 {
             let tried: Vec<Vec<usize>> =
                 choices.iter().map(|choice| choice.next(groups, round == 0)).collect();
-            let path = |&n: &usize| self.answers[n].as_slice();
-            let paths: Vec<Vec<&[Step]>> = tried.iter().map(|t| t.iter().map(path).collect()).collect();
-            let sums = self.sums(base, adapters, texts, &paths)?;
-            for ((choice, tried), sums) in choices.iter_mut().zip(&tried).zip(sums) {
-                let score = |(&n, sum): (&usize, f64)| (n, rule.score(sum, self.answers[n].len()));
-                choice.known.extend(tried.iter().zip(sums).map(score));
+            let nodes =
+                |tried: &Vec<usize>| tried.iter().flat_map(|&n| path(n)).filter_map(|s| s.0).collect();
+            reading.nodes(&tried.iter().map(nodes).collect::<Vec<_>>())?;
+            for ((choice, tried), likely) in choices.iter_mut().zip(&tried).zip(&reading.likely) {
+                for &n in tried {
+                    choice.known.insert(n, rule.score(sum(likely, path(n))?, path(n).len()));
+                }
             }
         }
         let best = |choice: &Choice| -> Result<Vec<(usize, f64)>> {
@@ -147,170 +192,142 @@ impl Labels {
         Ok(())
     }
 
-    /// How each of these answers opens: with what they all begin with, such as a line break, and the token after it.
-    fn openings(&self, wanted: &BTreeSet<usize>) -> BTreeMap<usize, &[Step]> {
+    /// How many tokens all of these answers begin with, such as a line break.
+    fn opening(&self, wanted: &BTreeSet<usize>) -> usize {
         let answer = |n: &usize| self.answers[*n].as_slice();
         let first = wanted.first().map(answer).unwrap_or_default();
         let common = |n| first.iter().zip(answer(n)).take_while(|(a, b)| a == b).count();
-        let common = wanted.iter().map(common).min().unwrap_or(0);
-        wanted.iter().map(|n| (*n, &answer(n)[..answer(n).len().min(common + 1)])).collect()
+        wanted.iter().map(common).min().unwrap_or(0)
+    }
+}
+
+/// The log-likelihood of a path, in nats.
+fn sum(likely: &HashMap<Step, f64>, path: &[Step]) -> Result<f64> {
+    path.iter().map(|step| likely.get(step).context("a step was not come to")).sum()
+}
+
+/// A few texts that are read side by side, each with what is read of its tree.
+struct Reading<'a> {
+    labels: &'a Labels,
+    base: &'a Base,
+    adapters: &'a ActiveAdapters,
+    texts: Vec<&'a [u32]>,
+    cache: KvCache,
+    /// Where in the cache each text's nodes are.
+    places: Vec<HashMap<usize, usize>>,
+    /// For each text the log-likelihood of every step that follows what is read, in nats.
+    likely: Vec<HashMap<Step, f64>>,
+}
+
+impl<'a> Reading<'a> {
+    fn new(labels: &'a Labels, base: &'a Base, adapters: &'a ActiveAdapters, texts: Vec<&'a [u32]>) -> Self {
+        let cache = KvCache::new(base, texts.len() as i64);
+        let (places, likely) = (vec![HashMap::new(); texts.len()], vec![HashMap::new(); texts.len()]);
+        Self { labels, base, adapters, texts, cache, places, likely }
     }
 
-    /// What the log-likelihoods of the answers' openings say of the answers.
-    fn bounds(
-        &self,
-        openings: &BTreeMap<usize, &[Step]>,
-        firsts: &[&[Step]],
-        sums: &[f64],
-        rule: Rule,
-    ) -> Choice {
-        let of_first: HashMap<&[Step], f64> = firsts.iter().copied().zip(sums.iter().copied()).collect();
-        let bound = |n: &usize| {
-            let opening = of_first.get(openings.get(n)?)?;
-            Some(rule.score(*opening, self.answers[*n].len()))
-        };
-        Choice { bounds: (0..self.answers.len()).map(|n| bound(&n)).collect(), known: HashMap::new() }
-    }
-
-    /// For each text the log-likelihood of each of its paths, in nats.
-    fn sums(
-        &self,
-        base: &Base,
-        adapters: &ActiveAdapters,
-        texts: &[Vec<u32>],
-        paths: &[Vec<&[Step]>],
-    ) -> Result<Vec<Vec<f64>>> {
-        let mut rows: Vec<Row<'_>> =
-            texts.iter().zip(paths).map(|(text, paths)| self.row(text, paths)).collect();
-        // Rows of like length share a pass, so that little of it is padding.
-        let mut order: Vec<usize> = (0..rows.len()).filter(|&i| !paths[i].is_empty()).collect();
-        order.sort_by_key(|&i| rows[i].length());
-        let mut sums = vec![Vec::new(); texts.len()];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let fits = |count: &usize| count * rows[rest[count - 1]].length() <= PASS_TOKENS;
-            let count = (1..=rest.len()).take_while(fits).last().unwrap_or(1);
-            let (group, after) = rest.split_at(count);
-            let members: Vec<Row<'_>> = group.iter().map(|&i| std::mem::take(&mut rows[i])).collect();
-            for (&i, of_row) in group.iter().zip(self.pass(base, adapters, &members)?) {
-                sums[i] = of_row;
-            }
-            rest = after;
+    /// Reads the texts, and what all answers begin with.
+    fn texts(&mut self, opening: &[Step]) -> Result<()> {
+        // The node that a step leads to is the one that the next step comes from. The last may lead to none.
+        let nodes: Vec<usize> = opening.iter().skip(1).filter_map(|step| step.0).collect();
+        let last = opening.last().and_then(|step| self.labels.node(*step));
+        let nodes: Vec<usize> = nodes.into_iter().chain(last).collect();
+        let rows: Vec<Vec<i64>> = self
+            .texts
+            .iter()
+            .map(|text| {
+                let nodes = nodes.iter().map(|&node| &self.labels.nodes[node].token);
+                text.iter().chain(nodes).map(|&token| i64::from(token)).collect()
+            })
+            .collect();
+        let length = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let mut ids: Vec<i64> = Vec::with_capacity(rows.len() * length);
+        for row in rows {
+            // What pads a row comes after it, where nothing looks.
+            ids.extend(row.iter().chain(std::iter::repeat(&0)).take(length));
         }
-        Ok(sums)
+        let ids = Tensor::from_slice(&ids).view([-1, length as i64]).to_device(self.base.device());
+        let hidden = self.base.forward(&Input::rows(ids, 0), self.adapters, Some(&mut self.cache))?;
+        let mut read = Vec::new();
+        for (n, text) in self.texts.iter().enumerate() {
+            let at = n * length + text.len();
+            read.push((n, None, at - 1));
+            for (i, &node) in nodes.iter().enumerate() {
+                self.places[n].insert(node, text.len() + i);
+                read.push((n, Some(node), at + i));
+            }
+        }
+        self.follow(&hidden, &read)
     }
 
-    /// A text with the nodes that lead to its paths.
-    fn row<'a>(&self, text: &'a [u32], paths: &[&'a [Step]]) -> Row<'a> {
-        let nodes: BTreeSet<usize> =
-            paths.iter().flat_map(|path| path.iter().filter_map(|step| step.0)).collect();
-        Row { text, paths: paths.to_vec(), nodes: nodes.into_iter().collect() }
-    }
-
-    fn pass(&self, base: &Base, adapters: &ActiveAdapters, rows: &[Row<'_>]) -> Result<Vec<Vec<f64>>> {
-        let length = rows.iter().map(Row::length).max().unwrap_or(0);
-        let hidden = base.forward(&self.input(base, rows, length), adapters, None)?;
-        // What an answer's token is predicted from: a place in the flattened rows.
-        let mut wanted: Vec<(i64, i64)> = Vec::new();
+    /// Reads for each text those of its nodes that it has not read.
+    fn nodes(&mut self, wanted: &[BTreeSet<usize>]) -> Result<()> {
+        let unread = |(n, nodes): (usize, &BTreeSet<usize>)| -> Vec<usize> {
+            nodes.iter().copied().filter(|node| !self.places[n].contains_key(node)).collect()
+        };
+        let rows: Vec<Vec<usize>> = wanted.iter().enumerate().map(unread).collect();
+        let length = rows.iter().map(Vec::len).max().unwrap_or(0);
+        if length == 0 {
+            return Ok(());
+        }
+        let (held, mut read) = (self.cache.len() as usize, Vec::new());
         for (n, row) in rows.iter().enumerate() {
-            for &(from, token) in row.paths.iter().copied().flatten() {
-                let place = n * length + from.map_or(row.text.len() - 1, |node| row.place(node));
-                wanted.push((place as i64, i64::from(token)));
-            }
+            self.places[n].extend(row.iter().enumerate().map(|(i, &node)| (node, held + i)));
+            read.extend(row.iter().enumerate().map(|(i, &node)| (n, Some(node), n * length + i)));
         }
-        let places: Vec<i64> = {
-            let mut places: Vec<i64> = wanted.iter().map(|(place, _)| *place).collect();
-            places.sort_unstable();
-            places.dedup();
-            places
-        };
-        let likelihoods = self.likelihoods(base, &hidden, &places, &wanted)?;
-        let mut rest = likelihoods.iter();
-        let mut sum = |path: &&[Step]| rest.by_ref().take(path.len()).map(|l| f64::from(*l)).sum::<f64>();
-        Ok(rows.iter().map(|row| row.paths.iter().map(&mut sum).collect()).collect())
+        let input = self.input(&rows, length);
+        let hidden = self.base.forward(&input, self.adapters, Some(&mut self.cache))?;
+        self.follow(&hidden, &read)
     }
 
-    /// The log-likelihood of each token `wanted`, with the full distribution of a few places at a time.
-    fn likelihoods(
-        &self,
-        base: &Base,
-        hidden: &Tensor,
-        places: &[i64],
-        wanted: &[(i64, i64)],
-    ) -> Result<Vec<f32>> {
-        let mut by_place: Vec<usize> = (0..wanted.len()).collect();
-        by_place.sort_by_key(|&i| wanted[i].0);
-        let mut found = vec![0_f32; wanted.len()];
-        let mut next = by_place.into_iter().peekable();
-        for chunk in places.chunks(chunk_rows(base.config().vocab_size) as usize) {
-            let rows = hidden.f_index_select(0, &Tensor::from_slice(chunk).to_device(base.device()))?;
-            let log_probs = base.logits(&rows)?.f_log_softmax(-1, Kind::Float)?;
-            let (mut indices, mut flat) = (Vec::new(), Vec::new());
-            for (n, &place) in chunk.iter().enumerate() {
-                while let Some(i) = next.next_if(|&i| wanted[i].0 == place) {
-                    indices.push(i);
-                    flat.push(n as i64 * base.config().vocab_size + wanted[i].1);
-                }
-            }
-            let flat = Tensor::from_slice(&flat).to_device(base.device());
-            let taken = log_probs.f_view([-1])?.f_index_select(0, &flat)?.f_to_device(tch::Device::Cpu)?;
-            let mut values = vec![0_f32; indices.len()];
-            taken.f_copy_data(&mut values, indices.len())?;
-            for (i, value) in indices.into_iter().zip(values) {
-                found[i] = value;
-            }
-        }
-        Ok(found)
-    }
-
-    /// Rows of a text, its nodes, and padding that sees itself only.
-    fn input(&self, base: &Base, rows: &[Row<'_>], length: usize) -> Input {
+    /// Nodes, each of which sees its text, the path that leads to it and itself; and padding that sees itself.
+    fn input(&self, rows: &[Vec<usize>], length: usize) -> Input {
+        let (held, nodes) = (self.cache.len() as usize, &self.labels.nodes);
         let (mut ids, mut positions) = (vec![0_i64; rows.len() * length], vec![0_i64; rows.len() * length]);
-        let mut seen = vec![false; rows.len() * length * length];
+        let mut seen = vec![false; rows.len() * length * (held + length)];
         for (n, row) in rows.iter().enumerate() {
-            let at = n * length;
-            let mut sees = |from: usize, to: usize| seen[(at + from) * length + to] = true;
-            for (i, &token) in row.text.iter().enumerate() {
-                (ids[at + i], positions[at + i]) = (i64::from(token), i as i64);
-                (0..=i).for_each(|to| sees(i, to));
+            let text = self.texts[n].len();
+            for i in 0..length {
+                let (at, seen) = (n * length + i, &mut seen[(n * length + i) * (held + length)..]);
+                seen[held + i] = true;
+                let Some(&node) = row.get(i) else { continue };
+                (ids[at], positions[at]) = (i64::from(nodes[node].token), (text + nodes[node].depth) as i64);
+                seen[..text].fill(true);
+                let parents = std::iter::successors(nodes[node].parent, |&parent| nodes[parent].parent);
+                parents
+                    .filter_map(|parent| self.places[n].get(&parent))
+                    .for_each(|&place| seen[place] = true);
             }
-            for &on in &row.nodes {
-                let (i, node) = (row.place(on), &self.nodes[on]);
-                (ids[at + i], positions[at + i]) =
-                    (i64::from(node.token), (row.text.len() + node.depth) as i64);
-                (0..row.text.len()).for_each(|to| sees(i, to));
-                let mut path = Some(on);
-                while let Some(on) = path {
-                    sees(i, row.place(on));
-                    path = self.nodes[on].parent;
-                }
-            }
-            (row.length()..length).for_each(|i| sees(i, i));
         }
-        let shape = [rows.len() as i64, length as i64];
-        let device = base.device();
-        let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
-        let seen = Tensor::from_slice(&seen).view([shape[0], 1, shape[1], shape[1]]).to_device(device);
+        let (rows, length, device) = (rows.len() as i64, length as i64, self.base.device());
+        let tensor = |values: &[i64]| Tensor::from_slice(values).view([rows, length]).to_device(device);
+        let seen = Tensor::from_slice(&seen).view([rows, 1, length, -1]).to_device(device);
         Input { ids: tensor(&ids), positions: tensor(&positions), mask: Mask::Block(seen), entry: None }
     }
-}
 
-/// A text, paths whose likelihood is asked for, and the nodes that lead to them, in order.
-#[derive(Default)]
-struct Row<'a> {
-    text: &'a [u32],
-    paths: Vec<&'a [Step]>,
-    nodes: Vec<usize>,
-}
-
-impl Row<'_> {
-    fn length(&self) -> usize {
-        self.text.len() + self.nodes.len()
-    }
-
-    /// Where a node stands in the row.
-    fn place(&self, node: usize) -> usize {
-        self.text.len() + self.nodes.partition_point(|&n| n < node)
+    /// Notes how likely each step is from what was `read`: a text, its node, and the row of `hidden` that is its. The full
+    /// distribution is there for a few rows at a time.
+    fn follow(&mut self, hidden: &Tensor, read: &[(usize, Option<usize>, usize)]) -> Result<()> {
+        let (device, vocabulary) = (self.base.device(), self.base.config().vocab_size);
+        for chunk in read.chunks(chunk_rows(vocabulary) as usize) {
+            let (mut steps, mut flat) = (Vec::new(), Vec::new());
+            for (row, &(n, from, _)) in chunk.iter().enumerate() {
+                for &token in self.labels.following.get(&from).into_iter().flatten() {
+                    steps.push((n, (from, token)));
+                    flat.push(row as i64 * vocabulary + i64::from(token));
+                }
+            }
+            let rows: Vec<i64> = chunk.iter().map(|&(_, _, row)| row as i64).collect();
+            let rows = hidden.f_index_select(0, &Tensor::from_slice(&rows).to_device(device))?;
+            let log_probs = self.base.logits(&rows)?.f_log_softmax(-1, Kind::Float)?.f_view([-1])?;
+            let taken = log_probs.f_index_select(0, &Tensor::from_slice(&flat).to_device(device))?;
+            let mut values = vec![0_f32; flat.len()];
+            taken.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, flat.len())?;
+            for ((n, step), value) in steps.into_iter().zip(values) {
+                self.likely[n].insert(step, f64::from(value));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -414,16 +431,25 @@ mod tests {
     }
 
     #[test]
-    fn answers_open_with_what_they_have_in_common_and_a_token_more() {
+    fn answers_open_with_what_they_have_in_common() {
         let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2], vec![1, 6]]).unwrap();
-        let openings = |wanted: &[usize]| -> Vec<Vec<u32>> {
-            let openings = labels.openings(&wanted.iter().copied().collect());
-            openings.values().map(|opening| opening.iter().map(|step| step.1).collect()).collect()
-        };
-        assert_eq!(openings(&[0, 1]), [vec![1, 2, 3], vec![1, 2, 4]]);
-        assert_eq!(openings(&[0, 2]), [vec![1, 2, 3], vec![1, 2]]);
-        assert_eq!(openings(&[0, 3]), [vec![1, 2], vec![1, 6]]);
-        assert_eq!(openings(&[1]), [vec![1, 2, 4, 5]]);
+        let opening = |wanted: &[usize]| labels.opening(&wanted.iter().copied().collect());
+        assert_eq!([opening(&[0, 1]), opening(&[0, 2]), opening(&[0, 3]), opening(&[1])], [2, 2, 1, 4]);
+    }
+
+    #[test]
+    fn a_text_is_read_once_and_no_node_twice() {
+        let base = golden::base("llama");
+        let none = ActiveAdapters::none();
+        let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 6, 7]]).unwrap();
+        let mut reading = Reading::new(&labels, &base, &none, vec![&[8, 9, 10], &[11]]);
+        let groups = [vec![0, 1, 2], vec![0, 1]];
+        labels.choose(&mut reading, &groups, Rule::Sum).unwrap();
+        // The longer text with what all answers begin with; then, in both rows, what tells them apart: 2, 4 and 6.
+        assert_eq!(reading.cache.len(), 4 + 3);
+        let all: BTreeSet<usize> = (0..labels.nodes.len()).collect();
+        reading.nodes(&[all.clone(), all]).unwrap();
+        assert_eq!(reading.cache.len(), 4 + 3);
     }
 
     #[test]

@@ -16,7 +16,8 @@ use crate::quant::Matrix;
 pub enum Mask {
     /// All of its row.
     Causal,
-    /// Those marked true, [batch, 1, length, length]: rows that hold several sequences.
+    /// Those marked true, [batch, 1, length, held + length], where a cache holds so many before: rows that hold several
+    /// sequences, or several ways to go on.
     Block(Tensor),
 }
 
@@ -63,7 +64,7 @@ pub(crate) struct Pass {
 impl Base {
     /// The final hidden states, normed, [batch * length, hidden_size] in the base's precision.
     ///
-    /// With a cache, `input` is what follows what the cache holds; it has to be causal.
+    /// With a cache, `input` is what follows what the cache holds.
     ///
     /// # Errors
     /// When ids or positions do not fit together. Ids beyond the vocabulary are an error of libtorch.
@@ -142,7 +143,8 @@ impl Base {
         let sin = Tensor::f_cat(&[&sin.f_neg()?, &sin], -1)?.f_unsqueeze(2)?.f_to_kind(kind)?;
         let mask = match &input.mask {
             Mask::Block(seen) => {
-                ensure!(held == 0, "a cache takes rows of one sequence each");
+                let shape = [batch, 1, length, held + length];
+                ensure!(seen.size() == shape, "a mask has to be {shape:?}, and is {:?}", seen.size());
                 Some(additive(seen, kind)?)
             }
             Mask::Causal if held > 0 && length > 1 => {

@@ -164,7 +164,7 @@ impl Worker {
             let scores: Vec<(f32, f32)> = base.into_iter().zip(self.losses(adapter, &chosen)?).collect();
             take_in(entries, examples, &scores, &places);
         }
-        let fisher = self.fisher(adapter, &fresh, fisher)?;
+        let fisher = self.fisher(adapter, &fresh, batch.seed, fisher)?;
         Ok(Verdict::Intact { fisher, probe: probe.to_bytes()? })
     }
 
@@ -174,6 +174,7 @@ impl Worker {
         &self,
         adapter: &Adapter,
         fresh: &[&Example],
+        seed: u64,
         older: Option<&[u8]>,
     ) -> anyhow::Result<Option<Vec<u8>>> {
         if self.gating.fisher_examples == 0 || fresh.is_empty() {
@@ -187,7 +188,7 @@ impl Worker {
             last = Instant::now();
             if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let Some(new) = ewc::fisher(&self.base, adapter, &sample, &mut between)? else {
+        let Some(new) = ewc::fisher(&self.base, adapter, &sample, seed, &mut between)? else {
             anyhow::bail!("told to stop");
         };
         let state = match older {

@@ -35,9 +35,10 @@ pub struct Summary {
     pub backward_transfer: Option<f64>,
     /// Mean distance of earlier tasks from their best (Chaudhry et al. 2018).
     pub forgetting: Option<f64>,
-    /// Mean of (before - after) / before over earlier tasks; for a loss (after - before) / before.
+    /// Mean of (before - after) / before over earlier tasks of which something was known; for a loss
+    /// (after - before) / before.
     pub forgetting_rate: Option<f64>,
-    /// Mean over earlier tasks of what was lost as a share of what was gained over the base.
+    /// Mean over earlier tasks with which something was gained over the base of what was lost, as a share of it.
     pub loss_of_gain: Option<f64>,
 }
 
@@ -77,15 +78,17 @@ impl Matrix {
             .collect();
         let over = |figure: &dyn Fn(&[f64; 4]) -> f64| mean(earlier.iter().map(figure).map(Some));
         let lost = |from: f64, to: f64| self.good(from) - self.good(to);
+        let share = |figure: &dyn Fn(&[f64; 4]) -> (f64, f64)| {
+            let all = earlier.iter().map(figure).filter(|(_, whole)| *whole > 0.0);
+            mean(all.map(|(part, whole)| Some(part / whole)))
+        };
         Summary {
             final_average: mean(ends.iter().copied()),
             just_learned_average: mean(starts.iter().copied()),
             backward_transfer: over(&|[start, end, ..]| -lost(*start, *end)),
             forgetting: over(&|[_, end, best, _]| lost(*best, *end)),
-            forgetting_rate: over(&|[start, end, ..]| {
-                lost(*start, *end) / start.abs().max(f64::MIN_POSITIVE)
-            }),
-            loss_of_gain: over(&|[start, end, _, base]| lost(*start, *end) / lost(*start, *base)),
+            forgetting_rate: share(&|[start, end, ..]| (lost(*start, *end), start.abs())),
+            loss_of_gain: share(&|[start, end, _, base]| (lost(*start, *end), lost(*start, *base))),
         }
     }
 }
@@ -153,6 +156,22 @@ mod tests {
         is(s.forgetting, 0.5);
         is(s.forgetting_rate, 0.25);
         is(s.loss_of_gain, 0.25);
+    }
+
+    #[test]
+    fn what_was_not_learned_is_not_forgotten() {
+        let rows = vec![
+            vec![Some(0.0), None, None],
+            vec![Some(0.0), Some(0.5), None],
+            vec![Some(0.2), Some(0.4), Some(0.0)],
+        ];
+        let s =
+            Matrix { measure: Measure::Accuracy, base: vec![0.1, 0.1, 0.1], rows: rows.clone() }.summary();
+        is(s.forgetting_rate, 0.2);
+        is(s.loss_of_gain, 0.25);
+        let nothing = rows.into_iter().map(|row| row.into_iter().map(|r| r.map(|_| 0.0)).collect()).collect();
+        let s = Matrix { measure: Measure::Accuracy, base: vec![0.1, 0.1, 0.1], rows: nothing }.summary();
+        assert_eq!((s.forgetting_rate, s.loss_of_gain), (None, None));
     }
 
     #[test]

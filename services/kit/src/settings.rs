@@ -174,7 +174,7 @@ section!(
         olora_parts: i64,
         former_share: f64,
         former_share_rehearsed: f64,
-        answers_apart: f64,
+        answers_apart: bool,
         poll_ms: u64,
         share_while_serving: f32,
     }
@@ -341,7 +341,6 @@ impl Settings {
         );
         within("train.former_share", t.former_share, 0.0..=0.9)?;
         within("train.former_share_rehearsed", t.former_share_rehearsed, 0.0..=1.0)?;
-        within("train.answers_apart", t.answers_apart, 0.0..=1e4)?;
         within("train.poll_ms", t.poll_ms, 10..=1000)?;
         within("train.share_while_serving", t.share_while_serving, 0.01..=1.0)?;
         within("consolidate.tolerance", c.tolerance, 0.0..=10.0)?;

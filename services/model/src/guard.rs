@@ -23,9 +23,8 @@ pub trait Guard {
         None
     }
 
-    /// Which tokens, by id, are taken to be less likely than they are by sequences that have none of them to learn, and by
-    /// how many nats.
-    fn spared(&self) -> Option<(&[bool], f64)> {
+    /// Which tokens, by id, are not made less likely by sequences that have none of them to learn.
+    fn spared(&self) -> Option<&[bool]> {
         None
     }
 }
@@ -94,23 +93,16 @@ impl Guard for Former {
 /// leave it to what is rehearsed to tell old ones from them. Else every new answer makes all old ones less likely, and
 /// the few that are rehearsed do not make up for it. Here old answers are all that were ever learned, and not only
 /// those that are rehearsed.
-///
-/// Taken to be `nats` less likely than they are, old answers are told from new ones as far as that (logit adjustment, Menon
-/// et al., arXiv 2007.07314: the logarithm of how much more often new ones are seen). From about 20 on they have no part in
-/// the loss, as in the paper on ER-ACE.
 pub struct Apart {
     spared: Vec<bool>,
-    nats: f64,
 }
 
 impl Apart {
-    /// Spares the tokens of `known` answers that no `fresh` one has, as ids; none where there are no such tokens, or they are
-    /// to be as likely as they are.
+    /// Spares the tokens of `known` answers that no `fresh` one has, as ids; none where there are no such tokens.
     pub fn new(
         base: &Base,
         fresh: impl Iterator<Item = u32>,
         known: impl Iterator<Item = u32>,
-        nats: f64,
     ) -> Option<Self> {
         let mut spared = vec![false; base.config().vocab_size as usize];
         let marks = known.map(|token| (token, true)).chain(fresh.map(|token| (token, false)));
@@ -119,13 +111,13 @@ impl Apart {
                 *spared = mark;
             }
         }
-        (nats > 0.0 && spared.contains(&true)).then_some(Self { spared, nats })
+        spared.contains(&true).then_some(Self { spared })
     }
 }
 
 impl Guard for Apart {
-    fn spared(&self) -> Option<(&[bool], f64)> {
-        Some((&self.spared, self.nats))
+    fn spared(&self) -> Option<&[bool]> {
+        Some(&self.spared)
     }
 }
 
@@ -138,13 +130,12 @@ mod tests {
     fn what_old_answers_alone_have_is_spared() {
         let base = golden::base("llama");
         let spared = |fresh: &[u32], known: &[u32]| {
-            let apart = Apart::new(&base, fresh.iter().copied(), known.iter().copied(), 2.0)?;
-            let of = apart.spared().expect("tokens").0.iter().enumerate();
+            let apart = Apart::new(&base, fresh.iter().copied(), known.iter().copied())?;
+            let of = apart.spared().expect("tokens").iter().enumerate();
             Some(of.filter(|(_, spared)| **spared).map(|(token, _)| token).collect::<Vec<_>>())
         };
         assert_eq!(spared(&[1, 2], &[2, 3, 7]), Some(vec![3, 7]));
         assert_eq!(spared(&[1, 2], &[2, 1]), None);
         assert_eq!(spared(&[1], &[]), None);
-        assert!(Apart::new(&base, [1].into_iter(), [2].into_iter(), 0.0).is_none());
     }
 }

@@ -183,8 +183,8 @@ impl Learner {
         if packed.learned_tokens() == 0 {
             return Ok((vec![SequenceScore::default(); batch.len()], None));
         }
-        if let Some((tokens, nats)) = self.guards.iter().find_map(|guard| guard.spared()) {
-            packed = packed.sparing(tokens, nats, self.base.device());
+        if let Some(tokens) = self.guards.iter().find_map(|guard| guard.spared()) {
+            packed = packed.sparing(tokens, self.base.device());
         }
         let teacher = self.guards.iter().rev().find_map(|guard| guard.teacher());
         // The teacher reads the same packed rows, so that they may enter no higher than where it begins.

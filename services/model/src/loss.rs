@@ -23,6 +23,9 @@ pub fn chunk_rows(vocabulary: i64) -> i64 {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(32, 256)
 }
 
+/// The logit of a token that has no part in a loss: its probability is nothing, and its logarithm a number.
+const UNSAYABLE: f64 = -1e4;
+
 /// Tokens of one forward pass when scoring.
 const SCORE_TOKENS: usize = 4096;
 
@@ -159,7 +162,7 @@ pub(crate) fn drawn(base: &Base, adapter: &Adapter, packed: &Packed, rng: &mut i
     let _guard = tch::no_grad_guard();
     let hidden = learned_hidden(base, &base.activate(&[(adapter, 1.0)])?, packed)?;
     let mut drawn: Vec<i64> = Vec::with_capacity(packed.learned_tokens());
-    each_chunk(base, &hidden, packed, |rows, log_probs, _| {
+    let _ = each_chunk(base, &hidden, packed, |rows, log_probs, _| {
         // The first token up to which they sum to more than a number between 0 and 1.
         let sums = log_probs.f_exp()?.f_cumsum(-1, Kind::Double)?;
         let numbers: Vec<f64> = (0..rows.size()[0]).map(|_| rng.random()).collect();
@@ -248,7 +251,8 @@ fn each_chunk(
         let (rows, targets) = (hidden.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
         let mut logits = base.logits(&rows)?;
         if let Some(spared) = packed.spared() {
-            logits = logits.f_addcmul_(&spared.by.f_narrow(0, start, count)?, &spared.tokens)?;
+            let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
+            logits = logits.f_masked_fill_(&spared, UNSAYABLE)?;
         }
         let mut log_probs = logits.f_log_softmax(-1, Kind::Float)?;
         nll.push(log_probs.f_gather(1, &targets, false)?.f_squeeze_dim(1)?.f_neg()?);
@@ -333,35 +337,31 @@ mod tests {
     }
 
     #[test]
-    fn spared_tokens_are_less_likely_for_those_who_do_not_say_them() {
+    fn spared_tokens_have_no_part_in_the_loss_of_those_who_do_not_say_them() {
         let base = golden::base("llama");
         let adapter = golden::adapter("peft-r8");
         let say = |tokens: [u32; 4]| Sequence { learned: vec![(2, 4)], ..Sequence::whole(tokens.to_vec()) };
         let sequences = [say([1, 2, 3, 4]), say([1, 2, 3, 50]), say([50, 51, 3, 4])];
         let spared: Vec<bool> = (0..128).map(|token| token == 50 || token == 51).collect();
+        let packed = pack(&base, &sequences, 4).unwrap().sparing(&spared, base.device());
         let flat = adapter.flat().copy().set_requires_grad(true);
         let adapter = adapter.with_flat(flat.shallow_clone()).unwrap();
-        let active = || base.activate(&[(&adapter, 1.0)]).unwrap();
-        // A little less, and so much that they have no part.
-        for (nats, taken_off) in [(2.0, -2.0), (1e4, f64::NEG_INFINITY)] {
-            let packed = pack(&base, &sequences, 4).unwrap().sparing(&spared, nats, base.device());
-            let ours = gradient(&base, &active(), &packed, 1.0, &[&flat]).unwrap();
+        let ours =
+            gradient(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &packed, 1.0, &[&flat]).unwrap();
 
-            let hidden = learned_hidden(&base, &active(), &packed).unwrap();
-            // The second sequence says 50, and so makes 51 less likely; the others have both only in their prompts.
-            let saying: Vec<bool> = packed.owners().map(|owner| owner == 1).collect();
-            let others = Tensor::from_slice(&saying).logical_not().unsqueeze(1);
-            let meant = others.logical_and(&Tensor::from_slice(&spared).unsqueeze(0));
-            let adjusted = Tensor::zeros(meant.size(), (Kind::Float, base.device()));
-            let logits = base.logits(&hidden).unwrap() + adjusted.masked_fill(&meant, taken_off);
-            let targets = packed.targets(base.device()).1;
-            let loss = logits.cross_entropy_loss(&targets, None::<Tensor>, tch::Reduction::Sum, -100, 0.0);
-            let theirs = Tensor::run_backward(&[&loss], &[&flat], false, false);
-            let size = theirs[0].abs().max().double_value(&[]);
-            assert!(golden::distance(&ours.gradients[0], &theirs[0]) < 1e-5 * size);
-            let sum: f64 = ours.scores.iter().map(|s| s.nll_sum).sum();
-            assert!((sum - loss.double_value(&[])).abs() < 1e-4);
-        }
+        let hidden = learned_hidden(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &packed).unwrap();
+        // The second sequence says 50, and so makes 51 less likely; the others have both only in their prompts.
+        let saying: Vec<bool> = packed.owners().map(|owner| owner == 1).collect();
+        let others = Tensor::from_slice(&saying).logical_not().unsqueeze(1);
+        let left_out = others.logical_and(&Tensor::from_slice(&spared).unsqueeze(0));
+        let logits = base.logits(&hidden).unwrap().masked_fill(&left_out, f64::NEG_INFINITY);
+        let targets = packed.targets(base.device()).1;
+        let loss = logits.cross_entropy_loss(&targets, None::<Tensor>, tch::Reduction::Sum, -100, 0.0);
+        let theirs = Tensor::run_backward(&[&loss], &[&flat], false, false);
+        let size = theirs[0].abs().max().double_value(&[]);
+        assert!(golden::distance(&ours.gradients[0], &theirs[0]) < 1e-5 * size);
+        let sum: f64 = ours.scores.iter().map(|s| s.nll_sum).sum();
+        assert!((sum - loss.double_value(&[])).abs() < 1e-4);
     }
 
     #[test]

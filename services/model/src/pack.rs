@@ -80,12 +80,12 @@ pub struct Packed {
     spared: Option<Spared>,
 }
 
-/// Tokens that are taken to be less likely than they are by those who do not say them: see [`crate::guard::Apart`].
+/// Tokens that are not made less likely by those who do not say them: see [`crate::guard::Apart`].
 #[derive(Debug)]
 pub(crate) struct Spared {
-    /// What each learned token's sequence adds to their logits, f32 [learned tokens, 1].
+    /// Whether each learned token's sequence leaves them alone, bool [learned tokens, 1].
     pub by: Tensor,
-    /// 1 for such a token of the vocabulary and 0 for the others, f32 [1, vocab_size].
+    /// Which tokens of the vocabulary they are, bool [1, vocab_size].
     pub tokens: Tensor,
 }
 
@@ -172,17 +172,14 @@ impl Packed {
         Self { entry: Some(entry), ..self }
     }
 
-    /// The same, with tokens taken to be `nats` less likely by every sequence that has none of them to learn. `tokens` says
-    /// which, by id.
-    pub(crate) fn sparing(mut self, tokens: &[bool], nats: f64, device: Device) -> Self {
+    /// The same, with tokens spared by every sequence that has none of them to learn. `tokens` says which, by id.
+    pub(crate) fn sparing(mut self, tokens: &[bool], device: Device) -> Self {
         let says = |learned: &Learned| tokens.get(learned.target as usize).is_some_and(|spared| *spared);
         let mut saying = vec![false; self.sequences()];
         self.learned.iter().for_each(|learned| saying[learned.owner] |= says(learned));
-        let by = self.learned.iter().map(|learned| if saying[learned.owner] { 0.0 } else { -nats as f32 });
-        let tokens = tokens.iter().map(|&spared| f32::from(spared));
-        let tensor = |values: Vec<f32>, shape| Tensor::from_slice(&values).view(shape).to_device(device);
-        self.spared =
-            Some(Spared { by: tensor(by.collect(), [-1, 1]), tokens: tensor(tokens.collect(), [1, -1]) });
+        let by: Vec<bool> = self.learned.iter().map(|learned| !saying[learned.owner]).collect();
+        let tensor = |values: &[bool], shape| Tensor::from_slice(values).view(shape).to_device(device);
+        self.spared = Some(Spared { by: tensor(&by, [-1, 1]), tokens: tensor(tokens, [1, -1]) });
         self
     }
 

@@ -284,7 +284,7 @@ pub fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
         new_data_ratio: s.replay.new_data_ratio,
         rehearse_min: s.replay.rehearse_min,
         batch_examples: s.replay.batch_examples,
-        known_answers: s.train.answers_apart > 0.0,
+        known_answers: s.train.answers_apart,
         poll: std::time::Duration::from_millis(s.train.poll_ms),
         seed: s.replay.seed,
         disk,
@@ -331,7 +331,6 @@ pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
         micro_tokens: s.train.micro_tokens,
         prompt_dropout: s.train.prompt_dropout,
         ewc_lambda: s.train.ewc_lambda,
-        answers_apart: s.train.answers_apart,
         olora: (s.train.olora_lambda > 0.0).then_some((s.train.olora_parts, s.train.olora_lambda)),
         former: model::guard::FormerShares {
             fresh: s.train.former_share,

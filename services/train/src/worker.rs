@@ -42,9 +42,6 @@ pub struct Training {
     pub micro_tokens: usize,
     /// Strength of the EWC penalty; 0 is off.
     pub ewc_lambda: f64,
-    /// How many nats less likely tokens are taken to be, while new answers are learned, that only earlier answers have; 0 is
-    /// off.
-    pub answers_apart: f64,
     /// Parts that an adapter's ranks are cut into, one a batch, and what keeps them apart; none is off.
     pub olora: Option<(i64, f64)>,
     /// Share of a prompt's tokens that an answer is learned without, others at each step.
@@ -180,8 +177,8 @@ impl Worker {
             learner.hold_to(Former::new(&self.base, &adapter, shares)?);
         }
         let new = batch.fresh.iter().flat_map(|example| example.piece.answers()).flatten();
-        let (known, nats) = (batch.known_answers.iter(), self.training.answers_apart);
-        if let Some(apart) = Apart::new(&self.base, new.copied(), known.copied(), nats) {
+        let known = batch.known_answers.iter();
+        if let Some(apart) = Apart::new(&self.base, new.copied(), known.copied()) {
             learner.hold_to(apart);
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);

@@ -38,7 +38,7 @@ pub enum Method {
     #[value(name = "der")]
     Der,
     /// Asymmetric cross-entropy (ER-ACE, Caccia et al., arXiv 2104.05025): rehearsal, and what is new does not make the
-    /// tokens of old answers less likely, or not as much (train.answers_apart). No gate.
+    /// tokens of old answers less likely (train.answers_apart). No gate.
     #[value(name = "ace")]
     Ace,
     /// Asymmetric cross-entropy, rehearsal and elastic weight consolidation. No gate.
@@ -57,7 +57,6 @@ pub enum Method {
 
 /// Strength of the penalty, and the former self's shares, where the settings leave them off.
 const EWC_LAMBDA: f64 = 10.0;
-const ANSWERS_APART: f64 = 2.0;
 /// As in the paper on O-LoRA.
 const OLORA_LAMBDA: f64 = 0.5;
 const FORMER_SHARE: f64 = 0.3;
@@ -103,10 +102,7 @@ impl Method {
             Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
             _ => 0.0,
         };
-        s.train.answers_apart = match self {
-            Self::Ace | Self::AceEwc => or(s.train.answers_apart, ANSWERS_APART),
-            _ => 0.0,
-        };
+        s.train.answers_apart = matches!(self, Self::Ace | Self::AceEwc);
         if self == Self::Joint {
             // One batch: its passes shuffle all tasks.
             s.replay.batch_examples = 100_000;
@@ -144,12 +140,10 @@ mod tests {
         let der = Method::Der.apply(&settings);
         assert_eq!((&der.replay, der.train.former_share), (&settings.replay, 0.0));
         let ace = Method::Ace.apply(&settings);
-        assert!(
-            ace.train.answers_apart > 0.0 && der.train.answers_apart == 0.0 && ace.replay == settings.replay
-        );
+        assert!(ace.train.answers_apart && ace.replay == settings.replay && !der.train.answers_apart);
         assert_eq!(ace.train.ewc_lambda, 0.0);
         let both = Method::AceEwc.apply(&own);
-        assert!(both.train.answers_apart > 0.0 && both.train.ewc_lambda == 7.0);
+        assert!(both.train.answers_apart && both.train.ewc_lambda == 7.0);
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
         assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }

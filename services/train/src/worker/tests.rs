@@ -43,7 +43,6 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         micro_tokens: 64,
         prompt_dropout: 0.0,
         ewc_lambda: 0.0,
-        answers_apart: 2.0,
         olora: None,
         former: FormerShares::default(),
         share_while_serving: 1.0,

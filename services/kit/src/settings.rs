@@ -165,7 +165,6 @@ section!(
         step_tokens: usize,
         micro_tokens: usize,
         row_tokens: usize,
-        prompt_dropout: f64,
         anchor_share: f32,
         clip: f64,
         weight_decay: f64,
@@ -322,7 +321,6 @@ impl Settings {
         within("train.step_tokens", t.step_tokens, 16..=1_000_000)?;
         within("train.micro_tokens", t.micro_tokens, 16..=1_000_000)?;
         within("train.row_tokens", t.row_tokens, 16..=65_536)?;
-        within("train.prompt_dropout", t.prompt_dropout, 0.0..=0.9)?;
         within("train.anchor_share", t.anchor_share, 0.0..=10.0)?;
         within("train.clip", t.clip, 1e-6..=1e6)?;
         within("train.weight_decay", t.weight_decay, 0.0..=10.0)?;

@@ -329,7 +329,6 @@ pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
             answer_rate: s.train.answer_rate,
         },
         micro_tokens: s.train.micro_tokens,
-        prompt_dropout: s.train.prompt_dropout,
         ewc_lambda: s.train.ewc_lambda,
         olora: (s.train.olora_lambda > 0.0).then_some((s.train.olora_parts, s.train.olora_lambda)),
         former: model::guard::FormerShares {

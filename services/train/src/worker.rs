@@ -14,8 +14,6 @@ use model::mps;
 use model::orthogonal::Orthogonal;
 use model::pack::Sequence;
 use proto::{Batch, Example, ExampleId, LearnedExample, TrainReport};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::ControlFlow;
@@ -44,8 +42,6 @@ pub struct Training {
     pub ewc_lambda: f64,
     /// Parts that an adapter's ranks are cut into, one a batch, and what keeps them apart; none is off.
     pub olora: Option<(i64, f64)>,
-    /// Share of a prompt's tokens that an answer is learned without, others at each step.
-    pub prompt_dropout: f64,
     /// What the parent generation has to say.
     pub former: FormerShares,
     /// Share of the time that learning takes while requests run.
@@ -312,7 +308,6 @@ impl Worker {
     ) -> (Vec<Vec<Sequence>>, Vec<Vec<Item>>) {
         let (mut batches, mut places) = (Vec::new(), Vec::new());
         let mut filled = usize::MAX;
-        let mut rng = ChaCha8Rng::seed_from_u64(run.batch.seed.wrapping_add(run.report.steps));
         // What is rehearsed lies apart, so that a former self is asked of nothing that it has no say in.
         let (rehearsed, others): (Vec<Item>, Vec<Item>) = items.iter().partition(|&&item| run.is_kept(item));
         for item in rehearsed.into_iter().chain(others) {
@@ -323,7 +318,6 @@ impl Worker {
             };
             let mut sequence = sequence.clone();
             sequence.rehearsed = run.is_kept(item);
-            thin(&mut sequence, self.training.prompt_dropout, &mut rng);
             if filled.saturating_add(sequence.tokens.len()) > tokens {
                 batches.push(Vec::new());
                 places.push(Vec::new());
@@ -418,23 +412,6 @@ fn as_fresh(example: &Example) -> Fresh {
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.
 fn is_answer(learned: &[(u32, u32)]) -> bool {
     learned.first().is_some_and(|&(from, _)| from > 0)
-}
-
-/// Drops a share of the tokens that an answer follows, but for the first and the last, which no prompt is without:
-/// so that the answer hangs on no single word (Iyyer et al. 2015, "word dropout").
-fn thin(sequence: &mut Sequence, share: f64, rng: &mut impl Rng) {
-    if share == 0.0 || !is_answer(&sequence.learned) {
-        return;
-    }
-    let prompt = sequence.learned[0].0 as usize;
-    let kept = |n: usize| n == 0 || n + 1 >= prompt || !rng.random_bool(share);
-    let kept: Vec<bool> = (0..sequence.tokens.len()).map(kept).collect();
-    let dropped = kept.iter().filter(|kept| !**kept).count() as u32;
-    let mut kept = kept.into_iter();
-    sequence.tokens.retain(|_| kept.next().unwrap_or(true));
-    for (from, to) in &mut sequence.learned {
-        (*from, *to) = (*from - dropped, *to - dropped);
-    }
 }
 
 fn sequence(example: &Example) -> Sequence {

@@ -41,7 +41,6 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         rate: 1e-9,
         course,
         micro_tokens: 64,
-        prompt_dropout: 0.0,
         ewc_lambda: 0.0,
         olora: None,
         former: FormerShares::default(),
@@ -136,28 +135,6 @@ fn new_answers_do_not_make_those_less_likely_that_are_known() {
     let (pushed, spared) = (loss_of_known(Vec::new()), loss_of_known(vec![known]));
     // The random base's head is so flat that no token can be far from likely or unlikely.
     assert!(spared + 0.005 < pushed, "{spared} and {pushed}");
-}
-
-#[test]
-fn a_prompt_loses_words_within_and_the_answer_none() {
-    let answer =
-        Sequence { tokens: (0..100).collect(), learned: vec![(90, 95), (96, 100)], rehearsed: false };
-    let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let mut thinned = answer.clone();
-    thin(&mut thinned, 0.3, &mut rng);
-    let prompt = thinned.learned[0].0 as usize;
-    assert!((50..75).contains(&prompt), "{prompt} of 90 tokens are left");
-    assert_eq!((thinned.tokens[0], thinned.tokens[prompt - 1]), (0, 89));
-    assert!(thinned.tokens.is_sorted() && thinned.tokens[prompt..] == answer.tokens[90..]);
-    assert_eq!(thinned.learned_tokens(), answer.learned_tokens());
-    let mut other = answer.clone();
-    thin(&mut other, 0.3, &mut rng);
-    assert_ne!(other, thinned, "the next step leaves out others");
-    for (mut whole, share) in [(answer, 0.0), (Sequence::whole((0..100).collect()), 0.5)] {
-        let before = whole.clone();
-        thin(&mut whole, share, &mut rng);
-        assert_eq!(whole, before, "nothing is dropped when off, nor of a text");
-    }
 }
 
 #[test]

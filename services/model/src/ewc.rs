@@ -21,18 +21,35 @@ pub struct Ewc {
 
 const METADATA: &str = "ewc";
 
-/// Fisher information: the mean over sequences of the squared gradient of each sequence's mean NLL, with tokens that the
+/// Fisher information in shares of its mean: of the squared gradients of each sequence's mean NLL, with tokens that the
 /// model would have said in place of those that it learned, drawn by `seed`. A flat f32 vector in the adapter's order.
 /// Sequences without learned tokens are left out.
 ///
 /// With the tokens that were learned it would be the empirical one, which is next to nothing for what is known by heart, and
-/// all of it from the few examples that are not (Kunstner et al., arXiv 1905.12558).
+/// all of it from the few examples that are not (Kunstner et al., arXiv 1905.12558). In shares of its mean that of every
+/// batch counts as much, however well it is known (Schwarz et al., arXiv 1805.06370), and a strength means the same for all.
 ///
 /// `between` is asked before each sequence; on `Break` the result is `None`.
 ///
 /// # Errors
 /// When a sequence does not fit the model, there is none, or a gradient is not finite.
 pub fn fisher(
+    base: &Base,
+    adapter: &Adapter,
+    sequences: &[Sequence],
+    seed: u64,
+    between: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<Option<Tensor>> {
+    let Some(information) = of_what_is_said(base, adapter, sequences, seed, between)? else {
+        return Ok(None);
+    };
+    let mean = information.f_mean(Kind::Float)?.f_double_value(&[])?;
+    // Nothing of it where each token is certain.
+    Ok(Some(if mean > 0.0 { information.f_div_scalar(mean)? } else { information }))
+}
+
+/// The mean over sequences of their squared gradients, with tokens that the model would have said.
+fn of_what_is_said(
     base: &Base,
     adapter: &Adapter,
     sequences: &[Sequence],
@@ -166,29 +183,24 @@ mod tests {
     fn fisher_is_that_of_what_the_model_would_say() {
         let base = golden::base("llama");
         let adapter = golden::adapter("train-final");
-        let sequence = Sequence { learned: vec![(3, 4)], ..Sequence::whole(vec![1, 2, 3, 4]) };
         let mut go = || ControlFlow::Continue(());
-        let mut said = |token: i64| {
-            let sequence = std::slice::from_ref(&sequence);
-            mean_square(&base, &adapter, sequence, &mut go, &mut |p| Ok(p.predicting(&[token])))
-                .unwrap()
-                .unwrap()
-        };
+        let sequence = Sequence { learned: vec![(3, 4)], ..Sequence::whole(vec![1, 2, 3, 4]) };
+        let sum = |information: Tensor| information.sum(Kind::Double).double_value(&[]);
+        let one = std::slice::from_ref(&sequence);
+        let mut said =
+            |token| mean_square(&base, &adapter, one, &mut go, &mut |p| Ok(p.predicting(&[token])));
         let ids = Tensor::from_slice(&[1i64, 2, 3]).view([1, 3]);
         let logits = golden::logits(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &ids);
         let likely = Vec::<f64>::try_from(logits.select(1, 2).softmax(-1, Kind::Double).view([-1])).unwrap();
-        let exact: f64 = likely
-            .iter()
-            .enumerate()
-            .map(|(token, p)| p * said(token as i64).sum(Kind::Double).double_value(&[]))
-            .sum();
-        let drawn = |seed| {
-            fisher(&base, &adapter, &vec![sequence.clone(); 400], seed, &mut || ControlFlow::Continue(()))
-        };
-        let drawn = |seed| drawn(seed).unwrap().unwrap();
-        let sum = drawn(1).sum(Kind::Double).double_value(&[]);
-        assert!((sum / exact - 1.0).abs() < 0.2, "{sum} and {exact}");
-        assert_eq!(drawn(1), drawn(1));
+        let exact: f64 = (0..).zip(&likely).map(|(token, p)| p * sum(said(token).unwrap().unwrap())).sum();
+
+        let many = vec![sequence.clone(); 400];
+        let drawn = of_what_is_said(&base, &adapter, &many, 1, &mut go).unwrap().unwrap();
+        assert!((sum(drawn.copy()) / exact - 1.0).abs() < 0.2, "{drawn:?} and {exact}");
+        let shares = |seed| fisher(&base, &adapter, &many, seed, &mut || ControlFlow::Continue(()));
+        let shares = |seed| shares(seed).unwrap().unwrap();
+        assert!((sum(shares(1)) / shares(1).numel() as f64 - 1.0).abs() < 1e-4);
+        assert!(shares(1).equal(&shares(1)) && !shares(1).equal(&shares(2)));
     }
 
     #[test]

@@ -56,7 +56,7 @@ pub enum Method {
 }
 
 /// Strength of the penalty, and the former self's shares, where the settings leave them off.
-const EWC_LAMBDA: f64 = 10.0;
+const EWC_LAMBDA: f64 = 0.002;
 /// As in the paper on O-LoRA.
 const OLORA_LAMBDA: f64 = 0.5;
 const FORMER_SHARE: f64 = 0.3;

@@ -124,9 +124,8 @@ impl Labels {
         order.sort_by_key(|&i| texts[i].len());
         let mut likeliest = vec![Vec::new(); texts.len()];
         let mut rest = order.as_slice();
-        while let Some((&shortest, _)) = rest.split_first() {
-            let fits = READ_TOKENS / (texts[shortest].len() + self.nodes.len());
-            let (members, after) = rest.split_at(fits.clamp(1, rest.len()));
+        while !rest.is_empty() {
+            let (members, after) = rest.split_at(self.side_by_side(texts, rest));
             let members_texts = members.iter().map(|&i| texts[i].as_slice()).collect();
             let mut reading = Reading::new(self, base, adapters, members_texts);
             for (&i, chosen) in members.iter().zip(self.choose(&mut reading, groups, rule)?) {
@@ -135,6 +134,12 @@ impl Labels {
             rest = after;
         }
         Ok(likeliest)
+    }
+
+    /// How many of these texts are read at once, the shortest of which come first: one at least.
+    fn side_by_side(&self, texts: &[Vec<u32>], order: &[usize]) -> usize {
+        let fits = |count: &usize| count * (texts[order[count - 1]].len() + self.nodes.len()) <= READ_TOKENS;
+        (1..=order.len()).take_while(fits).last().unwrap_or(1)
     }
 
     /// The likeliest of each group for each text of a reading.
@@ -435,6 +440,18 @@ mod tests {
         let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2], vec![1, 6]]).unwrap();
         let opening = |wanted: &[usize]| labels.opening(&wanted.iter().copied().collect());
         assert_eq!([opening(&[0, 1]), opening(&[0, 2]), opening(&[0, 3]), opening(&[1])], [2, 2, 1, 4]);
+    }
+
+    #[test]
+    fn long_texts_are_few_at_once() {
+        let labels = Labels::new(&[vec![1, 2, 3]]).unwrap();
+        let at_once = |lengths: &[usize]| {
+            let texts: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![1; length]).collect();
+            labels.side_by_side(&texts, &(0..lengths.len()).collect::<Vec<_>>())
+        };
+        assert_eq!(at_once(&[6; 2000]), READ_TOKENS / 8);
+        assert_eq!(at_once(&[6, 6, 4094]), 2);
+        assert_eq!(at_once(&[100_000]), 1);
     }
 
     #[test]

@@ -197,10 +197,10 @@ mod tests {
         let many = vec![sequence.clone(); 400];
         let drawn = of_what_is_said(&base, &adapter, &many, 1, &mut go).unwrap().unwrap();
         assert!((sum(drawn.copy()) / exact - 1.0).abs() < 0.2, "{drawn:?} and {exact}");
-        let shares = |seed| fisher(&base, &adapter, &many, seed, &mut || ControlFlow::Continue(()));
-        let shares = |seed| shares(seed).unwrap().unwrap();
-        assert!((sum(shares(1)) / shares(1).numel() as f64 - 1.0).abs() < 1e-4);
-        assert!(shares(1).equal(&shares(1)) && !shares(1).equal(&shares(2)));
+        let shares = |seed| fisher(&base, &adapter, &many[..20], seed, &mut || ControlFlow::Continue(()));
+        let [one, again, other] = [1, 1, 2].map(|seed| shares(seed).unwrap().unwrap());
+        assert!((sum(one.copy()) / one.numel() as f64 - 1.0).abs() < 1e-4);
+        assert!(one.equal(&again) && !one.equal(&other));
     }
 
     #[test]

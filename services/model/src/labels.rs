@@ -152,12 +152,12 @@ impl Labels {
         let wanted: BTreeSet<usize> = groups.iter().flatten().copied().collect();
         let opening = self.opening(&wanted);
         let path = |n: usize| self.answers[n].as_slice();
-        reading.texts(&path(wanted.first().copied().unwrap_or(0))[..opening])?;
+        reading.texts(opening)?;
         let mut choices: Vec<Choice> = Vec::new();
         for likely in &reading.likely {
             let mut bounds = vec![None; self.answers.len()];
             for &n in &wanted {
-                let opening = &path(n)[..path(n).len().min(opening + 1)];
+                let opening = &path(n)[..path(n).len().min(opening.len() + 1)];
                 bounds[n] = Some(rule.score(sum(likely, opening)?, path(n).len()));
             }
             choices.push(Choice { bounds, known: HashMap::new() });
@@ -197,12 +197,12 @@ impl Labels {
         Ok(())
     }
 
-    /// How many tokens all of these answers begin with, such as a line break.
-    fn opening(&self, wanted: &BTreeSet<usize>) -> usize {
+    /// What all of these answers begin with, such as a line break.
+    fn opening(&self, wanted: &BTreeSet<usize>) -> &[Step] {
         let answer = |n: &usize| self.answers[*n].as_slice();
         let first = wanted.first().map(answer).unwrap_or_default();
         let common = |n| first.iter().zip(answer(n)).take_while(|(a, b)| a == b).count();
-        wanted.iter().map(common).min().unwrap_or(0)
+        &first[..wanted.iter().map(common).min().unwrap_or(0)]
     }
 }
 
@@ -438,7 +438,7 @@ mod tests {
     #[test]
     fn answers_open_with_what_they_have_in_common() {
         let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2], vec![1, 6]]).unwrap();
-        let opening = |wanted: &[usize]| labels.opening(&wanted.iter().copied().collect());
+        let opening = |wanted: &[usize]| labels.opening(&wanted.iter().copied().collect()).len();
         assert_eq!([opening(&[0, 1]), opening(&[0, 2]), opening(&[0, 3]), opening(&[1])], [2, 2, 1, 4]);
     }
 
@@ -480,5 +480,7 @@ mod tests {
         assert!(of(vec![1; 255]).is_err());
         assert!(of(vec![1; 254]).is_ok());
         assert!(labels.likeliest(&base, &none, &[vec![1]], &[vec![]], Rule::Sum).is_err());
+        let nothing = Labels::new(&[]).unwrap().likeliest(&base, &none, &[vec![1]], &[], Rule::Sum);
+        assert_eq!(nothing.unwrap(), [vec![]]);
     }
 }

@@ -163,11 +163,10 @@ pub(crate) fn drawn(base: &Base, adapter: &Adapter, packed: &Packed, rng: &mut i
     let hidden = learned_hidden(base, &base.activate(&[(adapter, 1.0)])?, packed)?;
     let mut drawn: Vec<i64> = Vec::with_capacity(packed.learned_tokens());
     let _ = each_chunk(base, &hidden, packed, |rows, log_probs, _| {
-        // The first token up to which they sum to more than a number between 0 and 1.
-        let sums = log_probs.f_exp()?.f_cumsum(-1, Kind::Double)?;
+        // The first token up to which they sum to more than a number between 0 and 1: on the CPU, for f64 is not everywhere.
+        let sums = log_probs.f_exp()?.f_to_device(tch::Device::Cpu)?.f_cumsum(-1, Kind::Double)?;
         let numbers: Vec<f64> = (0..rows.size()[0]).map(|_| rng.random()).collect();
-        let numbers = Tensor::from_slice(&numbers).f_unsqueeze(1)?.f_to_kind(Kind::Double)?;
-        let below = sums.f_le_tensor(&numbers.f_to_device(base.device())?)?;
+        let below = sums.f_le_tensor(&Tensor::from_slice(&numbers).f_unsqueeze(1)?)?;
         let first = below.f_sum_dim_intlist(-1i64, false, Kind::Int64)?;
         drawn.extend(Vec::<i64>::try_from(first.f_clamp_max(base.config().vocab_size - 1)?)?);
         Ok(())

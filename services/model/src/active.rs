@@ -16,6 +16,33 @@ pub(crate) struct Delta {
     pub parts: Vec<(usize, Tensor)>,
 }
 
+/// What sets of adapters add to one merged matrix, in two products whatever their number: those of a GPU cost more to order
+/// than to do.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    /// A of all sets, [sum of ranks, inputs].
+    a: Tensor,
+    /// Each B of them in the columns of its slice, [sum of ranks, outputs].
+    b: Tensor,
+    /// One where a row has the set of that rank, else zero, [rows, sum of ranks]; none where all rows have all of them.
+    owned: Option<Tensor>,
+}
+
+impl Joined {
+    /// Adds to `product` [rows, outputs], in place, what belongs to `x` [rows, inputs].
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn add_to(&self, product: &mut Tensor, x: &Tensor) -> Result<()> {
+        let mut low = x.f_linear(&self.a, None::<&Tensor>)?;
+        if let Some(owned) = &self.owned {
+            low = low.f_mul_(owned)?;
+        }
+        let _ = product.f_addmm_(&low, &self.b)?;
+        Ok(())
+    }
+}
+
 /// Adapters that are cast, scaled and cut once.
 ///
 /// Gradients flow through it to the flat vector of each adapter that requires them; such an instance serves
@@ -24,6 +51,8 @@ pub(crate) struct Delta {
 pub struct ActiveAdapters {
     /// By layer, then by group.
     layers: Vec<[Vec<Delta>; 4]>,
+    /// The same for sets of them, each for rows of its own.
+    joined: Vec<[Option<Joined>; 4]>,
 }
 
 impl ActiveAdapters {
@@ -39,7 +68,8 @@ impl ActiveAdapters {
     pub fn new(adapters: &[(&Adapter, f64)], kind: Kind, device: Device) -> Result<Self> {
         let layers =
             adapters.iter().flat_map(|(adapter, _)| &adapter.modules).map(|m| m.layer + 1).max().unwrap_or(0);
-        let mut active = Self { layers: (0..layers).map(|_| Default::default()).collect() };
+        let mut active =
+            Self { layers: (0..layers).map(|_| Default::default()).collect(), ..Self::default() };
         for (adapter, weight) in adapters {
             ensure!(weight.is_finite(), "an adapter's weight has to be a finite number, not {weight}");
             active.add(&adapter.modules, adapter.flat(), *weight, kind, device)?;
@@ -49,10 +79,33 @@ impl ActiveAdapters {
 
     /// One layer of `adapter` alone, with `flat` as its weights, for a base in `kind`.
     pub(crate) fn of_layer(adapter: &Adapter, layer: i64, flat: &Tensor, kind: Kind) -> Result<Self> {
-        let mut active = Self { layers: (0..=layer).map(|_| Default::default()).collect() };
+        let mut active =
+            Self { layers: (0..=layer).map(|_| Default::default()).collect(), ..Self::default() };
         let modules: Vec<Module> = adapter.modules.iter().filter(|m| m.layer == layer).cloned().collect();
         active.add(&modules, flat, 1.0, kind, flat.device())?;
         Ok(active)
+    }
+
+    /// Sets of adapters for the rows of one pass: row i has set `owners[i]`, or none. `widths` are those of the slices of
+    /// each group's merged product. For passes without gradients.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub(crate) fn joined(sets: &[&Self], owners: &[Option<usize>], widths: [&[i64]; 4]) -> Result<Self> {
+        let layers = sets.iter().map(|set| set.layers.len()).max().unwrap_or(0);
+        let of_layer = |layer: usize| -> Result<[Option<Joined>; 4]> {
+            let mut groups = [const { None }; 4];
+            for (group, (joined, widths)) in groups.iter_mut().zip(widths).enumerate() {
+                let mut all = Vec::new();
+                for (i, set) in sets.iter().enumerate() {
+                    let deltas = set.layers.get(layer).map_or(&[][..], |groups| &groups[group][..]);
+                    all.extend(deltas.iter().map(|delta| (i, delta)));
+                }
+                *joined = join(&all, owners, widths)?;
+            }
+            Ok(groups)
+        };
+        Ok(Self { layers: Vec::new(), joined: (0..layers).map(of_layer).collect::<Result<_>>()? })
     }
 
     /// Adds `modules`, whose weights lie one after the other in `flat`.
@@ -101,8 +154,40 @@ impl ActiveAdapters {
         self.layers.iter().position(|groups| groups.iter().any(|deltas| !deltas.is_empty())).unwrap_or(0)
     }
 
+    /// What is added to the product of `group` in `layer` by rows' own sets.
+    pub(crate) fn of_rows(&self, layer: usize, group: Group) -> Option<&Joined> {
+        self.joined.get(layer)?[group as usize].as_ref()
+    }
+
     /// What is added to the product of `group` in `layer`.
     pub(crate) fn deltas(&self, layer: usize, group: Group) -> &[Delta] {
         self.layers.get(layer).map_or(&[], |groups| &groups[group as usize])
     }
+}
+
+/// The changes of one merged matrix, each with the number of its set.
+fn join(all: &[(usize, &Delta)], owners: &[Option<usize>], widths: &[i64]) -> Result<Option<Joined>> {
+    let Some((_, first)) = all.first() else { return Ok(None) };
+    let (kind, device) = (first.a.f_kind()?, first.a.device());
+    let a = Tensor::f_cat(&all.iter().map(|(_, delta)| &delta.a).collect::<Vec<_>>(), 0)?;
+    let b = Tensor::f_zeros([a.size()[0], widths.iter().sum()], (kind, device))?;
+    let (mut rank, mut sets) = (0, Vec::new());
+    for (set, delta) in all {
+        for (ranks, (slice, of_slice)) in delta.ranks.iter().zip(&delta.parts) {
+            let column = widths[..*slice].iter().sum();
+            b.f_narrow(0, rank, *ranks)?.f_narrow(1, column, widths[*slice])?.f_copy_(&of_slice.f_tr()?)?;
+            rank += ranks;
+            sets.extend(std::iter::repeat_n(*set as i64, *ranks as usize));
+        }
+    }
+    let everybodys =
+        owners.iter().all(|owner| owner.is_some_and(|own| sets.iter().all(|&set| set == own as i64)));
+    let owned = if everybodys {
+        None
+    } else {
+        let owners: Vec<i64> = owners.iter().map(|owner| owner.map_or(-1, |own| own as i64)).collect();
+        let owned = Tensor::from_slice(&owners).f_unsqueeze(1)?.f_eq_tensor(&Tensor::from_slice(&sets))?;
+        Some(owned.f_to_kind(kind)?.f_to_device(device)?)
+    };
+    Ok(Some(Joined { a, b, owned }))
 }

@@ -13,7 +13,7 @@ use crate::lora::Adapter;
 use crate::quant::Matrix;
 use crate::weights::{Weights, model_files};
 
-/// The weights of one block. Norms are f32, matrices [outputs, inputs] in the base's precision or quantised.
+/// The weights of one block. Norms are f32 (on CUDA in the base's precision), matrices [outputs, inputs] in the base's precision or quantised.
 pub(crate) struct Layer {
     pub attention_norm: Tensor,
     pub qkv: Matrix,
@@ -120,13 +120,15 @@ impl Base {
             });
         }
         let head = if config.tied { embedding.shallow_clone() } else { merged(&[("lm_head".into(), v)], h)? };
+        // One kernel takes a norm where its weights are in the precision of the rest.
+        let of_norms = if device.is_cuda() { kind } else { Kind::Float };
         let mut vector = |name: &str, length: i64, kind: Kind| -> Result<Tensor> {
             Ok(give(name, &[length], kind)?.f_to_device(device)?)
         };
         for (i, layer) in layers.iter_mut().enumerate() {
             let name = |part: &str| format!("model.layers.{i}.{part}");
-            layer.attention_norm = vector(&name("input_layernorm.weight"), h, Kind::Float)?;
-            layer.mlp_norm = vector(&name("post_attention_layernorm.weight"), h, Kind::Float)?;
+            layer.attention_norm = vector(&name("input_layernorm.weight"), h, of_norms)?;
+            layer.mlp_norm = vector(&name("post_attention_layernorm.weight"), h, of_norms)?;
             if config.family.has_qkv_bias() {
                 let mut bias =
                     |part: &str, rows| vector(&name(&format!("self_attn.{part}.bias")), rows, kind);
@@ -135,12 +137,12 @@ impl Base {
             }
             if config.family.has_qk_norm() {
                 let mut norm = |part: &str| {
-                    vector(&name(&format!("self_attn.{part}.weight")), config.head_dim, Kind::Float)
+                    vector(&name(&format!("self_attn.{part}.weight")), config.head_dim, of_norms)
                 };
                 layer.qk_norm = Some([norm("q_norm")?, norm("k_norm")?]);
             }
         }
-        let norm = vector("model.norm.weight", h, Kind::Float)?;
+        let norm = vector("model.norm.weight", h, of_norms)?;
         let frequencies: Vec<f32> = config.rope_frequencies().into_iter().map(|f| f as f32).collect();
         let frequencies = Tensor::from_slice(&frequencies).to_device(device);
         Ok(Self { config, placement: *placement, embedding, head, norm, layers, frequencies })

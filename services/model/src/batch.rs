@@ -1,24 +1,38 @@
 //! Many answers at once: one forward pass a step over all of them, whatever their lengths and adapters.
 //!
-//! On a CPU that is [`crate::cpu`]'s pass. Other devices take each answer's step by itself, as [`Decoder`] does.
+//! On a CPU that is [`crate::cpu`]'s pass; elsewhere one of libtorch with a row for each, and parts of prompts before it.
+
+mod joint;
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::active::ActiveAdapters;
 use crate::cpu::{Cpu, CpuAdapters, PAGE_TOKENS, Pages, Prefixes, Span};
-use crate::generate::{Decoder, Step};
+use crate::generate::Step;
 use crate::llama::Base;
 use crate::lora::Adapter;
 use crate::sampling::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::voice::Voice;
+use joint::Joint;
+pub(crate) use joint::forced;
 
-/// Prompt tokens of a pass that also decodes: what they cost is what the other answers wait.
-const PREFILL_BESIDE: usize = 64;
-/// Prompt tokens of a pass that does nothing else.
-const PREFILL_ALONE: usize = 256;
+/// Prompt tokens of one step, on a CPU.
+const PREFILL: Prefill = Prefill { beside: 64, alone: 256 };
+/// The same on a GPU, which does many as fast as few.
+const PREFILL_JOINT: Prefill = Prefill { beside: 512, alone: 2048 };
+
+/// How many prompt tokens a step reads.
+#[derive(Clone, Copy)]
+struct Prefill {
+    /// Where it also decodes: what they cost is what the other answers wait.
+    beside: usize,
+    /// Where it does nothing else.
+    alone: usize,
+}
 
 /// Adapters made ready for answers; all that are answered with the same ones share them.
 pub struct Adapted {
@@ -28,8 +42,7 @@ pub struct Adapted {
 
 enum AdaptedKind {
     Cpu(Arc<CpuAdapters>),
-    /// As they were given: each answer prepares them.
-    Plain(Vec<(Adapter, f64)>),
+    Joint(ActiveAdapters),
 }
 
 /// One answer under way.
@@ -37,36 +50,37 @@ pub struct Speaker {
     adapted: Rc<Adapted>,
     /// Pages that are set aside for it.
     reserved: usize,
-    state: State,
+    state: Box<State>,
 }
 
-enum State {
-    Paged(Box<Paged>),
-    Plain(Box<Decoder>),
-}
-
-struct Paged {
+struct State {
     voice: Voice,
     /// Prompt and answer so far.
     ids: Vec<u32>,
-    /// None before its prompt is begun.
-    pages: Option<Pages>,
+    /// What keeps keys and values.
+    cache: Cache,
 }
 
-impl Paged {
-    /// Tokens that the model has not seen.
-    fn unseen(&self) -> &[u32] {
-        &self.ids[self.pages.as_ref().map_or(0, Pages::len)..]
-    }
+enum Cache {
+    /// None before its prompt is begun.
+    Pages(Option<Pages>),
+    /// A row of the joint cache.
+    Row(usize),
 }
 
 impl Speaker {
     /// Tokens generated so far.
     pub fn generated(&self) -> usize {
-        match &self.state {
-            State::Paged(paged) => paged.voice.generated(),
-            State::Plain(decoder) => decoder.generated(),
-        }
+        self.state.voice.generated()
+    }
+}
+
+impl State {
+    /// The next token, by the logits after all that came before.
+    fn say(&mut self, logits: Vec<f32>) -> Result<Option<Step>> {
+        let step = self.voice.say(logits)?;
+        self.ids.push(step.id);
+        Ok(Some(step))
     }
 }
 
@@ -84,11 +98,16 @@ pub enum NotBegun {
 /// A base, with all that its answers share.
 pub struct Batch {
     base: Base,
-    cpu: Option<Cpu>,
+    way: Way,
     prefixes: Prefixes,
     pages_max: usize,
     reserved: usize,
     adapted: u64,
+}
+
+enum Way {
+    Cpu(Box<Cpu>),
+    Joint(Box<Joint>),
 }
 
 impl Batch {
@@ -113,7 +132,9 @@ impl Batch {
 
     fn on(base: Base, cpu: Option<Cpu>, cache_bytes_max: usize) -> Self {
         let pages_max = cache_bytes_max / page_bytes(&base);
-        Self { base, cpu, prefixes: Prefixes::default(), pages_max, reserved: 0, adapted: 0 }
+        let way =
+            cpu.map_or_else(|| Way::Joint(Box::new(Joint::new(base.share()))), |cpu| Way::Cpu(Box::new(cpu)));
+        Self { base, way, prefixes: Prefixes::default(), pages_max, reserved: 0, adapted: 0 }
     }
 
     /// The base.
@@ -127,10 +148,10 @@ impl Batch {
     /// # Errors
     /// When one belongs to a model of another shape, or a weight is not finite.
     pub fn adapt(&mut self, adapters: &[(&Adapter, f64)]) -> Result<Rc<Adapted>> {
-        let kind = if self.cpu.is_some() {
-            AdaptedKind::Cpu(Arc::new(Cpu::activate(&self.base, adapters)?))
-        } else {
-            AdaptedKind::Plain(adapters.iter().map(|(adapter, weight)| (adapter.share(), *weight)).collect())
+        let _guard = tch::no_grad_guard();
+        let kind = match &self.way {
+            Way::Cpu(_) => AdaptedKind::Cpu(Arc::new(Cpu::activate(&self.base, adapters)?)),
+            Way::Joint(_) => AdaptedKind::Joint(self.base.activate(adapters)?),
         };
         self.adapted += 1;
         self.prefixes.open(self.adapted);
@@ -168,48 +189,52 @@ impl Batch {
                  or raise infer.cache_mb_max"
             )));
         }
-        if self.reserved + needed > self.pages_max {
+        let reserved = match &self.way {
+            Way::Cpu(_) => self.reserved + needed,
+            Way::Joint(joint) => joint.positions_with(length).div_ceil(PAGE_TOKENS),
+        };
+        if reserved > self.pages_max {
             return Err(NotBegun::Later);
         }
-        let state = match &adapted.kind {
-            AdaptedKind::Cpu(_) => {
-                let (voice, ids) =
-                    Voice::new(self.base.config(), tokenizer, prompt, sampling).map_err(NotBegun::Refused)?;
-                State::Paged(Box::new(Paged { voice, ids, pages: None }))
-            }
-            AdaptedKind::Plain(adapters) => {
-                let adapters: Vec<(&Adapter, f64)> =
-                    adapters.iter().map(|(a, weight)| (a, *weight)).collect();
-                let decoder = Decoder::new(&self.base, &adapters, tokenizer, prompt, sampling);
-                State::Plain(Box::new(decoder.map_err(NotBegun::Refused)?))
-            }
+        let (voice, ids) =
+            Voice::new(self.base.config(), tokenizer, prompt, sampling).map_err(NotBegun::Refused)?;
+        let cache = match &mut self.way {
+            Way::Cpu(_) => Cache::Pages(None),
+            Way::Joint(joint) => Cache::Row(joint.take(length)),
         };
         self.reserved += needed;
-        self.prefixes.shrink(self.pages_max - self.reserved);
+        self.shrink();
+        let state = Box::new(State { voice, ids, cache });
         Ok(Speaker { adapted: Rc::clone(adapted), reserved: needed, state })
+    }
+
+    /// Makes what is kept for later prompts as small as what is set aside for answers allows.
+    fn shrink(&mut self) {
+        self.prefixes.shrink(self.pages_max.saturating_sub(self.reserved));
     }
 
     /// Ends an answer, whether it was finished or not. What it has read is kept for later prompts.
     pub fn end(&mut self, speaker: Speaker) {
         self.reserved -= speaker.reserved;
-        if let State::Paged(paged) = &speaker.state
-            && let Some(pages) = &paged.pages
-        {
-            self.prefixes.keep(speaker.adapted.number, &paged.ids, pages.full());
+        match (&speaker.state.cache, &mut self.way) {
+            (Cache::Pages(Some(pages)), _) => {
+                self.prefixes.keep(speaker.adapted.number, &speaker.state.ids, pages.full());
+            }
+            (Cache::Row(row), Way::Joint(joint)) => joint.leave(*row),
+            _ => {}
         }
-        self.prefixes.shrink(self.pages_max - self.reserved);
+        self.shrink();
     }
 
     /// One pass for all `speakers`: a token for each whose prompt is read, and a part of the prompts of the others.
     /// For each, what came of it; none where the prompt is not read yet.
     pub fn step(&mut self, speakers: &mut [&mut Speaker]) -> Vec<Result<Option<Step>>> {
         let mut results: Vec<Result<Option<Step>>> = speakers.iter().map(|_| Ok(None)).collect();
-        for (result, speaker) in results.iter_mut().zip(speakers.iter_mut()) {
-            if let State::Plain(decoder) = &mut speaker.state {
-                *result = decoder.advance();
-            }
-        }
-        if let Err(error) = self.pass(speakers, &mut results) {
+        let done = match &mut self.way {
+            Way::Cpu(_) => self.pass(speakers, &mut results),
+            Way::Joint(joint) => joint.pass(speakers, &mut results),
+        };
+        if let Err(error) = done {
             let message = format!("{error:#}");
             results.iter_mut().for_each(|result| *result = Err(anyhow::anyhow!("{message}")));
         }
@@ -217,8 +242,12 @@ impl Batch {
     }
 
     fn pass(&mut self, speakers: &mut [&mut Speaker], results: &mut [Result<Option<Step>>]) -> Result<()> {
-        let Some(cpu) = &mut self.cpu else { return Ok(()) };
-        let counts = parts(speakers);
+        let Way::Cpu(cpu) = &mut self.way else { return Ok(()) };
+        let held = |speaker: &Speaker| match &speaker.state.cache {
+            Cache::Pages(pages) => pages.as_ref().map_or(0, Pages::len),
+            Cache::Row(_) => 0,
+        };
+        let counts = parts(speakers, PREFILL, held);
         // Those with the same adapters side by side.
         let mut order: Vec<usize> = (0..speakers.len()).filter(|&i| counts[i] > 0).collect();
         order.sort_by_key(|&i| speakers[i].adapted.number);
@@ -226,49 +255,44 @@ impl Batch {
         let mut slots: Vec<Option<&mut &mut Speaker>> = speakers.iter_mut().map(Some).collect();
         for i in order {
             let speaker = slots[i].take().context("each speaks once")?;
-            let Speaker { adapted, state: State::Paged(paged), .. } = &mut **speaker else { continue };
-            if paged.pages.is_none() {
-                let known = self.prefixes.find(adapted.number, &paged.ids);
-                paged.pages = Some(cpu.begin(known));
+            let Speaker { adapted, state, .. } = &mut **speaker;
+            if let Cache::Pages(pages @ None) = &mut state.cache {
+                *pages = Some(cpu.begin(self.prefixes.find(adapted.number, &state.ids)));
             }
-            turns.push((i, &**adapted, &mut **paged));
+            turns.push((i, &**adapted, &mut **state));
         }
         let mut spans = Vec::new();
-        for (i, adapted, paged) in &mut turns {
+        for (i, adapted, state) in &mut turns {
             let AdaptedKind::Cpu(adapters) = &adapted.kind else { continue };
-            let Paged { ids, pages: Some(pages), .. } = &mut **paged else { continue };
+            let State { ids, cache: Cache::Pages(Some(pages)), .. } = &mut **state else { continue };
             let unseen = &ids[pages.len()..];
             let count = counts[*i].min(unseen.len());
             spans.push(Span { ids: &unseen[..count], adapters, speaks: count == unseen.len(), pages });
         }
         let logits = cpu.forward(&mut spans)?;
-        for ((i, adapted, paged), logits) in turns.iter_mut().zip(logits) {
+        for ((i, adapted, state), logits) in turns.iter_mut().zip(logits) {
             let Some(logits) = logits else { continue };
-            if paged.voice.generated() == 0
-                && let Some(pages) = &paged.pages
+            if state.voice.generated() == 0
+                && let Cache::Pages(Some(pages)) = &state.cache
             {
                 // The next answer to this prompt need not wait for the end of this one.
-                self.prefixes.keep(adapted.number, &paged.ids, pages.full());
+                self.prefixes.keep(adapted.number, &state.ids, pages.full());
             }
-            results[*i] = paged.voice.say(logits).map(|step| {
-                paged.ids.push(step.id);
-                Some(step)
-            });
+            results[*i] = state.say(logits);
         }
-        self.prefixes.shrink(self.pages_max - self.reserved);
+        self.shrink();
         Ok(())
     }
 }
 
-/// How many tokens each speaker reads in the next pass: those who decode one, and those who read share what is left,
-/// the first first.
-fn parts(speakers: &[&mut Speaker]) -> Vec<usize> {
-    let unseen = |speaker: &&mut Speaker| match &speaker.state {
-        State::Paged(paged) if !paged.voice.is_done() => paged.unseen().len(),
-        _ => 0,
+/// How many tokens each speaker reads in the next step: those who decode one, and those who read share what is left, the
+/// first first. `held` says how many one has read.
+fn parts(speakers: &[&mut Speaker], prefill: Prefill, held: impl Fn(&Speaker) -> usize) -> Vec<usize> {
+    let unseen = |speaker: &&mut Speaker| {
+        if speaker.state.voice.is_done() { 0 } else { speaker.state.ids.len() - held(speaker) }
     };
     let unseen: Vec<usize> = speakers.iter().map(unseen).collect();
-    let mut left = if unseen.contains(&1) { PREFILL_BESIDE } else { PREFILL_ALONE };
+    let mut left = if unseen.contains(&1) { prefill.beside } else { prefill.alone };
     let part = |unseen: usize| match unseen {
         0 | 1 => unseen,
         _ => {

@@ -8,6 +8,8 @@ use crate::llama::Base;
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
     length: i64,
+    /// Where each row's next token goes, i64 [batch, 1, 1, 1], where rows hold different numbers of them.
+    places: Option<Tensor>,
 }
 
 /// The cache grows by this many positions at a time, so that decoding copies it rarely.
@@ -18,7 +20,7 @@ impl KvCache {
     pub fn new(base: &Base, batch: i64) -> Self {
         let shape = [batch, base.config.kv_heads, 0, base.config.head_dim];
         let empty = || Tensor::empty(shape, (base.placement.kind(), base.placement.device));
-        Self { layers: base.layers.iter().map(|_| (empty(), empty())).collect(), length: 0 }
+        Self { layers: base.layers.iter().map(|_| (empty(), empty())).collect(), length: 0, places: None }
     }
 
     /// Number of positions held.
@@ -36,11 +38,55 @@ impl KvCache {
         self.length == 0
     }
 
+    /// Makes it `rows` of `capacity` positions. What has a place in both stays; what is new is zero, since a position that
+    /// nobody sees still takes part in sums, with a weight of zero.
+    pub(crate) fn resize(&mut self, rows: i64, capacity: i64) {
+        for (keys, values) in &mut self.layers {
+            for store in [keys, values] {
+                let mut shape = store.size();
+                let (kept_rows, kept) = (rows.min(shape[0]), capacity.min(shape[2]));
+                (shape[0], shape[2]) = (rows, capacity);
+                let other = Tensor::zeros(&shape, (store.kind(), store.device()));
+                let part = |store: &Tensor| store.narrow(0, 0, kept_rows).narrow(2, 0, kept);
+                part(&other).copy_(&part(store));
+                *store = other;
+            }
+        }
+    }
+
+    /// Empties one row.
+    pub(crate) fn clear(&mut self, row: i64) {
+        for (keys, values) in &self.layers {
+            let _ = keys.narrow(0, row, 1).zero_();
+            let _ = values.narrow(0, row, 1).zero_();
+        }
+    }
+
+    /// One row, of which `held` positions are filled: what is appended is written into this cache. It must not grow.
+    pub(crate) fn row(&self, row: i64, held: i64) -> Self {
+        self.window(row, 1, held, None)
+    }
+
+    /// The first rows, to append one token to each, at `places`, i64 [rows]. All see the first `visible` positions.
+    pub(crate) fn first_rows(&self, places: &Tensor, visible: i64) -> Self {
+        self.window(0, places.size()[0], visible - 1, Some(places.view([-1, 1, 1, 1])))
+    }
+
+    fn window(&self, row: i64, rows: i64, length: i64, places: Option<Tensor>) -> Self {
+        let part =
+            |(keys, values): &(Tensor, Tensor)| (keys.narrow(0, row, rows), values.narrow(0, row, rows));
+        Self { layers: self.layers.iter().map(part).collect(), length, places }
+    }
+
     /// Appends keys and values [batch, kv_heads, n, head_dim] of one layer; returns all of them.
     pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let (added, held) = (key.size()[2], self.length);
         let (keys, values) = &mut self.layers[layer];
         for (store, new) in [(&mut *keys, key), (&mut *values, value)] {
+            if let Some(places) = &self.places {
+                let _ = store.scatter_(2, &places.expand_as(new), new);
+                continue;
+            }
             if store.size()[2] < held + added {
                 let mut shape = store.size();
                 shape[2] = (held + added + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK;

@@ -27,9 +27,9 @@ pub(crate) fn block_bytes_a_token(config: &ModelConfig, placement: &Placement) -
 }
 
 /// Bytes of the logits of as many tokens as there are at once, of the former self's, of their gradient and of what lies
-/// between.
+/// between, where memory is estimated: not on CUDA.
 pub(crate) fn head_bytes(config: &ModelConfig) -> f64 {
-    (chunk_rows(config.vocab_size) * config.vocab_size) as f64 * 24.0
+    (chunk_rows(config.vocab_size, Device::Cpu) * config.vocab_size) as f64 * 24.0
 }
 
 /// Bytes of the copy of a base's weights in 16 bits that a CPU answers from where they are such numbers in f32, at most.

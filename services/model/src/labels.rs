@@ -314,7 +314,7 @@ impl<'a> Reading<'a> {
     /// distribution is there for a few rows at a time.
     fn follow(&mut self, hidden: &Tensor, read: &[(usize, Option<usize>, usize)]) -> Result<()> {
         let (device, vocabulary) = (self.base.device(), self.base.config().vocab_size);
-        for chunk in read.chunks(chunk_rows(vocabulary) as usize) {
+        for chunk in read.chunks(chunk_rows(vocabulary, device) as usize) {
             let (mut steps, mut flat) = (Vec::new(), Vec::new());
             for (row, &(n, from, _)) in chunk.iter().enumerate() {
                 for &token in self.labels.following.get(&from).into_iter().flatten() {

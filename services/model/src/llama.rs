@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 
-use crate::active::{ActiveAdapters, Delta};
+use crate::active::{ActiveAdapters, Delta, Joined};
 pub use crate::base::Base;
 pub use crate::cache::KvCache;
 use crate::lora::Group;
@@ -119,9 +119,9 @@ impl Base {
         let x = x.f_add(&self.attention(i, &normed, pass, adapters, cache)?)?;
         let normed = self.rms_norm(&x, &layer.mlp_norm)?;
         let widths = [self.config.intermediate_size; 2];
-        let gate_up = project(&normed, &layer.gate_up, None, &widths, adapters.deltas(i, Group::GateUp))?;
+        let gate_up = project(&normed, &layer.gate_up, None, &widths, Added::of(adapters, i, Group::GateUp))?;
         let inner = gate_up[0].f_silu()?.f_mul(&gate_up[1])?;
-        Ok(x.f_add(&project_one(&inner, &layer.down, adapters.deltas(i, Group::Down))?)?)
+        Ok(x.f_add(&project_one(&inner, &layer.down, Added::of(adapters, i, Group::Down))?)?)
     }
 
     /// The logits of hidden states [n, hidden_size], as f32 [n, vocab_size].
@@ -166,30 +166,62 @@ impl Base {
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let (c, layer) = (&self.config, &self.layers[i]);
-        let bias = layer.qkv_bias.as_ref();
-        let qkv = project(x, &layer.qkv, bias, &c.qkv_rows(), adapters.deltas(i, Group::Qkv))?;
-        let heads = |x: &Tensor, count: i64| x.f_view([pass.batch, pass.length, count, c.head_dim]);
-        let (mut query, mut key) = (heads(&qkv[0], c.heads)?, heads(&qkv[1], c.kv_heads)?);
-        if let Some([query_norm, key_norm]) = &layer.qk_norm {
-            (query, key) = (self.rms_norm(&query, query_norm)?, self.rms_norm(&key, key_norm)?);
-        }
-        let query = rotate(&query, pass)?.f_transpose(1, 2)?;
-        let mut key = rotate(&key, pass)?.f_transpose(1, 2)?;
-        let mut value = heads(&qkv[2], c.kv_heads)?.f_transpose(1, 2)?;
+        let (query, mut key, value) = self.query_key_value(i, x, pass, adapters)?;
+        let mut value = value.f_transpose(1, 2)?;
         if let Some(cache) = cache {
             (key, value) = cache.append(i, &key, &value);
         }
         let causal = pass.mask.is_none() && pass.length > 1;
-        let grouped = c.heads != c.kv_heads;
         let mask = pass.mask.as_ref();
-        let mixed =
-            Tensor::f_scaled_dot_product_attention(&query, &key, &value, mask, 0.0, causal, None, grouped)?;
-        let mixed = mixed.f_transpose(1, 2)?.f_reshape([-1, c.heads * c.head_dim])?;
-        project_one(&mixed, &layer.o, adapters.deltas(i, Group::O))
+        let attend = |query: &Tensor, grouped: bool| {
+            Tensor::f_scaled_dot_product_attention(query, &key, &value, mask, 0.0, causal, None, grouped)
+        };
+        let mixed = if pass.length == 1 {
+            // The heads of a group see the same keys, and one token each: they are as good as tokens of one head.
+            attend(&query.f_reshape([pass.batch, c.kv_heads, -1, c.head_dim])?, false)?
+        } else {
+            attend(&query, c.heads != c.kv_heads)?.f_transpose(1, 2)?
+        };
+        let mixed = mixed.f_reshape([-1, c.heads * c.head_dim])?;
+        project_one(&mixed, &layer.o, Added::of(adapters, i, Group::O))
     }
 
-    /// `x / rms(x) * weight`, in f32 whatever the precision of the base (arXiv 1910.07467).
+    /// Queries and keys, turned to their positions, [batch, heads, length, head_dim] and [batch, kv_heads, length, head_dim],
+    /// and values, [batch, length, kv_heads, head_dim].
+    fn query_key_value(
+        &self,
+        i: usize,
+        x: &Tensor,
+        pass: &Pass,
+        adapters: &ActiveAdapters,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
+        let (c, layer) = (&self.config, &self.layers[i]);
+        let (bias, added) = (layer.qkv_bias.as_ref(), Added::of(adapters, i, Group::Qkv));
+        let heads = |x: &Tensor, count: i64| x.f_view([pass.batch, pass.length, count, c.head_dim]);
+        let [q, k, v] = c.qkv_rows();
+        if added.deltas.is_empty() && layer.qk_norm.is_none() {
+            // Queries and keys still lie side by side, and are turned together.
+            let slices = project(x, &layer.qkv, bias, &[q + k, v], added)?;
+            let both = rotate(&heads(&slices[0], c.heads + c.kv_heads)?, pass)?.f_transpose(1, 2)?;
+            let (query, key) = (both.f_narrow(1, 0, c.heads)?, both.f_narrow(1, c.heads, c.kv_heads)?);
+            return Ok((query, key, heads(&slices[1], c.kv_heads)?));
+        }
+        let slices = project(x, &layer.qkv, bias, &[q, k, v], added)?;
+        let (mut query, mut key) = (heads(&slices[0], c.heads)?, heads(&slices[1], c.kv_heads)?);
+        if let Some([query_norm, key_norm]) = &layer.qk_norm {
+            (query, key) = (self.rms_norm(&query, query_norm)?, self.rms_norm(&key, key_norm)?);
+        }
+        let (query, key) = (rotate(&query, pass)?.f_transpose(1, 2)?, rotate(&key, pass)?.f_transpose(1, 2)?);
+        Ok((query, key, heads(&slices[2], c.kv_heads)?))
+    }
+
+    /// `x / rms(x) * weight`, in f32 whatever the precision of the base (arXiv 1910.07467). A frozen base on CUDA has its
+    /// norms in its own precision, as transformers has them, and they are one kernel.
     pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        if weight.device().is_cuda() && weight.f_kind()? == x.f_kind()? {
+            let eps = self.config.rms_norm_eps;
+            return Ok(x.f_internal_fused_rms_norm(&weight.size()[..], Some(weight), eps)?.0);
+        }
         let wide = x.f_to_kind(Kind::Float)?;
         let mean = wide.f_square()?.f_mean_dim(-1i64, true, None::<Kind>)?;
         let inverse = mean.f_add_scalar(self.config.rms_norm_eps)?.f_rsqrt()?;
@@ -211,16 +243,32 @@ fn rotate(x: &Tensor, pass: &Pass) -> Result<Tensor> {
     Ok(x.f_mul(&pass.cos)?.f_addcmul(&x.f_roll([half], [-1])?, &pass.sin)?)
 }
 
+/// What is added to the product of one merged matrix.
+struct Added<'a> {
+    deltas: &'a [Delta],
+    joined: Option<&'a Joined>,
+}
+
+impl<'a> Added<'a> {
+    fn of(adapters: &'a ActiveAdapters, layer: usize, group: Group) -> Self {
+        Self { deltas: adapters.deltas(layer, group), joined: adapters.of_rows(layer, group) }
+    }
+}
+
 /// The merged product `x W^T + bias`, cut into slices, with what the adapters add to each.
 fn project(
     x: &Tensor,
     weight: &Matrix,
     bias: Option<&Tensor>,
     widths: &[i64],
-    deltas: &[Delta],
+    added: Added<'_>,
 ) -> Result<Vec<Tensor>> {
-    let mut slices = weight.product(x, bias)?.f_split_with_sizes(widths, -1)?;
-    for delta in deltas {
+    let mut product = weight.product(x, bias)?;
+    if let Some(joined) = added.joined {
+        joined.add_to(&mut product, x)?;
+    }
+    let mut slices = product.f_split_with_sizes(widths, -1)?;
+    for delta in added.deltas {
         let low = x.f_linear(&delta.a, None::<&Tensor>)?.f_split_with_sizes(&delta.ranks, -1)?;
         for (low, (slice, b)) in low.iter().zip(&delta.parts) {
             slices[*slice] = slices[*slice].f_addmm(low, &b.f_tr()?)?;
@@ -229,9 +277,12 @@ fn project(
     Ok(slices)
 }
 
-fn project_one(x: &Tensor, weight: &Matrix, deltas: &[Delta]) -> Result<Tensor> {
+fn project_one(x: &Tensor, weight: &Matrix, added: Added<'_>) -> Result<Tensor> {
     let mut product = weight.product(x, None)?;
-    for delta in deltas {
+    if let Some(joined) = added.joined {
+        joined.add_to(&mut product, x)?;
+    }
+    for delta in added.deltas {
         let low = x.f_linear(&delta.a, None::<&Tensor>)?;
         product = product.f_addmm(&low, &delta.parts[0].1.f_tr()?)?;
     }

@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 use rand::Rng;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::distillation::{Opinion, Teacher};
@@ -14,13 +14,12 @@ use crate::lora::Adapter;
 use crate::pack::{Packed, Sequence, pack};
 use crate::recompute;
 
-/// Logits that exist at once, about; of a student and its teacher there are some copies.
-const CHUNK_LOGITS: i64 = 1 << 22;
-
-/// Rows of logits that exist at once, of a vocabulary of so many tokens: fewer would make small products, more would be
-/// most of what learning takes.
-pub fn chunk_rows(vocabulary: i64) -> i64 {
-    (CHUNK_LOGITS / vocabulary.max(1)).clamp(32, 256)
+/// Rows of logits that exist at once on `device`, of a vocabulary of so many tokens: fewer would make small products, more
+/// would be most of what learning takes. Of a student and its teacher there are some copies.
+pub fn chunk_rows(vocabulary: i64, device: Device) -> i64 {
+    // A GPU of NVIDIA's needs more of them to be busy, and has the memory.
+    let (logits, rows) = if device.is_cuda() { (1 << 26, 4096) } else { (1 << 22, 256) };
+    (logits / vocabulary.max(1)).clamp(32, rows)
 }
 
 /// The logit of a token that has no part in a loss: its probability is nothing, and its logarithm a number.
@@ -164,7 +163,7 @@ pub(crate) fn drawn(base: &Base, adapter: &Adapter, packed: &Packed, rng: &mut i
     let mut drawn: Vec<i64> = Vec::with_capacity(packed.learned_tokens());
     let _ = each_chunk(base, &hidden, packed, |rows, log_probs, _| {
         // The first token up to which they sum to more than a number between 0 and 1: on the CPU, for f64 is not everywhere.
-        let sums = log_probs.f_exp()?.f_to_device(tch::Device::Cpu)?.f_cumsum(-1, Kind::Double)?;
+        let sums = log_probs.f_exp()?.f_to_device(Device::Cpu)?.f_cumsum(-1, Kind::Double)?;
         let numbers: Vec<f64> = (0..rows.size()[0]).map(|_| rng.random()).collect();
         let below = sums.f_le_tensor(&Tensor::from_slice(&numbers).f_unsqueeze(1)?)?;
         let first = below.f_sum_dim_intlist(-1i64, false, Kind::Int64)?;
@@ -244,7 +243,7 @@ fn each_chunk(
     let targets = packed.targets(base.device()).1.f_unsqueeze(1)?;
     let total = packed.learned_tokens() as i64;
     let mut nll = vec![Tensor::f_zeros([0], (Kind::Float, base.device()))?];
-    let rows = chunk_rows(base.config().vocab_size);
+    let rows = chunk_rows(base.config().vocab_size, base.device());
     for start in (0..total).step_by(rows as usize) {
         let count = rows.min(total - start);
         let (rows, targets) = (hidden.f_narrow(0, start, count)?, targets.f_narrow(0, start, count)?);
@@ -262,7 +261,7 @@ fn each_chunk(
 
 fn per_sequence(packed: &Packed, nll: &Tensor) -> Result<Vec<SequenceScore>> {
     let mut values = vec![0f32; packed.learned_tokens()];
-    nll.f_to_device(tch::Device::Cpu)?.f_copy_data(&mut values, packed.learned_tokens())?;
+    nll.f_to_device(Device::Cpu)?.f_copy_data(&mut values, packed.learned_tokens())?;
     let mut scores = vec![SequenceScore::default(); packed.sequences()];
     for (owner, value) in packed.owners().zip(values) {
         scores[owner].nll_sum += f64::from(value);
@@ -314,7 +313,7 @@ mod tests {
         // More learned tokens than one chunk holds.
         let many: Vec<Sequence> = (0..5).flat_map(|_| sequences()).collect();
         let packed = pack(&base, &many, 64).unwrap();
-        assert!(packed.learned_tokens() as i64 > chunk_rows(base.config().vocab_size));
+        assert!(packed.learned_tokens() as i64 > chunk_rows(base.config().vocab_size, base.device()));
         let active = base.activate(&[(&adapter, 1.0)]).unwrap();
         let ours = gradient(&base, &active, &packed, 0.01, &[&flat]).unwrap();
 

@@ -12,6 +12,7 @@ use safetensors::tensor::Dtype;
 use tch::{Device, Kind, Tensor};
 
 use crate::active::ActiveAdapters;
+use crate::batch;
 use crate::device::{Placement, Precision};
 use crate::hf::ModelConfig;
 use crate::learner::{Learner, LearnerConfig, Outcome};
@@ -34,7 +35,6 @@ const RUN_RANK: (i64, f64) = (8, 16.0);
 const SPEED_SHAPE: &str = r#"{"model_type": "llama", "hidden_size": 256, "intermediate_size": 768,
     "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
     "max_position_embeddings": 1024, "tie_word_embeddings": true}"#;
-const PRODUCT_SIDE: i64 = 1024;
 const STEP_SEQUENCES: u32 = 16;
 const STEP_SEQUENCE_TOKENS: u32 = 64;
 const PREFILL_TOKENS: i64 = 512;
@@ -178,6 +178,33 @@ pub fn logits(placement: &Placement) -> Result<Measured> {
     Ok(Measured { value: relative(&logits, &expected)?, limit: tolerance(placement.precision) })
 }
 
+/// The same of answers that are decoded side by side by libtorch, with an adapter and without: a token at a time behind
+/// a part of the prompt, against all at once in f32 on the CPU.
+///
+/// # Errors
+/// When the device fails.
+pub fn side_by_side(placement: &Placement) -> Result<Measured> {
+    let (base, reference) = (golden_base(placement)?, golden_base(&REFERENCE)?);
+    let (rank, alpha) = RUN_RANK;
+    let adapter = Adapter::new(LoraConfig { rank, alpha, ..LoraConfig::default() }, base.config(), 1)?;
+    let adapter =
+        adapter.with_flat(wave(&[adapter.parameter_count()], 0.731, Device::Cpu, Kind::Float)? * 0.05)?;
+    let sets: [&[(&Adapter, f64)]; 3] = [&[], &[(&adapter, 1.0)], &[(&adapter, 0.5)]];
+    let prompts: Vec<Vec<u32>> =
+        (0..3).map(|i| (0..20 + i).map(|t| (t * 37 + i * 11) % 128).collect()).collect();
+    let got = batch::forced(&base, &sets, &prompts)?;
+    let mut worst = 0f64;
+    for ((prompt, adapters), got) in prompts.iter().zip(sets).zip(got) {
+        let ids: Vec<i64> = prompt.iter().map(|&id| i64::from(id)).collect();
+        let input = Input::rows(Tensor::from_slice(&ids).unsqueeze(0), 0);
+        let hidden = reference.forward(&input, &reference.activate(adapters)?, None)?;
+        let expected = reference.logits(&hidden.f_narrow(0, ids.len() as i64 - 1, 1)?)?.f_flatten(0, -1)?;
+        let off = relative(&Tensor::from_slice(&got), &expected)?;
+        worst = if off.is_nan() { off } else { worst.max(off) };
+    }
+    Ok(Measured { value: worst, limit: tolerance(placement.precision) })
+}
+
 /// The ten training steps of the golden run: the largest relative differences of losses and of gradient norms
 /// to PEFT's in f32, and how many steps an f16 overflow made it repeat.
 ///
@@ -276,14 +303,26 @@ pub fn speed(placement: &Placement, time: Duration) -> Result<Speed> {
     })
 }
 
+/// Rows and columns of the matrices whose product is the ceiling: large enough that a device is busy with one for longer
+/// than it takes to order it.
+pub fn product_side(device: Device) -> i64 {
+    match device {
+        Device::Cpu | Device::Vulkan => 1024,
+        Device::Mps => 2048,
+        Device::Cuda(_) => 8192,
+    }
+}
+
 /// GFLOP/s of square products: the ceiling of what a training step can reach. The best within `time`.
 ///
 /// # Errors
 /// When the device fails.
 pub fn products(placement: &Placement, time: Duration) -> Result<f64> {
-    let matrix = Tensor::f_ones([PRODUCT_SIDE; 2], (placement.kind(), placement.device))?;
+    let side = product_side(placement.device);
+    // Ones or zeros would take a GPU less power than numbers do, and so less time.
+    let matrix = Tensor::f_randn([side; 2], (placement.kind(), placement.device))?;
     let seconds = best(time, || wait(&matrix.f_matmul(&matrix)?))?;
-    Ok(2.0 * (PRODUCT_SIDE as f64).powi(3) / seconds / 1e9)
+    Ok(2.0 * (side as f64).powi(3) / seconds / 1e9)
 }
 
 /// Seconds of the fastest run within `time`; the first, which sets things up, does not count.
@@ -336,10 +375,10 @@ mod tests {
     fn the_goldens_hold_in_every_format() {
         for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
             let placement = Placement { precision, ..REFERENCE };
-            let found = logits(&placement).unwrap();
+            let (found, decoded) = (logits(&placement).unwrap(), side_by_side(&placement).unwrap());
             let (loss, norm, repeated) = training(&placement).unwrap();
-            println!("{precision:?}: {found:?} {loss:?} {norm:?} {repeated}");
-            assert!(found.is_ok() && loss.is_ok() && norm.is_ok(), "{precision:?}");
+            println!("{precision:?}: {found:?} {decoded:?} {loss:?} {norm:?} {repeated}");
+            assert!(found.is_ok() && decoded.is_ok() && loss.is_ok() && norm.is_ok(), "{precision:?}");
         }
     }
 }

@@ -5,12 +5,13 @@ use crate::up::{self, Plan};
 use anyhow::{Context, Result, bail};
 use model::device::{DeviceChoice, Placement, Precision, PrecisionChoice};
 use model::hf::ModelConfig;
+use model::selftest;
 use serde_json::json;
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
-use std::time::{Duration, Instant};
-use tch::{Device, Kind, Tensor};
+use std::time::Duration;
+use tch::Device;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,7 +20,8 @@ Examples:
   engram doctor --full --set base.device=mps --set base.precision=bf16
   engram doctor --base ./smollm --data /mnt/engram --listen 127.0.0.1:9000";
 
-const MATRIX_SIDE: i64 = 1024;
+/// Time that the fastest product is sought for.
+const PRODUCTS_TIME: Duration = Duration::from_millis(100);
 /// The version that `tch` binds; a build against any other fails.
 pub const LIBTORCH_VERSION: &str = "2.11.0";
 
@@ -135,23 +137,10 @@ fn base(dir: &Path) -> Result<String> {
     Ok(format!("{millions:.1} M parameters, context of {context} tokens, in {}", dir.display()))
 }
 
-/// The best of a few products, so that the first one's setting up does not count.
 fn speed(placement: &Placement) -> Result<String> {
-    let options = (placement.kind(), placement.device);
-    let matrix = Tensor::f_ones([MATRIX_SIDE, MATRIX_SIDE], options)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        let start = Instant::now();
-        let product = matrix.f_matmul(&matrix)?;
-        // Reading one number waits for a device that computes on its own.
-        product.f_get(0)?.f_get(0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?.f_double_value(&[])?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    let operations = 2.0 * (MATRIX_SIDE as f64).powi(3);
-    Ok(format!(
-        "{:.0} GFLOP/s in products of {MATRIX_SIDE} x {MATRIX_SIDE} matrices",
-        operations / best / 1e9
-    ))
+    let (side, speed) =
+        (selftest::product_side(placement.device), selftest::products(placement, PRODUCTS_TIME)?);
+    Ok(format!("{speed:.0} GFLOP/s in products of {side} x {side} matrices"))
 }
 
 fn disk(plan: &Plan) -> Result<String> {

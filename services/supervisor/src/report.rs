@@ -80,6 +80,7 @@ fn compare(placement: &Placement) -> Vec<Check> {
     vec![
         check("self-test", tested),
         check("logits", logits),
+        check("logits of answers side by side", selftest::side_by_side(placement)),
         check("losses of 10 steps", loss),
         check("gradient norms of 10 steps", norm),
     ]
@@ -199,7 +200,7 @@ fn told(program: &str, arguments: &[&str]) -> Option<String> {
 /// The rows of the table of speeds: name, unit, and how to read it.
 type Row = (&'static str, fn(&Speed) -> f64);
 const ROWS: [Row; 4] = [
-    ("products of 1024 x 1024, GFLOP/s", |speed| speed.products),
+    ("square products, GFLOP/s", |speed| speed.products),
     ("learning, tokens/s", |speed| speed.learning),
     ("prompt of 512, tokens/s", |speed| speed.prefill),
     ("decoding one answer, tokens/s", |speed| speed.decode),

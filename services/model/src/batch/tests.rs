@@ -44,20 +44,30 @@ impl Batch {
     }
 }
 
+/// Of a device that is no CPU, on one.
+fn joint(base: Base, room: usize) -> Batch {
+    Batch::on(base, None, room)
+}
+
 #[test]
 fn together_answers_are_those_of_the_plain_way() {
     let Some((base, tokenizer)) = stories() else { return };
-    let (one, two) = (adapter(&base, 1), adapter(&base, 2));
+    for mut batch in [Batch::new(base.share(), ROOM).unwrap(), joint(base.share(), ROOM)] {
+        answers_are_those_of_the_plain_way(&mut batch, &base, &tokenizer);
+    }
+}
+
+fn answers_are_those_of_the_plain_way(batch: &mut Batch, base: &Base, tokenizer: &Tokenizer) {
+    let (one, two) = (adapter(base, 1), adapter(base, 2));
     let sets: [&[(&Adapter, f64)]; 4] = [&[], &[(&one, 1.0)], &[(&two, 0.5)], &[(&one, 0.7), (&two, 0.3)]];
     let texts = ["One day", "Tom", "Once upon a time, there was a little girl named Lily. She", "The cat"];
-    let mut batch = Batch::new(base.share(), ROOM).unwrap();
     let (mut speakers, mut plain) = (Vec::new(), Vec::new());
     for (i, text) in texts.iter().enumerate().flat_map(|(i, text)| [(i, text), (i + 1, text)]) {
         let (adapters, prompt) = (sets[i % 4], tokenizer.encode(text).unwrap());
         let adapted = batch.adapt(adapters).unwrap();
         let length = 20 + 3 * i;
-        speakers.push(batch.begin(&adapted, &tokenizer, &prompt, greedy(length)).ok().unwrap());
-        plain.push(generate(&base, adapters, &tokenizer, &prompt, greedy(length)).unwrap().ids);
+        speakers.push(batch.begin(&adapted, tokenizer, &prompt, greedy(length)).ok().unwrap());
+        plain.push(generate(base, adapters, tokenizer, &prompt, greedy(length)).unwrap().ids);
     }
     let together: Vec<Vec<u32>> = batch.finish(speakers).into_iter().map(|(ids, _)| ids).collect();
     assert_eq!(together, plain);
@@ -78,7 +88,7 @@ fn a_long_prompt_does_not_hold_up_those_who_decode() {
         assert!(steps.remove(0).unwrap().is_some());
         long
     });
-    assert_eq!(steps, Some(300_usize.div_ceil(PREFILL_BESIDE)));
+    assert_eq!(steps, Some(300_usize.div_ceil(PREFILL.beside)));
 }
 
 #[test]
@@ -148,4 +158,61 @@ fn what_does_not_fit_waits_and_what_never_fits_is_refused() {
     assert!(batch.kept_tokens() > 0);
     assert_eq!(begin(&mut batch, 224).map(|speaker| batch.end(speaker)).ok(), Some(()));
     assert_eq!((batch.kept_tokens(), answers[0].0.len()), (0, 128));
+}
+
+#[test]
+fn rows_are_taken_again_and_grow_with_what_is_asked() {
+    let Some((base, tokenizer)) = stories() else { return };
+    let one = adapter(&base, 1);
+    let mut batch = joint(base.share(), ROOM);
+    let (alone, adapted) = (batch.adapt(&[]).unwrap(), batch.adapt(&[(&one, 1.0)]).unwrap());
+    let plain = |adapters: &[(&Adapter, f64)], prompt: &[u32], tokens| {
+        generate(&base, adapters, &tokenizer, prompt, greedy(tokens)).unwrap().ids
+    };
+    let long: Vec<u32> = (0..100).map(|i| i * 7 % 500).collect();
+    let ask = |batch: &mut Batch, asked: &[(&Rc<Adapted>, &[u32], usize)]| {
+        let begin = |(adapted, prompt, tokens): &(&Rc<Adapted>, &[u32], usize)| {
+            batch.begin(adapted, &tokenizer, prompt, greedy(*tokens)).ok().unwrap()
+        };
+        let speakers = asked.iter().map(begin).collect();
+        batch.finish(speakers).into_iter().map(|(ids, _)| ids).collect::<Vec<_>>()
+    };
+    for _ in 0..2 {
+        // One that has read more goes on while others come, take rows, read their prompts and leave.
+        let mut first = batch.begin(&adapted, &tokenizer, &[1, 5], greedy(90)).ok().unwrap();
+        let mut ids = Vec::new();
+        for _ in 0..20 {
+            ids.push(batch.step(&mut [&mut first]).remove(0).unwrap().unwrap().id);
+        }
+        let answers = ask(&mut batch, &[(&alone, &[1], 9), (&adapted, &long, 150), (&alone, &long, 3)]);
+        assert_eq!(answers[0], plain(&[], &[1], 9));
+        assert_eq!(answers[1], plain(&[(&one, 1.0)], &long, 150));
+        assert_eq!(answers[2], plain(&[], &long, 3));
+        while ids.len() < 90 {
+            ids.push(batch.step(&mut [&mut first]).remove(0).unwrap().unwrap().id);
+        }
+        batch.end(first);
+        assert_eq!(ids, plain(&[(&one, 1.0)], &[1, 5], 90));
+    }
+    assert_eq!(batch.reserved, 0);
+}
+
+#[test]
+fn rows_of_answers_side_by_side_keep_to_the_caches_room() {
+    let Some((base, tokenizer)) = stories() else { return };
+    let page = page_bytes(&base);
+    let mut batch = joint(base, 12 * page);
+    let adapted = batch.adapt(&[]).unwrap();
+    let begin = |batch: &mut Batch, tokens| batch.begin(&adapted, &tokenizer, &[1; 32], greedy(tokens));
+    let first = begin(&mut batch, 128).ok().unwrap();
+    // A row is as long as the longest: two of 5 pages fit, a third does not, and neither does a longer one.
+    assert!(matches!(begin(&mut batch, 180), Err(NotBegun::Later)));
+    let second = begin(&mut batch, 8).ok().unwrap();
+    assert!(matches!(begin(&mut batch, 8), Err(NotBegun::Later)));
+    assert!(matches!(begin(&mut batch, 1000), Err(NotBegun::TooLong(_))));
+    assert_eq!(
+        batch.finish(vec![first, second]).iter().map(|answer| answer.0.len()).collect::<Vec<_>>(),
+        [128, 8]
+    );
+    assert!(begin(&mut batch, 180).is_ok());
 }

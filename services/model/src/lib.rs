@@ -34,6 +34,7 @@ mod limits;
 pub mod llama;
 pub mod lora;
 pub mod loss;
+mod manual;
 pub mod merge;
 pub mod mps;
 pub mod optim;

@@ -54,11 +54,12 @@ impl Input {
 
 /// What all layers of one forward pass share.
 pub(crate) struct Pass {
-    batch: i64,
-    length: i64,
+    pub batch: i64,
+    pub length: i64,
     cos: Tensor,
     sin: Tensor,
-    mask: Option<Tensor>,
+    /// Zero or minus infinity, [batch, 1, length, held + length]; none where rows see what comes before in them.
+    pub mask: Option<Tensor>,
 }
 
 impl Base {

@@ -11,6 +11,7 @@ use crate::active::ActiveAdapters;
 use crate::distillation::{Opinion, Teacher};
 use crate::llama::Base;
 use crate::lora::Adapter;
+use crate::manual;
 use crate::pack::{Packed, Sequence, pack};
 use crate::recompute;
 
@@ -148,6 +149,9 @@ pub fn adapter_gradient(
         // Autograd would keep the dense copy of every block until its backward pass.
         return recompute::adapter_gradient(base, adapter, packed, weight, teacher);
     }
+    if manual::applies(base) {
+        return manual::adapter_gradient(base, adapter, packed, weight, teacher);
+    }
     let leaf = adapter.flat().f_detach()?.f_set_requires_grad(true)?;
     let adapter = adapter.with_flat(leaf.shallow_clone())?;
     let active = base.activate(&[(&adapter, 1.0)])?;
@@ -193,6 +197,9 @@ pub(crate) fn above(
 ) -> Result<Above> {
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
+    if opinion.is_none() && !base.head.requires_grad() && manual::applies(base) {
+        return above_in_place(base, hidden, packed, weight);
+    }
     let mut chunks = Vec::new();
     let mut head: Option<Tensor> = None;
     let mut start = 0;
@@ -218,6 +225,25 @@ pub(crate) fn above(
         Ok(())
     })?;
     Ok(Above { scores: per_sequence(packed, &nll)?, hidden: Tensor::f_cat(&chunks, 0)?, head })
+}
+
+/// The same with each chunk's logits turned into their gradient in one pass over them.
+fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+    let targets = packed.targets(base.device()).1;
+    let (total, rows) = (packed.learned_tokens() as i64, chunk_rows(base.config().vocab_size, base.device()));
+    let (mut chunks, mut nll) = (Vec::new(), Vec::new());
+    for start in (0..total).step_by(rows as usize) {
+        let count = rows.min(total - start);
+        let mut logits = hidden.f_narrow(0, start, count)?.f_linear(&base.head, None::<&Tensor>)?;
+        if let Some(spared) = packed.spared() {
+            let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
+            logits = logits.f_masked_fill_(&spared, UNSAYABLE)?;
+        }
+        nll.push(manual::cross_entropy(&logits, &targets.f_narrow(0, start, count)?, weight)?);
+        chunks.push(logits.f_matmul(&base.head)?);
+    }
+    let scores = per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
+    Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
 }
 
 /// The hidden states that predict learned tokens, [learned tokens, hidden_size].

@@ -47,7 +47,7 @@ impl Level {
 }
 
 /// Whether a multiplication and an addition are one instruction without asking.
-pub(super) const FUSED: bool = cfg!(target_arch = "aarch64");
+pub(crate) const FUSED: bool = cfg!(target_arch = "aarch64");
 
 /// A function that is compiled once for each [`Level`] and takes the level as its first argument. Its body can use
 /// the constant `F`: whether multiplication and addition are fused.
@@ -92,10 +92,10 @@ macro_rules! vectorised {
         }
     };
 }
-pub(super) use vectorised;
+pub(crate) use vectorised;
 
 /// A number format of weights.
-pub(super) trait Number: Copy + Send + Sync + 'static {
+pub(crate) trait Number: Copy + Send + Sync + 'static {
     /// As f32.
     fn wide(self) -> f32;
 }
@@ -123,7 +123,7 @@ impl Number for f16 {
 
 /// The nearest bf16, without the branches that keep a loop from being vectorised.
 #[inline(always)]
-pub(super) fn narrow(x: f32) -> bf16 {
+pub(crate) fn narrow(x: f32) -> bf16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     bf16::from_bits(if x.is_nan() { 0x7fc0 } else { rounded as u16 })
@@ -131,14 +131,14 @@ pub(super) fn narrow(x: f32) -> bf16 {
 
 /// `a * b + c`.
 #[inline(always)]
-pub(super) fn fma<const F: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn fma<const F: bool>(a: f32, b: f32, c: f32) -> f32 {
     if F { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// `e^x` to a relative error of 2e-7: Cody and Waite's reduction, and the polynomial of the Cephes library. Below
 /// -87 it is the smallest normal number, above 88 the largest power of e that f32 holds.
 #[inline(always)]
-pub(super) fn exp<const F: bool>(x: f32) -> f32 {
+pub(crate) fn exp<const F: bool>(x: f32) -> f32 {
     /// Adding this leaves the nearest integer in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.0);
@@ -156,7 +156,7 @@ pub(super) fn exp<const F: bool>(x: f32) -> f32 {
 
 /// The sum of sixteen numbers, in an order of its own.
 #[inline(always)]
-pub(super) fn sum(x: [f32; 16]) -> f32 {
+pub(crate) fn sum(x: [f32; 16]) -> f32 {
     let mut half: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
     for width in [4, 2, 1] {
         for i in 0..width {

@@ -1,0 +1,178 @@
+//! The memory of tensors as rows of numbers, shared out among the threads that libtorch computes with.
+
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anyhow::{Result, ensure};
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+use super::kernels::Real;
+
+/// A format together with libtorch's name of it.
+pub(super) trait Element: Real {
+    const KIND: Kind;
+}
+
+impl Element for f32 {
+    const KIND: Kind = Kind::Float;
+}
+
+impl Element for bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+
+/// The rows of a contiguous tensor on the CPU.
+pub(super) struct Rows<W> {
+    start: *mut W,
+    width: usize,
+    count: usize,
+    /// Keeps the memory.
+    _tensor: Tensor,
+}
+
+// SAFETY: threads get rows of it through `get`, whose callers give each row to one of them, or read alone.
+#[allow(unsafe_code)]
+unsafe impl<W: Sync> Sync for Rows<W> {}
+
+impl<W: Element> Rows<W> {
+    /// Rows of `width` numbers.
+    pub fn of(tensor: &Tensor, width: i64) -> Result<Self> {
+        let fits = tensor.device() == Device::Cpu && tensor.f_kind()? == W::KIND && tensor.is_contiguous();
+        ensure!(
+            fits,
+            "a part of a training step got a tensor that is not {:?} in one piece on the CPU",
+            W::KIND
+        );
+        let (width, numbers) = (width as usize, tensor.numel());
+        ensure!(width > 0 && numbers.is_multiple_of(width), "{numbers} numbers are no rows of {width}");
+        let start = tensor.data_ptr().cast();
+        Ok(Self { start, width, count: numbers / width, _tensor: tensor.shallow_clone() })
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// One row, to read.
+    pub fn get(&self, row: usize) -> &[W] {
+        assert!(row < self.count);
+        // SAFETY: the row lies within the tensor's memory, which lives as long as this; whoever writes it has it alone.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.start.wrapping_add(row * self.width), self.width)
+        }
+    }
+
+    /// One row, to write.
+    ///
+    /// # Safety
+    /// Nobody else may have the same row at the same time, through this or another view of the same tensor.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub unsafe fn get_mut(&self, row: usize) -> &mut [W] {
+        assert!(row < self.count);
+        // SAFETY: as for `get`; that nobody else has it is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.wrapping_add(row * self.width), self.width) }
+    }
+}
+
+/// Does `work` with each number below `count`, on the threads that libtorch's own operations run on where those are OpenMP's:
+/// others would have to share the cores with them, since they wait for their next work without sleeping.
+pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
+    let task = Task { next: AtomicUsize::new(0), count, work: &work, panicked: AtomicBool::new(false) };
+    match parallel() {
+        Some(parallel) if count > 1 => {
+            // SAFETY: libgomp's own entry: it calls `run` with this pointer on its threads, and returns when all have. The
+            // task outlives the call, and is `Sync`.
+            #[allow(unsafe_code)]
+            unsafe {
+                parallel(run, std::ptr::from_ref(&task).cast_mut().cast(), 0, 0);
+            }
+        }
+        _ => task.take(),
+    }
+    assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
+}
+
+struct Task<'a> {
+    next: AtomicUsize,
+    count: usize,
+    work: &'a (dyn Fn(usize) + Sync),
+    panicked: AtomicBool,
+}
+
+/// How many are taken at a time: no thread should wait for the counter of another at each.
+const CHUNK: usize = 8;
+
+impl Task<'_> {
+    fn take(&self) {
+        loop {
+            let start = self.next.fetch_add(CHUNK, Ordering::Relaxed);
+            if start >= self.count {
+                return;
+            }
+            (start..self.count.min(start + CHUNK)).for_each(self.work);
+        }
+    }
+}
+
+/// One thread's part. A panic must not leave it: libgomp is no Rust.
+extern "C" fn run(task: *mut c_void) {
+    // SAFETY: `each` gives a pointer to a task that lives until all threads have returned.
+    #[allow(unsafe_code)]
+    let task = unsafe { &*task.cast::<Task<'_>>() };
+    if catch_unwind(AssertUnwindSafe(|| task.take())).is_err() {
+        task.panicked.store(true, Ordering::Relaxed);
+    }
+}
+
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u32, u32);
+
+/// The function that starts a parallel region in the OpenMP that libtorch brings on Linux, if this process has it.
+fn parallel() -> Option<Parallel> {
+    static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        #[cfg(target_os = "linux")]
+        {
+            let this = libloading::os::unix::Library::this();
+            // SAFETY: of this name and type since GCC 4.9, and part of its stable interface.
+            #[allow(unsafe_code)]
+            return unsafe { this.get::<Parallel>(b"GOMP_parallel\0") }.ok().map(|symbol| *symbol);
+        }
+        #[cfg(not(target_os = "linux"))]
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_number_is_worked_on_once() {
+        let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+        for _ in 0..20 {
+            each(counts.len(), |i| {
+                counts[i].fetch_add(i, Ordering::Relaxed);
+            });
+        }
+        assert!(counts.iter().enumerate().all(|(i, count)| count.load(Ordering::Relaxed) == 20 * i));
+        assert!(cfg!(not(target_os = "linux")) || parallel().is_some());
+    }
+
+    #[test]
+    fn a_panic_is_the_callers_too() {
+        let result = catch_unwind(|| each(100, |i| assert!(i != 57)));
+        assert!(result.is_err());
+    }
+
+    #[test]
+    fn only_what_lies_in_one_piece_has_rows() {
+        let tensor = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0, 5.0, 6.0]).view([3, 2]);
+        assert_eq!(Rows::<f32>::of(&tensor, 2).unwrap().get(2), [5.0, 6.0]);
+        assert!(Rows::<f32>::of(&tensor.tr(), 3).is_err());
+        assert!(Rows::<bf16>::of(&tensor, 2).is_err() && Rows::<f32>::of(&tensor, 4).is_err());
+    }
+}

@@ -1,0 +1,93 @@
+use super::*;
+use crate::device::{Placement, Precision};
+use crate::distillation::Mix;
+use crate::golden;
+use crate::lora::{LoraConfig, Target};
+use crate::loss::taught_gradient;
+use crate::pack::{Sequence, pack};
+
+fn sequences() -> Vec<Sequence> {
+    let make = |n: u32| Sequence::whole((0..9 + 3 * n).map(|i| (i * i * 7 + n * 31) % 128).collect());
+    let mut sequences: Vec<Sequence> = (0..7).map(make).collect();
+    sequences[2].learned = vec![(3, 9)];
+    sequences[4].rehearsed = true;
+    sequences
+}
+
+/// The gradient that autograd finds.
+fn by_autograd(
+    base: &Base,
+    adapter: &Adapter,
+    packed: &Packed,
+    teacher: Option<&Teacher>,
+) -> (Vec<SequenceScore>, Tensor) {
+    let leaf = adapter.flat().detach().copy().set_requires_grad(true);
+    let adapter = adapter.with_flat(leaf.shallow_clone()).unwrap();
+    let active = base.activate(&[(&adapter, 1.0)]).unwrap();
+    let mut found = taught_gradient(base, &active, packed, 0.01, &[&leaf], teacher).unwrap();
+    (found.scores, found.gradients.remove(0))
+}
+
+fn adapter(base: &Base, config: LoraConfig) -> Adapter {
+    let adapter = Adapter::new(config, base.config(), 1).unwrap();
+    let numbers = Tensor::arange(adapter.parameter_count(), (Kind::Float, Device::Cpu));
+    adapter.with_flat(adapter.flat() + (numbers * 0.37).sin() * 0.05).unwrap()
+}
+
+#[test]
+fn it_gives_what_autograd_gives() {
+    let everywhere = || LoraConfig { rank: 4, targets: Target::ALL.to_vec(), ..LoraConfig::default() };
+    for name in ["llama", "llama3-rope", "mistral", "qwen2"] {
+        let base = golden::base(name);
+        assert!(applies(&base));
+        let upper = everywhere().in_top_layers(1, base.config()).unwrap();
+        let uneven = LoraConfig { rank_pattern: [("k_proj".into(), 2)].into(), ..everywhere() };
+        let attention = LoraConfig { targets: vec![Target::V, Target::Q], ..everywhere() };
+        for (i, config) in
+            [LoraConfig::default(), everywhere(), upper, uneven, attention].into_iter().enumerate()
+        {
+            let adapter = adapter(&base, config);
+            for row_tokens in [1, 64] {
+                let packed = pack(&base, &sequences(), row_tokens).unwrap();
+                let (scores, expected) = by_autograd(&base, &adapter, &packed, None);
+                let (ours, found) = adapter_gradient(&base, &adapter, &packed, 0.01, None).unwrap();
+                let size = expected.abs().max().double_value(&[]);
+                assert!(golden::distance(&found, &expected) < 1e-5 * size, "{name}, {i}, {row_tokens}");
+                for (one, two) in scores.iter().zip(ours) {
+                    assert!((one.nll_sum - two.nll_sum).abs() < 1e-3 && one.tokens == two.tokens);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_teacher_and_spared_tokens_are_heard() {
+    let base = golden::base("llama");
+    let adapter = adapter(&base, LoraConfig::default());
+    let mix = Mix { alpha: 0.3, temperature: 2.0 };
+    let teacher = Teacher::new(base.share(), mix).unwrap().with_adapter(&golden::adapter("peft-qv")).unwrap();
+    let spared: Vec<bool> = (0..128).map(|token| token % 5 == 0).collect();
+    let plain = pack(&base, &sequences(), 64).unwrap();
+    let sparing = pack(&base, &sequences(), 64).unwrap().sparing(&spared, Device::Cpu);
+    for (packed, teacher) in [(&plain, Some(&teacher)), (&sparing, None), (&sparing, Some(&teacher))] {
+        let (_, expected) = by_autograd(&base, &adapter, packed, teacher);
+        let (_, found) = adapter_gradient(&base, &adapter, packed, 0.01, teacher).unwrap();
+        assert!(golden::distance(&found, &expected) < 1e-5 * expected.abs().max().double_value(&[]));
+    }
+}
+
+#[test]
+fn in_sixteen_bits_it_is_as_near_to_f32_as_autograd_is() {
+    let wide = golden::base("llama");
+    let half = Placement { precision: Precision::Bf16, ..Placement::CPU_F32 };
+    let base = Base::load(&golden::dir("llama"), &half).unwrap();
+    let adapter = adapter(&base, LoraConfig::default());
+    let packed = pack(&base, &sequences(), 64).unwrap();
+    let exact = by_autograd(&wide, &adapter, &packed, None).1;
+    let off = |found: &Tensor| (found - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+    let theirs = off(&by_autograd(&base, &adapter, &packed, None).1);
+    let ours = off(&adapter_gradient(&base, &adapter, &packed, 0.01, None).unwrap().1);
+    println!("off by {ours} by hand, {theirs} by autograd");
+    assert!(ours < 1.2 * theirs && ours < 0.05, "{ours} {theirs}");
+}

@@ -9,6 +9,8 @@
 //! what else is in the batch, on how a prompt was cut, or on how many threads there are.
 
 mod adapters;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -14,7 +14,7 @@ use super::vector::{Level, Number, fma, sum, to_bf16, vectorised};
 use crate::quant::{BLOCK, Codes, Matrix};
 
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, dot};
+use super::{amx, avx2, dot};
 
 /// Rows of a product, in the formats that its matrices need.
 #[derive(Default)]
@@ -23,6 +23,8 @@ pub(super) struct Operand {
     pub values: Vec<f32>,
     width: usize,
     bf16: Vec<bf16>,
+    /// The same as [`amx`] reads it.
+    tiles: Vec<bf16>,
     /// Each row in steps of its own.
     int16: Vec<i16>,
     /// The step of each row.
@@ -33,6 +35,8 @@ pub(super) struct Operand {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Formats {
     pub bf16: bool,
+    /// bf16 laid out as tiles.
+    pub tiles: bool,
     pub int16: bool,
     /// Of each 64 integers, first those at even places, then those at odd ones, as pairs of 4-bit codes have them.
     pub apart: bool,
@@ -50,6 +54,7 @@ impl Formats {
         );
         Self {
             bf16: self.bf16 || other.bf16,
+            tiles: self.tiles || other.tiles,
             int16: self.int16 || other.int16,
             apart: self.apart || other.apart,
         }
@@ -72,11 +77,15 @@ impl Operand {
     pub fn convert(&mut self, team: &mut Team, level: Level, formats: Formats) {
         let (width, values) = (self.width, &self.values);
         let rows_at_a_time = (4096 / width).max(1) * width;
-        if formats.bf16 {
+        if formats.bf16 || formats.tiles {
             self.bf16.resize(values.len(), bf16::ZERO);
             team.parts(&mut self.bf16, rows_at_a_time, |i, out| {
                 to_bf16(level, &values[i * rows_at_a_time..][..out.len()], out);
             });
+        }
+        #[cfg(target_arch = "x86_64")]
+        if formats.tiles && width.is_multiple_of(amx::DEPTH) {
+            amx::lay_out(team, &self.bf16, width, &mut self.tiles);
         }
         if formats.int16 {
             self.int16.resize(values.len(), 0);
@@ -173,6 +182,9 @@ impl Numbers {
 /// A frozen matrix, [outputs, inputs].
 pub(super) struct Weight {
     numbers: Numbers,
+    /// Its products go by tiles where there are some. Those of adapters never do: their rows begin anywhere in a batch, and a
+    /// product must not depend on where.
+    tiled: bool,
     pub outputs: usize,
     pub inputs: usize,
 }
@@ -185,7 +197,7 @@ impl Weight {
     pub fn of(tensor: &Tensor) -> Result<Self> {
         let (outputs, inputs) = tensor.size2().context("a matrix has rows and columns")?;
         let numbers = Numbers::of(tensor)?;
-        Ok(Self { numbers, outputs: outputs as usize, inputs: inputs as usize })
+        Ok(Self { numbers, tiled: false, outputs: outputs as usize, inputs: inputs as usize })
     }
 
     /// A view of a base's matrix.
@@ -194,7 +206,7 @@ impl Weight {
     /// As for [`Numbers::of`].
     pub fn of_matrix(matrix: &Matrix) -> Result<Self> {
         let quantised = match matrix {
-            Matrix::Dense(tensor) => return Self::of(tensor),
+            Matrix::Dense(tensor) => return Ok(Self::of(tensor)?.by_tiles()),
             Matrix::Quantised(quantised) => quantised,
         };
         let [outputs, inputs] = quantised.shape.map(|n| n as usize);
@@ -203,7 +215,18 @@ impl Weight {
             Kind::Int8 => Numbers::Int8 { codes: Frozen::new(&quantised.codes)?, scales },
             _ => Numbers::Nf4 { codes: Frozen::new(&quantised.codes)?, scales },
         };
-        Ok(Self { numbers, outputs, inputs })
+        Ok(Self { numbers, tiled: false, outputs, inputs })
+    }
+
+    /// The same with products by tiles, if its sides are a whole number of them.
+    fn by_tiles(self) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let whole = self.inputs.is_multiple_of(amx::DEPTH) && self.outputs.is_multiple_of(amx::SIDE);
+            Self { tiled: whole && matches!(self.numbers, Numbers::Bf16(_)), ..self }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        self
     }
 
     /// Whether its numbers are bf16.
@@ -215,9 +238,13 @@ impl Weight {
     /// What products with this need of their rows.
     pub fn formats(&self, level: Level) -> Formats {
         let whole = self.inputs.is_multiple_of(BLOCK as usize);
-        let (narrow, pairs) = (whole && level >= Level::Avx2, whole && level == Level::Avx512Dot);
+        let (narrow, dots) = (whole && level >= Level::Avx2, level >= Level::Avx512Dot);
+        let pairs = whole && dots;
         match &self.numbers {
-            Numbers::Bf16(_) => Formats { bf16: level == Level::Avx512Dot, ..Formats::default() },
+            Numbers::Bf16(_) if self.tiled && level == Level::Amx => {
+                Formats { tiles: true, ..Formats::default() }
+            }
+            Numbers::Bf16(_) => Formats { bf16: dots, ..Formats::default() },
             Numbers::Int8 { .. } => Formats { int16: narrow, ..Formats::default() },
             Numbers::Nf4 { .. } => Formats { int16: pairs, apart: pairs, ..Formats::default() },
             Numbers::F32(_) | Numbers::F16(_) => Formats::default(),
@@ -239,13 +266,17 @@ impl Weight {
             let blocks = of_band.start / BLOCK as usize..of_band.end / BLOCK as usize;
             match &self.numbers {
                 Numbers::F32(w) => return avx2::dense(wide, &w[of_band], k, band),
+                Numbers::Bf16(w) if formats.tiles => {
+                    assert!(rows == (0..x.rows()), "tiles are of all rows");
+                    return amx::product(&x.tiles, &w[of_band], k, band);
+                }
                 Numbers::Bf16(w) if formats.bf16 => {
                     return dot::bf16(&x.bf16[rows.start * k..rows.end * k], &w[of_band], k, band);
                 }
                 Numbers::Bf16(w) => return avx2::dense(wide, &w[of_band], k, band),
                 Numbers::F16(w) => return avx2::dense(wide, &w[of_band], k, band),
                 Numbers::Int8 { codes, scales } if formats.int16 => {
-                    let kernel = if level == Level::Avx512Dot { dot::int8 } else { avx2::int8 };
+                    let kernel = if level >= Level::Avx512Dot { dot::int8 } else { avx2::int8 };
                     return kernel(int16(), &codes[of_band], &scales[blocks], k, band);
                 }
                 Numbers::Nf4 { codes, scales } if formats.int16 => {

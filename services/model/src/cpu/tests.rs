@@ -93,7 +93,7 @@ fn every_format_gives_what_the_plain_pass_gives() {
             let plain = golden::logits(&base, &base.activate(&[(&adapter, weight)]).unwrap(), &tensor).get(0);
             let active = Arc::new(Cpu::activate(&base, &[(&adapter, weight)]).unwrap());
             // On every kind of processor that this one can be.
-            for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot] {
+            for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx] {
                 if level <= Level::best() {
                     let mut cpu = cpu(&base);
                     cpu.set_level(level);

@@ -13,7 +13,7 @@ use crate::quant::{Matrix, Quantisation};
 /// # Errors
 /// Only those of libtorch.
 pub(super) fn level() -> Result<Level> {
-    for level in [Level::Avx512Dot, Level::Avx512, Level::Avx2] {
+    for level in [Level::Amx, Level::Avx512Dot, Level::Avx512, Level::Avx2] {
         if level <= Level::best() && agrees(level)? {
             return Ok(level);
         }
@@ -27,15 +27,18 @@ pub(super) fn agrees(level: Level) -> Result<bool> {
         let numbers = Tensor::f_arange(rows * columns, (Kind::Float, Device::Cpu))?;
         Ok((numbers.f_mul_scalar(0.37)?.f_square()?).f_sin()?.f_view([rows, columns])?)
     };
-    // Rows and columns that no tile covers evenly; blocks of 64 for those that need them, and an end for the others.
+    // Rows that no tile covers evenly, and of columns an odd number of tiles or more; blocks of 64 for those that need them, and an
+    // end for the others.
     for (kind, quantisation, width) in [
         (Kind::Float, Quantisation::None, 131),
         (Kind::BFloat16, Quantisation::None, 131),
+        (Kind::BFloat16, Quantisation::None, 128),
         (Kind::Half, Quantisation::None, 131),
         (Kind::BFloat16, Quantisation::Int8, 128),
         (Kind::BFloat16, Quantisation::Nf4, 128),
     ] {
-        let matrix = Matrix::new(waves(11, width)?.f_to_kind(kind)?, quantisation)?;
+        let columns = if width == 128 { 5 * 16 } else { 11 };
+        let matrix = Matrix::new(waves(columns, width)?.f_to_kind(kind)?, quantisation)?;
         let weight = Weight::of_matrix(&matrix)?;
         for rows in [1, 2, 3, 7, 37] {
             let x = crate::generate::to_vec(&waves(rows, width)?)?;

@@ -14,6 +14,8 @@ pub(crate) enum Level {
     Avx512,
     /// AVX-512 with products of bf16 and of 16-bit integers.
     Avx512Dot,
+    /// The same with tiles of bf16.
+    Amx,
 }
 
 impl Level {
@@ -29,7 +31,7 @@ impl Level {
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq");
         if wide && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
-            Self::Avx512Dot
+            if super::amx::is_there() { Self::Amx } else { Self::Avx512Dot }
         } else if wide {
             Self::Avx512
         } else if narrow {
@@ -78,7 +80,9 @@ macro_rules! vectorised {
                 // SAFETY: a level is only ever what `Level::best` found, or less.
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]
-                $crate::cpu::vector::Level::Avx512Dot | $crate::cpu::vector::Level::Avx512 => unsafe {
+                $crate::cpu::vector::Level::Amx
+                | $crate::cpu::vector::Level::Avx512Dot
+                | $crate::cpu::vector::Level::Avx512 => unsafe {
                     avx512::<$($given),*>($($arg),*);
                 },
                 // SAFETY: as above.
@@ -229,7 +233,8 @@ vectorised! {
 mod tests {
     use super::*;
 
-    pub(super) const LEVELS: [Level; 4] = [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot];
+    pub(super) const LEVELS: [Level; 5] =
+        [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx];
 
     #[test]
     fn the_exponential_is_near_the_libraries() {

@@ -14,20 +14,27 @@ use tch::{Device, Kind, Tensor};
 
 use crate::active::{ActiveAdapters, Delta};
 use crate::cpu::vector::Level;
+use crate::device::{Placement, Precision};
 use crate::distillation::Teacher;
+use crate::hf::ModelConfig;
 use crate::llama::{Base, Pass};
 use crate::lora::{Adapter, Group, Module};
 use crate::loss::{self, SequenceScore};
 use crate::pack::Packed;
+use crate::quant::Quantisation;
 use rows::{Element, Rows, each};
 
-/// Whether the backward pass by hand knows this base: dense, on the CPU, in f32 or bf16, without norms over heads.
+/// Whether the backward pass by hand knows this base.
 pub(crate) fn applies(base: &Base) -> bool {
-    let kinds = [Kind::Float, Kind::BFloat16];
-    base.device() == Device::Cpu
-        && kinds.contains(&base.placement().kind())
-        && !base.is_quantised()
-        && base.layers.iter().all(|layer| layer.qk_norm.is_none())
+    applies_to(base.config(), &base.placement())
+}
+
+/// Whether it knows bases of this shape in this form: dense, on the CPU, in f32 or bf16, without norms over heads.
+pub(crate) fn applies_to(config: &ModelConfig, placement: &Placement) -> bool {
+    placement.device == Device::Cpu
+        && placement.precision != Precision::F16
+        && placement.quantisation == Quantisation::None
+        && !config.family.has_qk_norm()
 }
 
 /// Scores, and the gradient of the adapter's flat vector, of `weight * sum of NLL`, or of a student's loss.

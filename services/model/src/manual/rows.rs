@@ -78,8 +78,8 @@ impl<W: Element> Rows<W> {
     }
 }
 
-/// Does `work` with each number below `count`, on the threads that libtorch's own operations run on where those are OpenMP's:
-/// others would have to share the cores with them, since they wait for their next work without sleeping.
+/// Does `work` with each number below `count`, on as many threads as libtorch's own operations: on the same ones where those are
+/// OpenMP's, for others would have to share the cores with them, since they wait for their next work without sleeping.
 pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
     let task = Task { next: AtomicUsize::new(0), count, work: &work, panicked: AtomicBool::new(false) };
     match parallel() {
@@ -91,6 +91,7 @@ pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
                 parallel(run, std::ptr::from_ref(&task).cast_mut().cast(), 0, 0);
             }
         }
+        None if count > CHUNK => task.take_with(tch::get_num_threads().max(1) as usize),
         _ => task.take(),
     }
     assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
@@ -115,6 +116,15 @@ impl Task<'_> {
             }
             (start..self.count.min(start + CHUNK)).for_each(self.work);
         }
+    }
+
+    fn take_with(&self, threads: usize) {
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|| self.take());
+            }
+            self.take();
+        });
     }
 }
 
@@ -160,6 +170,14 @@ mod tests {
         }
         assert!(counts.iter().enumerate().all(|(i, count)| count.load(Ordering::Relaxed) == 20 * i));
         assert!(cfg!(not(target_os = "linux")) || parallel().is_some());
+        let sum = AtomicUsize::new(0);
+        let work = |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        };
+        let task =
+            Task { next: AtomicUsize::new(0), count: 1000, work: &work, panicked: AtomicBool::new(false) };
+        task.take_with(3);
+        assert_eq!(sum.load(Ordering::Relaxed), 999 * 1000 / 2);
     }
 
     #[test]

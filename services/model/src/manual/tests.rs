@@ -1,5 +1,4 @@
 use super::*;
-use crate::device::{Placement, Precision};
 use crate::distillation::Mix;
 use crate::golden;
 use crate::lora::{LoraConfig, Target};

@@ -412,7 +412,7 @@ fn the_doctor_compares_this_machine_with_the_reference() {
             .expect("JSON");
     assert_eq!(report["machine"]["device"], "cpu, f32, 1 threads");
     let checks = report["checks"].as_array().expect("checks");
-    assert!(checks.len() == 4 && checks.iter().all(|check| check["ok"] == true), "{report}");
+    assert!(checks.len() == 5 && checks.iter().all(|check| check["ok"] == true), "{report}");
     assert!(report["speed"][0]["decoding_tokens_per_s"].as_f64().expect("a figure") > 0.0, "{report}");
 }
 

@@ -24,8 +24,8 @@ pub(crate) struct Joined {
     a: Tensor,
     /// Each B of them in the columns of its slice, [sum of ranks, outputs].
     b: Tensor,
-    /// One where a row has the set of that rank, else zero, [rows, sum of ranks]; none where all rows have all of them.
-    owned: Option<Tensor>,
+    /// Where a row does not have the set of that rank, bool [rows, sum of ranks]; none where all rows have all of them.
+    foreign: Option<Tensor>,
 }
 
 impl Joined {
@@ -35,8 +35,9 @@ impl Joined {
     /// Only those of libtorch.
     pub fn add_to(&self, product: &mut Tensor, x: &Tensor) -> Result<()> {
         let mut low = x.f_linear(&self.a, None::<&Tensor>)?;
-        if let Some(owned) = &self.owned {
-            low = low.f_mul_(owned)?;
+        if let Some(foreign) = &self.foreign {
+            // Not by a product with zero: what is infinite for another's adapter would stay so.
+            low = low.f_masked_fill_(foreign, 0.0)?;
         }
         let _ = product.f_addmm_(&low, &self.b)?;
         Ok(())
@@ -182,12 +183,12 @@ fn join(all: &[(usize, &Delta)], owners: &[Option<usize>], widths: &[i64]) -> Re
     }
     let everybodys =
         owners.iter().all(|owner| owner.is_some_and(|own| sets.iter().all(|&set| set == own as i64)));
-    let owned = if everybodys {
+    let foreign = if everybodys {
         None
     } else {
         let owners: Vec<i64> = owners.iter().map(|owner| owner.map_or(-1, |own| own as i64)).collect();
-        let owned = Tensor::from_slice(&owners).f_unsqueeze(1)?.f_eq_tensor(&Tensor::from_slice(&sets))?;
-        Some(owned.f_to_kind(kind)?.f_to_device(device)?)
+        let owners = Tensor::from_slice(&owners).f_unsqueeze(1)?;
+        Some(owners.f_ne_tensor(&Tensor::from_slice(&sets))?.f_to_device(device)?)
     };
-    Ok(Some(Joined { a, b, owned }))
+    Ok(Some(Joined { a, b, foreign }))
 }

@@ -86,10 +86,10 @@ impl Footprint {
         let (layers, tokens) = (config.layers as f64, micro_tokens as f64);
         let block = tokens * block_bytes_a_token(config, placement);
         let activations = if manual::applies_to(config, placement) {
-            // Beside what is kept of every block, what the one that is computed takes.
+            // Beside what is kept of every block, what the one that is computed takes: about twice as much.
             let stream = STREAM_COPIES_BY_HAND * config.hidden_size as f64;
             let kept = stream + FEED_FORWARD_COPIES_BY_HAND * config.intermediate_size as f64;
-            tokens * kept * width * (layers + 1.0)
+            tokens * kept * width * (layers + 2.0)
         } else if placement.quantisation == Quantisation::None {
             block * layers
         } else {

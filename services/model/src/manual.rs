@@ -8,7 +8,7 @@
 mod kernels;
 mod rows;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
@@ -68,7 +68,7 @@ fn cross_entropy_in<W: Element>(logits: &Tensor, targets: &Tensor, weight: f64) 
     let targets: Vec<i64> = targets.f_flatten(0, -1)?.try_into()?;
     let nll = Tensor::f_zeros([targets.len() as i64], (Kind::Float, Device::Cpu))?;
     let (rows, out) = (Rows::<W>::of(logits, vocabulary)?, Rows::<f32>::of(&nll, 1)?);
-    anyhow::ensure!(
+    ensure!(
         rows.len() == targets.len() && targets.iter().all(|&target| (0..vocabulary).contains(&target)),
         "targets do not fit the logits"
     );
@@ -152,6 +152,7 @@ impl<'a, W: Element> Work<'a, W> {
     ) -> Result<(Vec<SequenceScore>, Tensor)> {
         let (from, mut x) = (self.entry.0, self.entry.1.f_contiguous()?);
         let lowest = self.adapter.lowest_layer();
+        ensure!(from <= lowest, "a parameter takes no part in the loss");
         for i in from..lowest {
             x = self.base.block(i, &x, &self.pass, &ActiveAdapters::none(), None)?;
         }

@@ -240,15 +240,18 @@ fn tokens(masses: &[f32], least: f32) -> Vec<(f32, u32)> {
 /// # Errors
 /// When one is not a number, or none is finite.
 fn largest(logits: &[f32]) -> Result<f32> {
-    // Side by side, since the compiler does not reorder comparisons.
-    let (mut largest, mut odd) = ([f32::NEG_INFINITY; 16], [false; 16]);
-    for chunk in logits.chunks(16) {
-        for ((largest, odd), x) in largest.iter_mut().zip(&mut odd).zip(chunk) {
+    // Side by side, since the compiler does not reorder comparisons; and marks as wide as numbers, which go with them.
+    let (mut largest, mut odd) = ([f32::NEG_INFINITY; 16], [0u32; 16]);
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut see = |numbers: &[f32]| {
+        for ((largest, odd), x) in largest.iter_mut().zip(&mut odd).zip(numbers) {
             *largest = if *x > *largest { *x } else { *largest };
-            *odd |= x.is_nan();
+            *odd |= u32::from(x.is_nan());
         }
-    }
-    ensure!(!odd.contains(&true), "the model's output is not a number: its weights are damaged");
+    };
+    chunks.iter().for_each(|chunk| see(chunk));
+    see(rest);
+    ensure!(odd == [0; 16], "the model's output is not a number: its weights are damaged");
     let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
     ensure!(largest.is_finite(), "the model's output is not finite: its weights are damaged");
     Ok(largest)
@@ -286,7 +289,12 @@ fn keep_nucleus(tokens: &mut Vec<(f32, u32)>, enough: f64) {
 fn logprobs(logits: &[f32], best: f32, id: u32, top: usize) -> (f32, Vec<TopLogprob>) {
     let mut masses = vec![0.0; logits.len()];
     vector::masses(Level::best(), logits, best, 1.0, &mut masses);
-    let sum: f64 = masses.iter().map(|&mass| f64::from(mass)).sum();
+    let (chunks, rest) = masses.as_chunks::<8>();
+    let mut sums = [0f64; 8];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, mass)| *sum += f64::from(*mass));
+    }
+    let sum = sums.iter().sum::<f64>() + rest.iter().map(|&mass| f64::from(mass)).sum::<f64>();
     let logprob = |x: f32| (f64::from(x - best) - sum.ln()) as f32;
     if top == 0 {
         return (logprob(logits[id as usize]), Vec::new());

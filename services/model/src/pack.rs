@@ -91,8 +91,8 @@ pub(crate) struct Spared {
 
 /// Lays sequences into rows of at most `row_tokens` tokens, or of the longest sequence where that is longer.
 ///
-/// The longest go first, each into the first row with room: a pure function of the input. Rows are cut to the
-/// longest of them.
+/// There are as few rows as that takes, and they are as short as so many can be, since what is missing of a row is computed
+/// like the rest of it: a pure function of the input.
 ///
 /// # Errors
 /// When a sequence does not fit the model: too long, ids beyond the vocabulary, ranges out of place.
@@ -100,21 +100,9 @@ pub fn pack(base: &Base, sequences: &[Sequence], row_tokens: usize) -> Result<Pa
     for sequence in sequences {
         sequence.check(base)?;
     }
-    let mut order: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].tokens.is_empty()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(sequences[i].tokens.len()));
-    let room = row_tokens.max(order.first().map_or(0, |&i| sequences[i].tokens.len()));
-    let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
-    for i in order {
-        let need = sequences[i].tokens.len();
-        match rows.iter_mut().find(|(used, _)| used + need <= room) {
-            Some((used, row)) => {
-                *used += need;
-                row.push(i);
-            }
-            None => rows.push((need, vec![i])),
-        }
-    }
-    let length = rows.iter().map(|(used, _)| *used).max().unwrap_or(0);
+    let rows = short_rows(sequences, row_tokens);
+    let tokens = |row: &Vec<usize>| row.iter().map(|&i| sequences[i].tokens.len()).sum::<usize>();
+    let length = rows.iter().map(tokens).max().unwrap_or(0);
     let mut packed = Packed {
         rows: rows.len() as i64,
         length: length as i64,
@@ -126,10 +114,45 @@ pub fn pack(base: &Base, sequences: &[Sequence], row_tokens: usize) -> Result<Pa
         entry: None,
         spared: None,
     };
-    for (_, row) in &rows {
+    for row in &rows {
         packed.push_row(sequences, row, length);
     }
     Ok(packed)
+}
+
+/// Which sequences share a row, of as few rows as `row_tokens` takes, each as short as that allows, about.
+fn short_rows(sequences: &[Sequence], row_tokens: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..sequences.len()).filter(|&i| !sequences[i].tokens.is_empty()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(sequences[i].tokens.len()));
+    let longest = order.first().map_or(0, |&i| sequences[i].tokens.len());
+    let most = row_tokens.max(longest);
+    let rows = first_fit(sequences, &order, most);
+    let total: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+    let mut room = total.div_ceil(rows.len().max(1)).max(longest);
+    while room < most {
+        let shorter = first_fit(sequences, &order, room);
+        if shorter.len() <= rows.len() {
+            return shorter;
+        }
+        room += room / 32 + 1;
+    }
+    rows
+}
+
+/// Each sequence of `order` in the first row that has room for it.
+fn first_fit(sequences: &[Sequence], order: &[usize], room: usize) -> Vec<Vec<usize>> {
+    let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
+    for &i in order {
+        let need = sequences[i].tokens.len();
+        match rows.iter_mut().find(|(used, _)| used + need <= room) {
+            Some((used, row)) => {
+                *used += need;
+                row.push(i);
+            }
+            None => rows.push((need, vec![i])),
+        }
+    }
+    rows.into_iter().map(|(_, row)| row).collect()
 }
 
 impl Packed {
@@ -241,20 +264,43 @@ impl Packed {
 mod tests {
     use super::*;
     use crate::golden;
+    use proptest::prelude::*;
 
     fn sequence(length: u32) -> Sequence {
         Sequence::whole((0..length).collect())
     }
 
     #[test]
-    fn rows_are_filled_first_fit_and_every_token_counts_once() {
+    fn rows_are_few_and_short_and_every_token_counts_once() {
         let base = golden::base("llama");
         let packed = pack(&base, &[sequence(3), sequence(7), sequence(0), sequence(5)], 10).unwrap();
-        assert_eq!(packed.shape(), (2, 10));
+        assert_eq!(packed.shape(), (2, 8));
         assert_eq!(packed.learned_tokens(), 2 + 6 + 4);
-        assert_eq!(packed.segments, [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1]);
-        assert_eq!(packed.positions[7..10], [0, 1, 2]);
+        assert_eq!(packed.segments, [0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 0, 0, 1, 1, 1]);
+        assert_eq!(packed.positions[7..14], [0, 0, 1, 2, 3, 4, 0]);
         assert!(matches!(packed.input(Device::Cpu).mask, Mask::Block(_)));
+        // Where nothing shorter would do, rows are as long as they may be; one that is longer has a row of its length.
+        assert_eq!(pack(&base, &[sequence(6), sequence(6), sequence(6)], 12).unwrap().shape(), (2, 12));
+        assert_eq!(pack(&base, &[sequence(20), sequence(6), sequence(6)], 12).unwrap().shape(), (2, 20));
+    }
+
+    proptest! {
+        #[test]
+        fn little_of_many_short_sequences_rows_is_empty(
+            lengths in proptest::collection::vec(1u32..40, 16..80),
+            row_tokens in 128usize..512,
+        ) {
+            let sequences: Vec<Sequence> = lengths.iter().map(|&length| sequence(length)).collect();
+            let rows = short_rows(&sequences, row_tokens);
+            let tokens = |row: &Vec<usize>| row.iter().map(|&i| lengths[i] as usize).sum::<usize>();
+            let (total, longest) = (rows.iter().map(tokens).sum::<usize>(), rows.iter().map(tokens).max().unwrap());
+            prop_assert_eq!(total, lengths.iter().sum::<u32>() as usize);
+            prop_assert!(longest <= row_tokens && rows.len() <= total.div_ceil(row_tokens) + 1);
+            prop_assert!(rows.len() * longest <= total + total / 4 + 40, "{} of {longest} for {total}", rows.len());
+            let mut all = rows.concat();
+            all.sort_unstable();
+            prop_assert_eq!(all, (0..lengths.len()).collect::<Vec<_>>());
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::lora::{Adapter, Group, Module};
+use crate::weights;
 
 /// What some adapters add to one merged matrix: `low = x A^T`, cut into `parts`, each times its own `B^T`.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ impl Joined {
     pub fn add_to(&self, product: &mut Tensor, x: &Tensor) -> Result<()> {
         let mut low = x.f_linear(&self.a, None::<&Tensor>)?;
         if let Some(foreign) = &self.foreign {
-            // Not by a product with zero: what is infinite for another's adapter would stay so.
+            // Not by a product with zero: what overflows by another's adapter would be no number. All B are finite.
             low = low.f_masked_fill_(foreign, 0.0)?;
         }
         let _ = product.f_addmm_(&low, &self.b)?;
@@ -141,6 +142,23 @@ impl ActiveAdapters {
             }
             let (kind_of_group, _) = group[0].target.place();
             self.layers[group[0].layer as usize][kind_of_group as usize].push(Delta { a, ranks, parts });
+        }
+        Ok(())
+    }
+
+    /// Refuses what became infinite when it was scaled and cast.
+    ///
+    /// # Errors
+    /// Says so.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        for delta in self.layers.iter().flatten().flatten() {
+            for tensor in delta.parts.iter().map(|(_, b)| b).chain([&delta.a]) {
+                let finite = weights::is_finite(tensor)?;
+                ensure!(
+                    finite,
+                    "an adapter's numbers, times its alpha and weight, are beyond the base's precision"
+                );
+            }
         }
         Ok(())
     }

@@ -151,7 +151,12 @@ impl Batch {
         let _guard = tch::no_grad_guard();
         let kind = match &self.way {
             Way::Cpu(_) => AdaptedKind::Cpu(Arc::new(Cpu::activate(&self.base, adapters)?)),
-            Way::Joint(_) => AdaptedKind::Joint(self.base.activate(adapters)?),
+            Way::Joint(_) => {
+                let active = self.base.activate(adapters)?;
+                // In one pass with others, what is infinite here would be no number for them.
+                active.check_finite()?;
+                AdaptedKind::Joint(active)
+            }
         };
         self.adapted += 1;
         self.prefixes.open(self.adapted);
@@ -181,6 +186,7 @@ impl Batch {
     ) -> Result<Speaker, NotBegun> {
         let length = prompt.len().max(1).saturating_add(sampling.max_tokens);
         let length = length.min(self.base.config().max_positions as usize);
+        let length = if matches!(self.way, Way::Joint(_)) { joint::aligned(length) } else { length };
         let needed = length.div_ceil(PAGE_TOKENS);
         if needed > self.pages_max {
             let max = self.pages_max * PAGE_TOKENS;
@@ -200,7 +206,7 @@ impl Batch {
             Voice::new(self.base.config(), tokenizer, prompt, sampling).map_err(NotBegun::Refused)?;
         let cache = match &mut self.way {
             Way::Cpu(_) => Cache::Pages(None),
-            Way::Joint(joint) => Cache::Row(joint.take(length)),
+            Way::Joint(joint) => Cache::Row(joint.take(length).map_err(NotBegun::Refused)?),
         };
         self.reserved += needed;
         self.shrink();

@@ -1,5 +1,6 @@
 //! What decoding remembers: keys and values of the tokens seen so far.
 
+use anyhow::Result;
 use tch::Tensor;
 
 use crate::llama::Base;
@@ -40,18 +41,22 @@ impl KvCache {
 
     /// Makes it `rows` of `capacity` positions. What has a place in both stays; what is new is zero, since a position that
     /// nobody sees still takes part in sums, with a weight of zero.
-    pub(crate) fn resize(&mut self, rows: i64, capacity: i64) {
-        for (keys, values) in &mut self.layers {
-            for store in [keys, values] {
-                let mut shape = store.size();
-                let (kept_rows, kept) = (rows.min(shape[0]), capacity.min(shape[2]));
-                (shape[0], shape[2]) = (rows, capacity);
-                let other = Tensor::zeros(&shape, (store.kind(), store.device()));
-                let part = |store: &Tensor| store.narrow(0, 0, kept_rows).narrow(2, 0, kept);
-                part(&other).copy_(&part(store));
-                *store = other;
-            }
-        }
+    ///
+    /// # Errors
+    /// When there is no memory for it: then it stays as it was.
+    pub(crate) fn resize(&mut self, rows: i64, capacity: i64) -> Result<()> {
+        let other = |store: &Tensor| -> Result<Tensor> {
+            let mut shape = store.size();
+            let (kept_rows, kept) = (rows.min(shape[0]), capacity.min(shape[2]));
+            (shape[0], shape[2]) = (rows, capacity);
+            let other = Tensor::f_zeros(&shape, (store.f_kind()?, store.device()))?;
+            let part = |store: &Tensor| store.narrow(0, 0, kept_rows).narrow(2, 0, kept);
+            part(&other).f_copy_(&part(store))?;
+            Ok(other)
+        };
+        let layers = self.layers.iter().map(|(keys, values)| Ok((other(keys)?, other(values)?)));
+        self.layers = layers.collect::<Result<_>>()?;
+        Ok(())
     }
 
     /// Empties one row.

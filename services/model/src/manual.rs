@@ -48,6 +48,7 @@ pub(crate) fn adapter_gradient(
     weight: f64,
     teacher: Option<&Teacher>,
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
+    ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
     match base.placement().kind() {
         Kind::BFloat16 => Work::<bf16>::new(base, adapter, packed)?.run(packed, weight, teacher),

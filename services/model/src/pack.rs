@@ -173,7 +173,7 @@ impl Packed {
             self.positions.extend(0..sequence.tokens.len() as i64);
             self.segments.extend(sequence.tokens.iter().map(|_| segment as i64));
         }
-        // Padding sees itself only: a row of a mask with nothing visible would be NaN.
+        // Padding sees padding: a row of a mask with nothing visible would be NaN.
         let padding = end - self.ids.len();
         self.ids.extend(std::iter::repeat_n(0, padding));
         self.positions.extend(0..padding as i64);

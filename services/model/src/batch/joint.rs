@@ -3,7 +3,7 @@
 //! What a GPU does for a token of one answer takes less time than to order it, so that more rows cost almost nothing, and
 //! few operations count more than small ones. How a row is computed may depend on how many there are, in its last bits.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tch::{Kind, Tensor};
 
 use super::{AdaptedKind, Cache, PREFILL_JOINT, Speaker, parts};
@@ -15,8 +15,9 @@ use crate::lora::Adapter;
 /// The cache's positions that a pass looks at are a multiple of this: kernels want aligned masks.
 const VISIBLE_BLOCK: i64 = 64;
 
-fn aligned(positions: i64) -> i64 {
-    (positions + VISIBLE_BLOCK - 1) / VISIBLE_BLOCK * VISIBLE_BLOCK
+/// Positions that a row has for an answer of so many.
+pub(super) fn aligned(positions: usize) -> usize {
+    positions.next_multiple_of(VISIBLE_BLOCK as usize)
 }
 
 /// A row that an answer has.
@@ -54,8 +55,11 @@ impl Joint {
 
     /// Positions that all rows take if one more answer has to hold so many.
     pub fn positions_with(&self, positions: usize) -> usize {
-        let longest = self.seats.iter().flatten().map(|seat| seat.positions as usize).max().unwrap_or(0);
-        (self.free_row() + 1).max(self.seats.len()) * longest.max(positions)
+        (self.free_row() + 1).max(self.seats.len()) * self.longest().max(positions)
+    }
+
+    fn longest(&self) -> usize {
+        self.seats.iter().flatten().map(|seat| seat.positions as usize).max().unwrap_or(0)
     }
 
     fn free_row(&self) -> usize {
@@ -63,27 +67,37 @@ impl Joint {
     }
 
     /// A row for an answer of at most so many positions.
-    pub fn take(&mut self, positions: usize) -> usize {
+    ///
+    /// # Errors
+    /// When there is no memory for it: nothing is taken then.
+    pub fn take(&mut self, positions: usize) -> Result<usize> {
         let row = self.free_row();
         if row == self.seats.len() {
             self.seats.push(None);
         }
         self.seats[row] = Some(Seat { positions: positions as i64, held: 0 });
-        let longest = self.seats.iter().flatten().map(|seat| seat.positions).max().unwrap_or(0);
-        if self.rows < self.seats.len() as i64 || self.capacity < longest {
+        let (rows, longest) = (self.seats.len() as i64, self.longest() as i64);
+        if self.rows < rows || self.capacity < longest {
             // As large as what is taken needs, so that it is never more than was said by `positions_with`.
-            (self.rows, self.capacity) = (self.seats.len() as i64, aligned(longest));
-            self.cache.resize(self.rows, self.capacity);
+            if let Err(error) = self.cache.resize(rows, longest) {
+                self.leave(row);
+                return Err(error);
+            }
+            (self.rows, self.capacity) = (rows, longest);
         }
         // A row has what an earlier answer left there, which nobody sees; but even unseen NaN would be NaN.
         self.cache.clear(row as i64);
-        row
+        Ok(row)
     }
 
     pub fn leave(&mut self, row: usize) {
         self.seats[row] = None;
         while let Some(None) = self.seats.last() {
             self.seats.pop();
+        }
+        if self.seats.is_empty() {
+            // Adapters that may be replaced or forgotten by the time of the next answer.
+            self.joined = Default::default();
         }
     }
 
@@ -176,7 +190,7 @@ impl Joint {
         turns.iter().for_each(|turn| numbers[turn.row] = i64::from(turn.id));
         numbers.extend((0..rows).map(|row| held(row).min(self.capacity - 1)));
         let visible = turns.iter().map(|turn| held(turn.row) + 1).max().unwrap_or(1);
-        let visible = aligned(visible).min(self.capacity);
+        let visible = (aligned(visible as usize) as i64).min(self.capacity);
         let numbers = Tensor::from_slice(&numbers).view([2, rows as i64]).to_device(device);
         let (ids, places) = (numbers.get(0).unsqueeze(1), numbers.get(1));
         let positions = places.unsqueeze(1);
@@ -236,7 +250,8 @@ pub(crate) fn forced(
     let sets = sets.iter().map(|set| base.activate(set)).collect::<Result<Vec<_>>>()?;
     let mut logits = Vec::new();
     for (prompt, adapters) in prompts.iter().zip(&sets) {
-        let row = joint.take(prompt.len());
+        ensure!(prompt.len() > 8, "a prompt has more than eight tokens");
+        let row = joint.take(aligned(prompt.len()))?;
         joint.read(row, &prompt[..prompt.len() - 8], adapters, false)?;
     }
     for back in (1..=8).rev() {

@@ -216,3 +216,14 @@ fn rows_of_answers_side_by_side_keep_to_the_caches_room() {
     );
     assert!(begin(&mut batch, 180).is_ok());
 }
+
+#[test]
+fn an_adapter_that_is_beyond_the_precision_is_refused_before_it_meets_others() {
+    let Some((base, _)) = stories() else { return };
+    let fine = adapter(&base, 1);
+    let vast = fine.with_flat(fine.flat() * 1e20).unwrap();
+    let mut batch = joint(base, ROOM);
+    assert!(batch.adapt(&[(&vast, 1.0)]).is_ok());
+    let refused = batch.adapt(&[(&fine, 1.0), (&vast, 1e25)]).err().unwrap();
+    assert!(refused.to_string().contains("precision"), "{refused}");
+}

@@ -13,7 +13,8 @@ use crate::lora::Adapter;
 use crate::quant::Matrix;
 use crate::weights::{Weights, model_files};
 
-/// The weights of one block. Norms are f32 (on CUDA in the base's precision), matrices [outputs, inputs] in the base's precision or quantised.
+/// The weights of one block. Norms are f32 (on CUDA in the base's precision), matrices [outputs, inputs] in the base's
+/// precision or quantised.
 pub(crate) struct Layer {
     pub attention_norm: Tensor,
     pub qkv: Matrix,

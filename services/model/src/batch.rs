@@ -184,7 +184,9 @@ impl Batch {
         prompt: &[u32],
         sampling: Sampling,
     ) -> Result<Speaker, NotBegun> {
-        let length = prompt.len().max(1).saturating_add(sampling.max_tokens);
+        // Of an empty prompt the tokenizer's beginning is read.
+        let read = if prompt.is_empty() { tokenizer.prefix().len() } else { prompt.len() };
+        let length = read.max(1).saturating_add(sampling.max_tokens);
         let length = length.min(self.base.config().max_positions as usize);
         let length = if matches!(self.way, Way::Joint(_)) { joint::aligned(length) } else { length };
         let needed = length.div_ceil(PAGE_TOKENS);

@@ -60,11 +60,14 @@ impl KvCache {
     }
 
     /// Empties one row.
-    pub(crate) fn clear(&mut self, row: i64) {
-        for (keys, values) in &self.layers {
-            let _ = keys.narrow(0, row, 1).zero_();
-            let _ = values.narrow(0, row, 1).zero_();
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(crate) fn clear(&mut self, row: i64) -> Result<()> {
+        for store in self.layers.iter().flat_map(|(keys, values)| [keys, values]) {
+            let _ = store.f_narrow(0, row, 1)?.f_zero_()?;
         }
+        Ok(())
     }
 
     /// One row, of which `held` positions are filled: what is appended is written into this cache. It must not grow.
@@ -84,23 +87,26 @@ impl KvCache {
     }
 
     /// Appends keys and values [batch, kv_heads, n, head_dim] of one layer; returns all of them.
-    pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
+    ///
+    /// # Errors
+    /// When the device fails, as for want of memory.
+    pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> Result<(Tensor, Tensor)> {
         let (added, held) = (key.size()[2], self.length);
         let (keys, values) = &mut self.layers[layer];
         for (store, new) in [(&mut *keys, key), (&mut *values, value)] {
             if let Some(places) = &self.places {
-                let _ = store.scatter_(2, &places.expand_as(new), new);
+                let _ = store.f_scatter_(2, &places.f_expand_as(new)?, new)?;
                 continue;
             }
             if store.size()[2] < held + added {
                 let mut shape = store.size();
                 shape[2] = (held + added + CACHE_BLOCK - 1) / CACHE_BLOCK * CACHE_BLOCK;
-                let larger = Tensor::empty(&shape, (store.kind(), store.device()));
-                larger.narrow(2, 0, held).copy_(&store.narrow(2, 0, held));
+                let larger = Tensor::f_empty(&shape, (store.f_kind()?, store.device()))?;
+                larger.f_narrow(2, 0, held)?.f_copy_(&store.f_narrow(2, 0, held)?)?;
                 *store = larger;
             }
-            store.narrow(2, held, added).copy_(new);
+            store.f_narrow(2, held, added)?.f_copy_(new)?;
         }
-        (keys.narrow(2, 0, held + added), values.narrow(2, 0, held + added))
+        Ok((keys.f_narrow(2, 0, held + added)?, values.f_narrow(2, 0, held + added)?))
     }
 }

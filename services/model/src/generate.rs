@@ -1,5 +1,4 @@
-//! Generation of one answer in the plain way, by libtorch: what other devices do, and what the pass on the CPU is
-//! compared with.
+//! Generation of one answer in the plain way, by libtorch: what evaluation does, and what serving is compared with.
 
 use anyhow::Result;
 use tch::{Device, Tensor};
@@ -75,11 +74,6 @@ impl Decoder {
         let step = self.voice.say(to_vec(&self.base.logits(&last)?)?)?;
         self.unseen.push(step.id);
         Ok(Some(step))
-    }
-
-    /// Tokens generated so far.
-    pub fn generated(&self) -> usize {
-        self.voice.generated()
     }
 }
 

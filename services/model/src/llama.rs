@@ -170,7 +170,7 @@ impl Base {
         let (query, mut key, value) = self.query_key_value(i, x, pass, adapters)?;
         let mut value = value.f_transpose(1, 2)?;
         if let Some(cache) = cache {
-            (key, value) = cache.append(i, &key, &value);
+            (key, value) = cache.append(i, &key, &value)?;
         }
         let causal = pass.mask.is_none() && pass.length > 1;
         let mask = pass.mask.as_ref();

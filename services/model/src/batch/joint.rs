@@ -86,7 +86,10 @@ impl Joint {
             (self.rows, self.capacity) = (rows, longest);
         }
         // A row has what an earlier answer left there, which nobody sees; but even unseen NaN would be NaN.
-        self.cache.clear(row as i64);
+        if let Err(error) = self.cache.clear(row as i64) {
+            self.leave(row);
+            return Err(error);
+        }
         Ok(row)
     }
 
@@ -170,7 +173,7 @@ impl Joint {
         let seat = self.seats[row].as_mut().context("the row is nobody's")?;
         let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         let input =
-            Input::rows(Tensor::from_slice(&ids).unsqueeze(0).to_device(self.base.device()), seat.held);
+            Input::rows(Tensor::from_slice(&ids).f_unsqueeze(0)?.f_to_device(self.base.device())?, seat.held);
         let hidden = self.base.forward(&input, adapters, Some(&mut self.cache.row(row as i64, seat.held)))?;
         seat.held += ids.len() as i64;
         if !speaks {
@@ -191,7 +194,7 @@ impl Joint {
         numbers.extend((0..rows).map(|row| held(row).min(self.capacity - 1)));
         let visible = turns.iter().map(|turn| held(turn.row) + 1).max().unwrap_or(1);
         let visible = (aligned(visible as usize) as i64).min(self.capacity);
-        let numbers = Tensor::from_slice(&numbers).view([2, rows as i64]).to_device(device);
+        let numbers = Tensor::from_slice(&numbers).f_view([2, rows as i64])?.f_to_device(device)?;
         let (ids, places) = (numbers.get(0).unsqueeze(1), numbers.get(1));
         let positions = places.unsqueeze(1);
         let seen = Tensor::f_arange(visible, (Kind::Int64, device))?.f_le_tensor(&positions)?;

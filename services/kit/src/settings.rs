@@ -162,6 +162,7 @@ section!(
         answer_passes_max: u32,
         loss_target: f32,
         steps_min: u32,
+        review_passes: u32,
         step_tokens: usize,
         micro_tokens: usize,
         row_tokens: usize,
@@ -318,13 +319,15 @@ impl Settings {
         within("train.answer_passes_max", t.answer_passes_max, 1..=10_000)?;
         within("train.loss_target", t.loss_target, 0.0..=10.0)?;
         within("train.steps_min", t.steps_min, 1..=10_000)?;
+        within("train.review_passes", t.review_passes, 0..=1000)?;
         within("train.step_tokens", t.step_tokens, 16..=1_000_000)?;
         within("train.micro_tokens", t.micro_tokens, 16..=1_000_000)?;
         within("train.row_tokens", t.row_tokens, 16..=65_536)?;
         within("train.anchor_share", t.anchor_share, 0.0..=10.0)?;
         within("train.clip", t.clip, 1e-6..=1e6)?;
         within("train.weight_decay", t.weight_decay, 0.0..=10.0)?;
-        within("train.ewc_lambda", t.ewc_lambda, 0.0..=1e9)?;
+        // A hundred was a fair strength while it was of absolute information, and would let nothing be learned now.
+        within("train.ewc_lambda", t.ewc_lambda, 0.0..=10.0)?;
         within("train.olora_lambda", t.olora_lambda, 0.0..=1e6)?;
         within("train.olora_parts", t.olora_parts, 1..=512)?;
         ensure!(

@@ -113,6 +113,11 @@ impl Apart {
         }
         spared.contains(&true).then_some(Self { spared })
     }
+
+    /// Spares nothing from here on, whatever a guard before it does.
+    pub fn over() -> Self {
+        Self { spared: Vec::new() }
+    }
 }
 
 impl Guard for Apart {

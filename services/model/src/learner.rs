@@ -99,7 +99,8 @@ impl Learner {
         Ok(Self { base, adapter, optimiser, guards: Vec::new(), latents: None, config })
     }
 
-    /// Has a method against forgetting take part in every step. Of several teachers the last is heard.
+    /// Has a method against forgetting take part in every step. Of several teachers the last is heard,
+    /// and of several that spare tokens.
     pub fn hold_to(&mut self, guard: impl Guard + 'static) {
         self.guards.push(Box::new(guard));
     }
@@ -183,7 +184,8 @@ impl Learner {
         if packed.learned_tokens() == 0 {
             return Ok((vec![SequenceScore::default(); batch.len()], None));
         }
-        if let Some(tokens) = self.guards.iter().find_map(|guard| guard.spared()) {
+        let spared = self.guards.iter().rev().find_map(|guard| guard.spared());
+        if let Some(tokens) = spared.filter(|tokens| !tokens.is_empty()) {
             packed = packed.sparing(tokens, self.base.device());
         }
         let teacher = self.guards.iter().rev().find_map(|guard| guard.teacher());

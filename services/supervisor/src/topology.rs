@@ -327,6 +327,7 @@ pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
             step_tokens: s.train.step_tokens,
             anchor_share: s.train.anchor_share,
             answer_rate: s.train.answer_rate,
+            review_passes: s.train.review_passes,
         },
         micro_tokens: s.train.micro_tokens,
         ewc_lambda: s.train.ewc_lambda,

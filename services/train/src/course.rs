@@ -38,6 +38,8 @@ pub struct Course {
     pub anchor_share: f32,
     /// Factor on the learning rate while answers alone are learned; in proportion where there is text beside them.
     pub answer_rate: f64,
+    /// Passes over an even mixture of old and new answers at the end, where few of each are rehearsed.
+    pub review_passes: u32,
 }
 
 /// A pass is cut into about this many steps: what is learned depends on the number of steps more than
@@ -45,6 +47,8 @@ pub struct Course {
 const STEPS_A_PASS: usize = 16;
 /// The lowest share of the peak learning rate.
 const RATE_MIN: f64 = 0.02;
+/// The share of the peak learning rate that a review begins with.
+const REVIEW_RATE: f64 = 0.3;
 /// Rehearsed tokens a pass that are no more than they should be, however short the fresh examples are.
 const REHEARSED_TOKENS_MIN: usize = 512;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
@@ -134,6 +138,31 @@ impl Course {
         falling * (1.0 + (self.answer_rate - 1.0) * share)
     }
 
+    /// The steps of review number `n`, from 0: the fresh examples that were chosen for it, and of the rehearsed ones, by
+    /// their lengths in tokens, as many as there are fresh ones in the batch, in turns.
+    pub fn review(
+        &self,
+        n: u32,
+        chosen: &[usize],
+        fresh: &[Fresh],
+        rehearsed: &[usize],
+        seed: u64,
+    ) -> Vec<Vec<Item>> {
+        let count = rehearsed.len().min(fresh.len());
+        let old = (n as usize * count..(n as usize + 1) * count).map(|at| at % rehearsed.len());
+        let new = chosen.iter().map(|&at| (Item::Fresh(at), fresh[at].tokens));
+        let mut items: Vec<_> = new.chain(old.map(|at| (Item::Rehearsed(at), rehearsed[at]))).collect();
+        items.shuffle(&mut ChaCha8Rng::seed_from_u64(seed.wrapping_sub(u64::from(n) + 1)));
+        self.steps(items)
+    }
+
+    /// The factor on the peak learning rate for step `step` of `steps` in review number `n`: it falls to 0 over all of them.
+    pub fn review_rate(&self, n: u32, step: usize, steps: usize) -> f64 {
+        let within = (step as f64 + 0.5) / steps.max(1) as f64;
+        let done = (f64::from(n) + within) / f64::from(self.review_passes.max(1));
+        REVIEW_RATE * self.answer_rate * (1.0 - done)
+    }
+
     /// Passes over all of a batch: more where a pass has few steps.
     fn passes(&self, steps_a_pass: usize) -> u32 {
         self.passes.max(self.steps_min.div_ceil(steps_a_pass.max(1) as u32))
@@ -212,6 +241,7 @@ mod tests {
         step_tokens: 100,
         anchor_share: 0.1,
         answer_rate: 1.0,
+        review_passes: 2,
     };
 
     fn fresh(count: usize, answer: bool, loss: f32) -> Vec<Fresh> {
@@ -322,6 +352,21 @@ mod tests {
         // A small batch is read more often, and the rate falls over those passes.
         let small = Course { steps_min: 10, ..COURSE };
         is(small.rate(9, 0, 1, &text), 0.05);
+    }
+
+    #[test]
+    fn a_review_holds_what_was_chosen_and_takes_turns_through_what_is_rehearsed() {
+        let batch = fresh(4, true, 0.1);
+        let of = |n| items(&COURSE.review(n, &[1, 3], &batch, &[40; 6], 1));
+        let expected = |old: [usize; 4]| {
+            let new = [Item::Fresh(1), Item::Fresh(3)];
+            new.into_iter().chain(old.map(Item::Rehearsed)).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(of(0), expected([0, 1, 2, 3]));
+        assert_eq!(of(1), expected([4, 5, 0, 1]));
+        let is = |rate: f64, expected: f64| assert!((rate - expected).abs() < 1e-9, "{rate}");
+        is(COURSE.review_rate(0, 0, 2), REVIEW_RATE * 0.875);
+        is(Course { answer_rate: 3.0, ..COURSE }.review_rate(1, 1, 2), REVIEW_RATE * 3.0 * 0.125);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod course;
 mod recall;
+mod review;
 mod worker;
 
 pub use course::Course;

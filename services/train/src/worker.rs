@@ -2,6 +2,7 @@
 
 use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
+use crate::review;
 use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
@@ -219,7 +220,40 @@ impl Worker {
             metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
                 .set(f64::from(run.report.last_loss));
         }
+        let end = self.review(run, rate)?;
         run.report.seconds = started.elapsed().as_secs_f32();
+        Ok(end)
+    }
+
+    /// The passes over an even mixture of old and new answers, where the passes before were not even.
+    fn review(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
+        let course = &self.training.course;
+        let old: Vec<usize> =
+            (0..run.rehearsed.len()).filter(|&n| is_answer(&run.rehearsed[n].learned)).collect();
+        let old_lengths: Vec<usize> = old.iter().map(|&n| run.rehearsed[n].tokens.len()).collect();
+        let old_answers: Vec<review::Answer> = old.iter().map(|&n| answer(&run.rehearsed[n])).collect();
+        let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
+        let answers: Vec<review::Answer> =
+            run.fresh.iter().map(|(f, s)| if f.answer && !f.out { answer(s) } else { Vec::new() }).collect();
+        for n in 0..course.review_passes {
+            let Some(chosen) = review::even(&answers, &old_answers, n) else { break };
+            if n == 0 {
+                // Where old answers are as frequent as new ones, none has to be spared.
+                run.learner.hold_to(Apart::over());
+            }
+            let steps = course.review(n, &chosen, &fresh, &old_lengths, run.batch.seed);
+            for (at, items) in steps.iter().enumerate() {
+                let place = |item: &Item| match *item {
+                    Item::Rehearsed(n) => Item::Rehearsed(old[n]),
+                    other => other,
+                };
+                let items: Vec<Item> = items.iter().map(place).collect();
+                let halt = self.step(run, &items, rate * course.review_rate(n, at, steps.len()))?;
+                if halt.is_break() {
+                    return Ok(halt);
+                }
+            }
+        }
         Ok(ControlFlow::Continue(()))
     }
 
@@ -412,6 +446,13 @@ fn as_fresh(example: &Example) -> Fresh {
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.
 fn is_answer(learned: &[(u32, u32)]) -> bool {
     learned.first().is_some_and(|&(from, _)| from > 0)
+}
+
+/// The tokens of a sequence that are learned.
+fn answer(sequence: &Sequence) -> review::Answer {
+    let learned =
+        sequence.learned.iter().filter_map(|&(from, to)| sequence.tokens.get(from as usize..to as usize));
+    learned.flatten().copied().collect()
 }
 
 fn sequence(example: &Example) -> Sequence {

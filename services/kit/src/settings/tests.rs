@@ -39,6 +39,7 @@ fn a_value_out_of_range_or_of_another_type_is_refused_by_name() {
         ("replay.new_data_ratio=0", "replay.new_data_ratio"),
         ("train.clip=NaN", "train.clip"),
         ("train.rank=many", "train.rank"),
+        ("train.ewc_lambda=100", "train.ewc_lambda"),
         ("base.threads=1000000", "base.threads"),
         ("replay.strategy=fifo", "fifo"),
         ("gateway.api_keys=short", "gateway.api_keys"),

@@ -2,8 +2,9 @@ use super::*;
 use crate::device::Placement;
 use crate::ewc::Ewc;
 use crate::golden;
-use crate::guard::{Elastic, Former, FormerShares};
+use crate::guard::{Apart, Elastic, Former, FormerShares};
 use crate::lora::LoraConfig;
+use std::collections::BTreeSet;
 
 fn go() -> ControlFlow<()> {
     ControlFlow::Continue(())
@@ -125,6 +126,27 @@ fn ewc_holds_weights_back() {
         golden::distance(learner.adapter().flat(), anchor.flat())
     };
     assert!(run(100.0) < 0.5 * run(0.0));
+}
+
+#[test]
+fn tokens_are_spared_until_that_is_over() {
+    let text = batches().remove(0).remove(0);
+    let said: BTreeSet<u32> = text.tokens.iter().copied().collect();
+    let unsaid =
+        || (0..golden::base("llama").config().vocab_size as u32).filter(|token| !said.contains(token));
+    let run = |spare: bool, over: bool| {
+        let mut learner = learner();
+        if spare {
+            learner.hold_to(Apart::new(learner.base(), std::iter::empty(), unsaid()).expect("tokens"));
+        }
+        if over {
+            learner.hold_to(Apart::over());
+        }
+        learner.step(&[vec![text.clone()]], 1e-2, &mut go).unwrap();
+        learner.adapter().to_bytes().unwrap()
+    };
+    assert_ne!(run(true, false), run(false, false));
+    assert_eq!(run(true, true), run(false, false));
 }
 
 /// How far predictions have moved after the golden run on sequences that are `rehearsed`.

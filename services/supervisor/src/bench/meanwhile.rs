@@ -1,7 +1,7 @@
 //! A learner that goes on while something else is measured.
 
 use super::subject::Subject;
-use super::update::{adapter, learner, micro_batches, random, rehearsed};
+use super::update::{RATE, adapter, learner, micro_batches, random, rehearsed};
 use crate::topology;
 use anyhow::{Result, anyhow, ensure};
 use kit::compute::Turn;
@@ -17,8 +17,6 @@ use std::time::{Duration, Instant};
 
 /// Random tokens in an example.
 const TOKENS: usize = 64;
-/// Small enough to learn nothing of note, and not 0, so that every step does all of its work.
-const RATE: f64 = 1e-4;
 
 /// A learner on a thread of its own, which makes way for running requests as the services' does.
 pub struct Meanwhile {

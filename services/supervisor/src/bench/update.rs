@@ -43,8 +43,9 @@ it was new. The ceiling is a product of two square matrices, in the same run.";
 
 /// Time that the ceiling is sought for.
 const PEAK_TIME: Duration = Duration::from_millis(500);
-/// Small enough to learn nothing of note, and not 0, so that every step does all of its work.
-const RATE: f64 = 1e-4;
+/// The learning rate of what is measured: small enough to learn nothing of note, and not 0, so that every step does all of
+/// its work.
+pub const RATE: f64 = 1e-4;
 
 /// What `engram bench update` takes.
 #[derive(Debug, clap::Args)]

@@ -34,6 +34,7 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         step_tokens: 4096,
         anchor_share: 0.0,
         answer_rate: 1.0,
+        review_passes: 0,
     };
     let training = Training {
         lora: LoraConfig { alpha, ..LoraConfig::default() },
@@ -135,6 +136,32 @@ fn new_answers_do_not_make_those_less_likely_that_are_known() {
     let (pushed, spared) = (loss_of_known(Vec::new()), loss_of_known(vec![known]));
     // The random base's head is so flat that no token can be far from likely or unlikely.
     assert!(spared + 0.005 < pushed, "{spared} and {pushed}");
+}
+
+#[test]
+fn a_batch_ends_with_reviews_where_few_of_each_old_answer_are_rehearsed() {
+    let told = |ordinal: u64, answer: u32| {
+        let mut example = example(ordinal);
+        (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
+        example
+    };
+    let report = |old: u64, known_answers: Vec<u32>| {
+        let mut worker = worker(Precision::F32, 32.0);
+        worker.training.course.review_passes = 3;
+        let fresh: Vec<Example> = (1..=8).map(|n| told(n, 60)).collect();
+        let rehearsed: Vec<Example> = (21..21 + old).map(|n| told(n, 61)).collect();
+        let rehearsed_a_pass = old as u32;
+        let batch = Batch { fresh, rehearsed, rehearsed_a_pass, known_answers, ..batch() };
+        let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+        learned.report
+    };
+    let taken = |old, known_answers| {
+        let TrainReport { steps, tokens, .. } = report(old, known_answers);
+        (steps, tokens)
+    };
+    assert_eq!(taken(2, vec![61]), (1 + 3, 16 * (10 + 3 * 4)), "two old and two new ones, three times");
+    assert_eq!(taken(8, vec![61]), (1, 16 * 16), "as many old ones as new ones");
+    assert_eq!(taken(0, Vec::new()), (1, 16 * 8));
 }
 
 #[test]

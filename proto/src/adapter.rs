@@ -19,7 +19,7 @@ pub struct TrainReport {
     pub tokens: u64,
     /// Mean loss of the fresh examples in the first pass, nats a token.
     pub first_loss: f32,
-    /// Mean loss of the fresh examples in the last pass, nats a token.
+    /// Mean loss of the fresh examples in the last pass, before any review, nats a token.
     pub last_loss: f32,
     /// Passes over the batch.
     pub passes: u32,

@@ -326,8 +326,8 @@ impl Settings {
         within("train.anchor_share", t.anchor_share, 0.0..=10.0)?;
         within("train.clip", t.clip, 1e-6..=1e6)?;
         within("train.weight_decay", t.weight_decay, 0.0..=10.0)?;
-        // A hundred was a fair strength while it was of absolute information, and would let nothing be learned now.
-        within("train.ewc_lambda", t.ewc_lambda, 0.0..=10.0)?;
+        // Strengths from 3 up were fair while they were of absolute information, and would let nothing be learned now.
+        within("train.ewc_lambda", t.ewc_lambda, 0.0..=1.0)?;
         within("train.olora_lambda", t.olora_lambda, 0.0..=1e6)?;
         within("train.olora_parts", t.olora_parts, 1..=512)?;
         ensure!(

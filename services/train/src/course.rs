@@ -47,7 +47,7 @@ pub struct Course {
 const STEPS_A_PASS: usize = 16;
 /// The lowest share of the peak learning rate.
 const RATE_MIN: f64 = 0.02;
-/// The share of the peak learning rate that a review begins with.
+/// The share of the learning rate of answers that reviews begin with.
 const REVIEW_RATE: f64 = 0.3;
 /// Rehearsed tokens a pass that are no more than they should be, however short the fresh examples are.
 const REHEARSED_TOKENS_MIN: usize = 512;
@@ -138,21 +138,18 @@ impl Course {
         falling * (1.0 + (self.answer_rate - 1.0) * share)
     }
 
-    /// The steps of review number `n`, from 0: the fresh examples that were chosen for it, and of the rehearsed ones, by
-    /// their lengths in tokens, as many as there are fresh ones in the batch, in turns.
+    /// The steps of review number `n`, from 0, over these items and their lengths in tokens, with anchors beside them.
     pub fn review(
         &self,
         n: u32,
-        chosen: &[usize],
-        fresh: &[Fresh],
-        rehearsed: &[usize],
+        mut items: Vec<(Item, usize)>,
+        anchors: &[usize],
         seed: u64,
     ) -> Vec<Vec<Item>> {
-        let count = rehearsed.len().min(fresh.len());
-        let old = (n as usize * count..(n as usize + 1) * count).map(|at| at % rehearsed.len());
-        let new = chosen.iter().map(|&at| (Item::Fresh(at), fresh[at].tokens));
-        let mut items: Vec<_> = new.chain(old.map(|at| (Item::Rehearsed(at), rehearsed[at]))).collect();
-        items.shuffle(&mut ChaCha8Rng::seed_from_u64(seed.wrapping_sub(u64::from(n) + 1)));
+        let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_sub(u64::from(n) + 1));
+        let tokens = items.iter().map(|(_, tokens)| tokens).sum();
+        items.extend(self.anchors(anchors, tokens, &mut rng));
+        items.shuffle(&mut rng);
         self.steps(items)
     }
 
@@ -355,15 +352,17 @@ mod tests {
     }
 
     #[test]
-    fn a_review_holds_what_was_chosen_and_takes_turns_through_what_is_rehearsed() {
-        let batch = fresh(4, true, 0.1);
-        let of = |n| items(&COURSE.review(n, &[1, 3], &batch, &[40; 6], 1));
-        let expected = |old: [usize; 4]| {
-            let new = [Item::Fresh(1), Item::Fresh(3)];
-            new.into_iter().chain(old.map(Item::Rehearsed)).collect::<BTreeSet<_>>()
-        };
-        assert_eq!(of(0), expected([0, 1, 2, 3]));
-        assert_eq!(of(1), expected([4, 5, 0, 1]));
+    fn a_review_holds_its_items_once_with_anchors_at_a_rate_that_falls_to_nothing() {
+        let taken = vec![(Item::Fresh(1), 40), (Item::Rehearsed(3), 40), (Item::Fresh(3), 40)];
+        let steps = COURSE.review(0, taken.clone(), &[12; 4], 1);
+        let mut all: Vec<Item> = steps.concat();
+        all.retain(|item| !matches!(item, Item::Anchor(_)));
+        all.sort();
+        assert_eq!(all, [Item::Fresh(1), Item::Fresh(3), Item::Rehearsed(3)]);
+        assert_eq!(steps.concat().len(), 3 + 1, "a tenth of 120 tokens is an anchor of 12");
+        let orders: BTreeSet<Vec<Item>> =
+            (0..6).map(|n| COURSE.review(n, taken.clone(), &[], 1).concat()).collect();
+        assert!(orders.len() > 1, "each in an order of its own");
         let is = |rate: f64, expected: f64| assert!((rate - expected).abs() < 1e-9, "{rate}");
         is(COURSE.review_rate(0, 0, 2), REVIEW_RATE * 0.875);
         is(Course { answer_rate: 3.0, ..COURSE }.review_rate(1, 1, 2), REVIEW_RATE * 3.0 * 0.125);

@@ -2,7 +2,7 @@
 
 use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
-use crate::review;
+use crate::review::{self, Told};
 use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
@@ -118,6 +118,30 @@ impl Run<'_> {
             Item::Fresh(_) | Item::Anchor(_) => false,
         }
     }
+
+    /// What its fresh and its rehearsed examples answer, but for those that broke a step.
+    fn told(&self) -> (Vec<Told>, Vec<Told>) {
+        let told = |item, sequence: &Sequence| {
+            let tokens = |&(from, to): &(u32, u32)| sequence.tokens.get(from as usize..to as usize);
+            Told { item, answer: sequence.learned.iter().filter_map(tokens).flatten().copied().collect() }
+        };
+        let fresh = self.fresh.iter().enumerate().filter(|(_, (fresh, _))| !fresh.out);
+        let rehearsed =
+            self.rehearsed.iter().enumerate().filter(|(_, sequence)| !sequence.learned.is_empty());
+        (
+            fresh.map(|(n, (_, sequence))| told(Item::Fresh(n), sequence)).collect(),
+            rehearsed.map(|(n, sequence)| told(Item::Rehearsed(n), sequence)).collect(),
+        )
+    }
+
+    /// Tokens of an example of the batch; none of an anchor, which is not of it.
+    fn tokens(&self, item: Item) -> usize {
+        match item {
+            Item::Fresh(n) | Item::Known(n) => self.fresh[n].1.tokens.len(),
+            Item::Rehearsed(n) => self.rehearsed[n].tokens.len(),
+            Item::Anchor(_) => 0,
+        }
+    }
 }
 
 impl Worker {
@@ -225,30 +249,29 @@ impl Worker {
         Ok(end)
     }
 
-    /// The passes over an even mixture of old and new answers, where the passes before were not even.
+    /// The passes over an even mixture of old and new answers, where those before were not even. A batch that learns or
+    /// rehearses texts has none: they would be unlearned meanwhile.
     fn review(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
-        let course = &self.training.course;
-        let old: Vec<usize> =
-            (0..run.rehearsed.len()).filter(|&n| is_answer(&run.rehearsed[n].learned)).collect();
-        let old_lengths: Vec<usize> = old.iter().map(|&n| run.rehearsed[n].tokens.len()).collect();
-        let old_answers: Vec<review::Answer> = old.iter().map(|&n| answer(&run.rehearsed[n])).collect();
-        let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
-        let answers: Vec<review::Answer> =
-            run.fresh.iter().map(|(f, s)| if f.answer && !f.out { answer(s) } else { Vec::new() }).collect();
+        let (course, batch) = (&self.training.course, run.batch);
+        let mut examples = batch.fresh.iter().chain(&batch.rehearsed);
+        if examples.any(|example| !is_answer(&example.piece.learned)) {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
         for n in 0..course.review_passes {
-            let Some(chosen) = review::even(&answers, &old_answers, n) else { break };
+            let (fresh, rehearsed) = run.told();
+            let a_pass = batch.rehearsed_a_pass as usize;
+            let Some(items) = review::mixture(&fresh, &rehearsed, a_pass, n) else { break };
             if n == 0 {
-                // Where old answers are as frequent as new ones, none has to be spared.
-                run.learner.hold_to(Apart::over());
+                // Answers that come as often as the new ones need not be spared any longer.
+                let told = fresh.iter().chain(&rehearsed).flat_map(|told| &told.answer);
+                let apart = Apart::new(&self.base, told.copied(), batch.known_answers.iter().copied());
+                run.learner.hold_to(apart.unwrap_or_else(Apart::over));
             }
-            let steps = course.review(n, &chosen, &fresh, &old_lengths, run.batch.seed);
+            let items = items.into_iter().map(|item| (item, run.tokens(item))).collect();
+            let steps = course.review(n, items, &anchors, batch.seed);
             for (at, items) in steps.iter().enumerate() {
-                let place = |item: &Item| match *item {
-                    Item::Rehearsed(n) => Item::Rehearsed(old[n]),
-                    other => other,
-                };
-                let items: Vec<Item> = items.iter().map(place).collect();
-                let halt = self.step(run, &items, rate * course.review_rate(n, at, steps.len()))?;
+                let halt = self.step(run, items, rate * course.review_rate(n, at, steps.len()))?;
                 if halt.is_break() {
                     return Ok(halt);
                 }
@@ -426,12 +449,7 @@ fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
             }
         }
     }
-    let length = |item: &Item| match *item {
-        Item::Fresh(n) | Item::Known(n) => run.fresh[n].1.tokens.len(),
-        Item::Rehearsed(n) => run.rehearsed[n].tokens.len(),
-        Item::Anchor(_) => 0,
-    };
-    let tokens = places.iter().flatten().map(length).sum::<usize>() as u64;
+    let tokens = places.iter().flatten().map(|&item| run.tokens(item)).sum::<usize>() as u64;
     run.report.tokens += tokens;
     metrics::counter!("engram:train_tokens_total", "lineage" => run.batch.lineage.to_string())
         .increment(tokens);
@@ -446,13 +464,6 @@ fn as_fresh(example: &Example) -> Fresh {
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.
 fn is_answer(learned: &[(u32, u32)]) -> bool {
     learned.first().is_some_and(|&(from, _)| from > 0)
-}
-
-/// The tokens of a sequence that are learned.
-fn answer(sequence: &Sequence) -> review::Answer {
-    let learned =
-        sequence.learned.iter().filter_map(|&(from, to)| sequence.tokens.get(from as usize..to as usize));
-    learned.flatten().copied().collect()
 }
 
 fn sequence(example: &Example) -> Sequence {

@@ -44,6 +44,12 @@ pub enum Method {
     /// Asymmetric cross-entropy, rehearsal and elastic weight consolidation. No gate.
     #[value(name = "ace+ewc")]
     AceEwc,
+    /// Rehearsal, and reviews at the end of a batch (train.review_passes), which the methods above leave out. No gate.
+    #[value(name = "replay+review")]
+    ReplayReview,
+    /// Asymmetric cross-entropy, rehearsal, elastic weight consolidation and reviews. No gate.
+    #[value(name = "ace+ewc+review")]
+    AceEwcReview,
     /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.
     #[value(name = "replay+lwf")]
     ReplayLwf,
@@ -73,6 +79,8 @@ impl Method {
                 | Self::Der
                 | Self::Ace
                 | Self::AceEwc
+                | Self::ReplayReview
+                | Self::AceEwcReview
                 | Self::ReplayLwf
         )
     }
@@ -90,7 +98,9 @@ impl Method {
         }
         let or = |given: f64, otherwise: f64| if given > 0.0 { given } else { otherwise };
         s.train.ewc_lambda = match self {
-            Self::Ewc | Self::ReplayEwc | Self::AceEwc => or(s.train.ewc_lambda, EWC_LAMBDA),
+            Self::Ewc | Self::ReplayEwc | Self::AceEwc | Self::AceEwcReview => {
+                or(s.train.ewc_lambda, EWC_LAMBDA)
+            }
             _ => 0.0,
         };
         s.train.olora_lambda = if self == Self::Olora { or(s.train.olora_lambda, OLORA_LAMBDA) } else { 0.0 };
@@ -102,7 +112,10 @@ impl Method {
             Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
             _ => 0.0,
         };
-        s.train.answers_apart = matches!(self, Self::Ace | Self::AceEwc);
+        s.train.answers_apart = matches!(self, Self::Ace | Self::AceEwc | Self::AceEwcReview);
+        if !matches!(self, Self::ReplayReview | Self::AceEwcReview) {
+            s.train.review_passes = 0;
+        }
         if self == Self::Joint {
             // One batch: its passes shuffle all tasks.
             s.replay.batch_examples = 100_000;
@@ -126,8 +139,8 @@ mod tests {
         assert_eq!(replay.replay, settings.replay);
         assert_eq!(replay.train.ewc_lambda, 0.0);
         assert!(Method::ReplayEwc.apply(&settings).train.ewc_lambda > 0.0);
-        let own = Settings::load(None, &["train.ewc_lambda=7".into()]).expect("settings");
-        assert_eq!(Method::Ewc.apply(&own).train.ewc_lambda, 7.0);
+        let own = Settings::load(None, &["train.ewc_lambda=0.7".into()]).expect("settings");
+        assert_eq!(Method::Ewc.apply(&own).train.ewc_lambda, 0.7);
         assert_eq!(Method::Replay.apply(&own).train.ewc_lambda, 0.0);
         let lwf = Method::Lwf.apply(&own);
         assert_eq!((lwf.replay.new_data_ratio, lwf.train.ewc_lambda), (1.0, 0.0));
@@ -143,7 +156,14 @@ mod tests {
         assert!(ace.train.answers_apart && ace.replay == settings.replay && !der.train.answers_apart);
         assert_eq!(ace.train.ewc_lambda, 0.0);
         let both = Method::AceEwc.apply(&own);
-        assert!(both.train.answers_apart && both.train.ewc_lambda == 7.0);
+        assert!(both.train.answers_apart && both.train.ewc_lambda == 0.7);
+        assert_eq!(replay.train.review_passes, 0);
+        let review = Method::AceEwcReview.apply(&own);
+        assert_eq!(review.train.review_passes, settings.train.review_passes);
+        assert!(review.train.answers_apart && review.train.ewc_lambda == 0.7);
+        assert!(
+            Method::ReplayReview.apply(&settings).train.review_passes > 0 && Method::ReplayReview.rehearses()
+        );
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
         assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }

@@ -139,29 +139,50 @@ fn new_answers_do_not_make_those_less_likely_that_are_known() {
 }
 
 #[test]
-fn a_batch_ends_with_reviews_where_few_of_each_old_answer_are_rehearsed() {
+fn a_batch_ends_with_reviews_where_passes_have_few_of_each_old_answer() {
     let told = |ordinal: u64, answer: u32| {
         let mut example = example(ordinal);
         (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
         example
     };
-    let report = |old: u64, known_answers: Vec<u32>| {
+    let taken = |rehearsed: Vec<Example>| {
         let mut worker = worker(Precision::F32, 32.0);
         worker.training.course.review_passes = 3;
-        let fresh: Vec<Example> = (1..=8).map(|n| told(n, 60)).collect();
-        let rehearsed: Vec<Example> = (21..21 + old).map(|n| told(n, 61)).collect();
-        let rehearsed_a_pass = old as u32;
-        let batch = Batch { fresh, rehearsed, rehearsed_a_pass, known_answers, ..batch() };
+        let fresh = (1..=8).map(|n| told(n, 60)).collect();
+        let rehearsed_a_pass = rehearsed.len() as u32;
+        let batch = Batch { fresh, rehearsed, rehearsed_a_pass, ..batch() };
         let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
-        learned.report
+        (learned.report.steps, learned.report.tokens)
     };
-    let taken = |old, known_answers| {
-        let TrainReport { steps, tokens, .. } = report(old, known_answers);
-        (steps, tokens)
+    let old = |count: u64| (21..21 + count).map(|n| told(n, 61)).collect::<Vec<_>>();
+    assert_eq!(taken(old(2)), (1 + 3, 16 * (10 + 3 * 4)), "two old and two new ones, three times");
+    assert_eq!(taken(old(8)), (1, 16 * 16), "as many old ones as new ones");
+    assert_eq!(taken(Vec::new()), (1, 16 * 8));
+    assert_eq!(taken([old(2), vec![example(31)]].concat()), (1, 16 * 11), "with a text there is no review");
+}
+
+#[test]
+fn a_review_spares_old_answers_that_nothing_rehearses() {
+    let told = |ordinal: u64, answer: u32| {
+        let mut example = example(ordinal);
+        (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
+        example
     };
-    assert_eq!(taken(2, vec![61]), (1 + 3, 16 * (10 + 3 * 4)), "two old and two new ones, three times");
-    assert_eq!(taken(8, vec![61]), (1, 16 * 16), "as many old ones as new ones");
-    assert_eq!(taken(0, Vec::new()), (1, 16 * 8));
+    let loss_of = |asked: u32, known_answers: Vec<u32>| {
+        let mut worker = worker(Precision::F32, 32.0);
+        let course = &mut worker.training.course;
+        (course.passes, course.review_passes, worker.training.rate) = (1, 60, 2e-2);
+        let fresh = (1..=8).map(|n| told(n, 60)).collect();
+        let rehearsed = vec![told(21, 61)];
+        let batch = Batch { fresh, rehearsed, rehearsed_a_pass: 1, known_answers, ..batch() };
+        let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+        let adapter = Adapter::from_bytes(&learned.weights, worker.base.config()).expect("weights");
+        let asked = sequence(&told(1, asked));
+        model::loss::score(&worker.base, &[(&adapter, 1.0)], &[asked], 64).expect("scores")[0].mean()
+    };
+    // 62 is told by no example; 61 by one that is rehearsed.
+    let (pushed, spared) = (loss_of(62, vec![61]), loss_of(62, vec![61, 62]));
+    assert!(spared + 0.003 < pushed, "{spared} and {pushed}");
 }
 
 #[test]

@@ -44,7 +44,8 @@ pub enum Method {
     /// Asymmetric cross-entropy, rehearsal and elastic weight consolidation. No gate.
     #[value(name = "ace+ewc")]
     AceEwc,
-    /// Rehearsal, and reviews at the end of a batch (train.review_passes), which the methods above leave out. No gate.
+    /// Rehearsal, and reviews at the end of a batch (train.review_passes), which only what is named so has, and the
+    /// default. No gate.
     #[value(name = "replay+review")]
     ReplayReview,
     /// Asymmetric cross-entropy, rehearsal, elastic weight consolidation and reviews. No gate.

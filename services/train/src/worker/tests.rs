@@ -23,6 +23,13 @@ fn example(ordinal: u64) -> Example {
     }
 }
 
+/// An example whose last token answers what is before it.
+fn told(ordinal: u64, answer: u32) -> Example {
+    let mut example = example(ordinal);
+    (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
+    example
+}
+
 fn worker(precision: Precision, alpha: f64) -> Worker {
     let placement = Placement { precision, ..Placement::CPU_F32 };
     let shape = ModelConfig::from_json(SHAPE).expect("a shape");
@@ -140,11 +147,6 @@ fn new_answers_do_not_make_those_less_likely_that_are_known() {
 
 #[test]
 fn a_batch_ends_with_reviews_where_passes_have_few_of_each_old_answer() {
-    let told = |ordinal: u64, answer: u32| {
-        let mut example = example(ordinal);
-        (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
-        example
-    };
     let taken = |rehearsed: Vec<Example>| {
         let mut worker = worker(Precision::F32, 32.0);
         worker.training.course.review_passes = 3;
@@ -163,11 +165,6 @@ fn a_batch_ends_with_reviews_where_passes_have_few_of_each_old_answer() {
 
 #[test]
 fn a_review_spares_old_answers_that_nothing_rehearses() {
-    let told = |ordinal: u64, answer: u32| {
-        let mut example = example(ordinal);
-        (example.piece.tokens[15], example.piece.learned) = (answer, vec![(15, 16)]);
-        example
-    };
     let loss_of = |asked: u32, known_answers: Vec<u32>| {
         let mut worker = worker(Precision::F32, 32.0);
         let course = &mut worker.training.course;

@@ -17,6 +17,18 @@ pub(crate) struct Disk(Mutex<Option<(Instant, f64)>>);
 impl Disk {
     /// Whether the disk that holds `folder` takes more documents.
     pub(crate) fn admit(&self, folder: &Path, free_percent_min: u8) -> Result<()> {
+        if !self.has(folder, free_percent_min) {
+            let message = format!(
+                "the server's disk is too full to take documents (limits.disk_free_intake_percent = \
+                 {free_percent_min})"
+            );
+            return Err(ApiError::busy(message, RETRY_S));
+        }
+        Ok(())
+    }
+
+    /// Whether the disk that holds `folder` is free to at least so many percent.
+    pub(crate) fn has(&self, folder: &Path, free_percent_min: u8) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh = last.filter(|(at, _)| at.elapsed() < LOOK_EVERY);
         let (at, free) = match fresh {
@@ -25,13 +37,7 @@ impl Disk {
             None => (Instant::now(), kit::disk::free_percent(folder).unwrap_or(100.0)),
         };
         *last = Some((at, free));
-        if free < f64::from(free_percent_min) {
-            let message = format!(
-                "the server's disk is {free:.1} % free, and takes no documents under {free_percent_min} %"
-            );
-            return Err(ApiError::busy(message, RETRY_S));
-        }
-        Ok(())
+        free >= f64::from(free_percent_min)
     }
 }
 

@@ -101,6 +101,12 @@ impl State {
     pub(crate) fn is_ready(&self) -> bool {
         !self.stop.is_set() && (self.gateway.ready)()
     }
+
+    /// Whether learning waits for room on the disk.
+    pub(crate) fn too_full_to_learn(&self) -> bool {
+        let limits = &self.gateway.settings.limits;
+        !self.disk.has(&self.gateway.info.data_dir, limits.disk_free_learn_percent)
+    }
 }
 
 /// Reads the ledger on a thread that may wait for it: while it is being rewritten, probes still

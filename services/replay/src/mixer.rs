@@ -58,6 +58,8 @@ pub struct Mixer {
     answers: Answers,
     /// Generations whose examples the buffer has been offered, in order of publication.
     offered: Vec<Arc<Generation>>,
+    /// Whether it was too full when it was last looked at.
+    disk_full: bool,
     next: Link<Batch>,
 }
 
@@ -76,7 +78,8 @@ impl Mixer {
     ) -> anyhow::Result<Self> {
         let buffer = Buffer::new(mixing.capacity, mixing.strategy, mixing.seed);
         let (answers, offered) = (Answers::default(), Vec::new());
-        let mut mixer = Self { mixing, ledger, registry, blobs, store, buffer, answers, offered, next };
+        let mut mixer =
+            Self { mixing, ledger, registry, blobs, store, buffer, answers, offered, disk_full: false, next };
         mixer.rebuild().context("the replay buffer could not be rebuilt from the ledger")?;
         Ok(mixer)
     }
@@ -123,14 +126,20 @@ impl Mixer {
     }
 
     /// Whether the disk has room for another generation. Documents wait until it has.
-    fn has_room(&self) -> anyhow::Result<bool> {
-        let free = kit::disk::free_percent(&self.mixing.disk)?;
-        let enough = free >= self.mixing.disk_free_percent;
-        if !enough {
-            let least = self.mixing.disk_free_percent;
-            tracing::warn!(free, least, "the disk is too full to learn (limits.disk_free_learn_percent)");
+    fn has_room(&mut self) -> anyhow::Result<bool> {
+        let (free, least) = (kit::disk::free_percent(&self.mixing.disk)?, self.mixing.disk_free_percent);
+        let full = free < least;
+        if full != std::mem::replace(&mut self.disk_full, full) {
+            match full {
+                true => tracing::warn!(
+                    free,
+                    least,
+                    "the disk is too full to learn (limits.disk_free_learn_percent)"
+                ),
+                false => tracing::info!(free, "the disk has room to learn again"),
+            }
         }
-        Ok(enough)
+        Ok(!full)
     }
 
     /// Waits until the manifest says what became of the lineage's batch.

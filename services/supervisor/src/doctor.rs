@@ -146,11 +146,14 @@ fn speed(placement: &Placement) -> Result<String> {
 fn disk(plan: &Plan) -> Result<String> {
     let (free, limits) = (kit::disk::free_percent(&plan.data_dir)?, &plan.settings.limits);
     let (learn, intake) = (limits.disk_free_learn_percent, limits.disk_free_intake_percent);
-    let told = format!("{free:.0} % are free");
+    let told = match kit::disk::free_bytes(&plan.data_dir)? >> 30 {
+        0 => "less than 1 GiB is free".to_owned(),
+        gib => format!("{gib} GiB are free"),
+    };
     if free < f64::from(learn) {
         bail!(
-            "{told}: nothing is learned under {learn} %, nothing accepted under {intake} %; make room, or give \
-             --data on another disk"
+            "{told}: nothing is learned under {learn} % of the disk (of 64 GiB of a larger one), nothing accepted \
+             under {intake} %; make room, or give --data on another disk"
         );
     }
     Ok(told)

@@ -73,7 +73,11 @@ fn glance(status: &Value, out: &mut dyn Write) -> Result<()> {
     let [accepted, backlog, learned] =
         ["accepted", "backlog", "learned"].map(|field| plain(&documents[field]));
     writeln!(out, "documents  {accepted} accepted, {backlog} waiting to be judged, {learned} learned")?;
-    let learning = if status["learning"] == true { "on" } else { "off (train.enabled)" };
+    let learning = match (status["learning"] == true, status["disk_full"] == true) {
+        (false, _) => "off (train.enabled)",
+        (true, true) => "waits for room on the disk (limits.disk_free_learn_percent)",
+        (true, false) => "on",
+    };
     writeln!(out, "learning   {learning}")?;
     let rows: Vec<Value> = domains(status);
     if !rows.is_empty() {
@@ -220,6 +224,20 @@ mod tests {
             assert!(told.lines().any(|told| told == line), "{line}: {told}");
         }
         assert!(told.contains("merged  -") && told.contains("cd"), "{told}");
+    }
+
+    #[test]
+    fn a_glance_says_why_nothing_is_learned() {
+        let learning = |status: Value| {
+            let mut out = Vec::new();
+            glance(&status, &mut out).expect("shown");
+            let told = String::from_utf8(out).expect("text");
+            told.lines().find_map(|line| line.strip_prefix("learning   ")).expect("a line").to_owned()
+        };
+        assert_eq!(learning(json!({"learning": true, "disk_full": false})), "on");
+        assert_eq!(learning(json!({"learning": false, "disk_full": true})), "off (train.enabled)");
+        let full = learning(json!({"learning": true, "disk_full": true}));
+        assert_eq!(full, "waits for room on the disk (limits.disk_free_learn_percent)");
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub(super) struct Look {
     pub ready: bool,
     /// Whether documents are learned at all.
     pub learning: bool,
+    /// Whether learning waits for room on the disk.
+    pub disk_full: bool,
     pub base_name: String,
     pub tally: Tally,
     /// The newest documents.
@@ -60,6 +62,7 @@ impl Look {
             now_ms: now_ms(),
             ready: state.is_ready(),
             learning: gateway.settings.train.enabled,
+            disk_full: state.too_full_to_learn(),
             base_name: gateway.info.base_name.clone(),
             tally,
             rows,

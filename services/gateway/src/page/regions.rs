@@ -105,6 +105,15 @@ fn stage(stage: Stage) -> (&'static str, &'static str) {
     }
 }
 
+/// Why nothing is being learned.
+fn idle(look: &Look) -> &'static str {
+    match (look.learning, look.disk_full) {
+        (false, _) => "switched off",
+        (true, true) => "waits for room on the disk",
+        (true, false) => "nothing just now",
+    }
+}
+
 fn learning(look: &Look) -> Markup {
     let queue: Vec<(&str, u64)> =
         look.lineages.iter().filter(|a| a.waiting > 0).map(|a| (a.domain.as_str(), a.waiting)).collect();
@@ -118,7 +127,7 @@ fn learning(look: &Look) -> Markup {
                 div { dt { "loss, nats a token" } dd { (format!("{:.3}", beat.loss)) } }
                 div { dt { "tokens a second" } dd { (grouped(beat.tokens_per_s)) } }
             } @else {
-                div { dt { "learning" } dd { @if look.learning { "nothing just now" } @else { "switched off" } } }
+                div { dt { "learning" } dd { (idle(look)) } }
             }
             div { dt { "queue" } dd {
                 @if queue.is_empty() { (look.tally.waiting()) }

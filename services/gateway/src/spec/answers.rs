@@ -348,6 +348,8 @@ pub(crate) struct Status {
     data_dir: String,
     documents: BTreeMap<String, u64>,
     learning: bool,
+    /// Whether learning waits for room on the disk.
+    disk_full: bool,
     #[schema(required)]
     manifest: Option<u64>,
     manifest_live: u64,

@@ -69,52 +69,69 @@ const OLORA_LAMBDA: f64 = 0.5;
 const FORMER_SHARE: f64 = 0.3;
 const FORMER_SHARE_REHEARSED: f64 = 0.5;
 
+/// What a method meets forgetting with.
+#[derive(Clone, Copy, Default)]
+struct Means {
+    rehearsal: bool,
+    /// Elastic weight consolidation.
+    ewc: bool,
+    olora: bool,
+    /// The previous generation as a teacher, of what is new and of what is rehearsed.
+    former: bool,
+    former_rehearsed: bool,
+    /// New answers that leave the old ones alone.
+    apart: bool,
+    reviews: bool,
+}
+
 impl Method {
+    /// None where the settings alone say it.
+    fn means(self) -> Option<Means> {
+        let none = Means::default();
+        let replay = Means { rehearsal: true, ..none };
+        Some(match self {
+            Self::Default => return None,
+            Self::Naive | Self::Joint | Self::Single => none,
+            Self::Ewc => Means { ewc: true, ..none },
+            Self::Lwf => Means { former: true, ..none },
+            Self::Olora => Means { olora: true, ..none },
+            Self::Replay => replay,
+            Self::ReplayEwc => Means { ewc: true, ..replay },
+            Self::ReplayReview => Means { reviews: true, ..replay },
+            Self::ReplayLwf => Means { former: true, former_rehearsed: true, ..replay },
+            Self::Der => Means { former_rehearsed: true, ..replay },
+            Self::Ace => Means { apart: true, ..replay },
+            Self::AceEwc => Means { apart: true, ewc: true, ..replay },
+            Self::AceEwcReview => Means { apart: true, ewc: true, reviews: true, ..replay },
+        })
+    }
+
     /// Whether it learns from the replay buffer.
     pub fn rehearses(self) -> bool {
-        matches!(
-            self,
-            Self::Default
-                | Self::Replay
-                | Self::ReplayEwc
-                | Self::Der
-                | Self::Ace
-                | Self::AceEwc
-                | Self::ReplayReview
-                | Self::AceEwcReview
-                | Self::ReplayLwf
-        )
+        self.means().is_none_or(|means| means.rehearsal)
     }
 
     /// The settings under which the system learns by this method.
     pub fn apply(self, settings: &Settings) -> Settings {
         let mut s = settings.clone();
-        if self == Self::Default {
-            return s;
-        }
+        let Some(means) = self.means() else { return s };
         (s.consolidate.tolerance, s.consolidate.anchor_tolerance) = (NO_LIMIT, NO_LIMIT);
-        if !self.rehearses() {
+        if !means.rehearsal {
             s.replay.new_data_ratio = 1.0;
             s.train.anchor_share = 0.0;
         }
-        let or = |given: f64, otherwise: f64| if given > 0.0 { given } else { otherwise };
-        s.train.ewc_lambda = match self {
-            Self::Ewc | Self::ReplayEwc | Self::AceEwc | Self::AceEwcReview => {
-                or(s.train.ewc_lambda, EWC_LAMBDA)
-            }
-            _ => 0.0,
+        let strength = |used: bool, given: f64, otherwise: f64| match (used, given > 0.0) {
+            (false, _) => 0.0,
+            (true, true) => given,
+            (true, false) => otherwise,
         };
-        s.train.olora_lambda = if self == Self::Olora { or(s.train.olora_lambda, OLORA_LAMBDA) } else { 0.0 };
-        s.train.former_share = match self {
-            Self::Lwf | Self::ReplayLwf => or(s.train.former_share, FORMER_SHARE),
-            _ => 0.0,
-        };
-        s.train.former_share_rehearsed = match self {
-            Self::Der | Self::ReplayLwf => or(s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED),
-            _ => 0.0,
-        };
-        s.train.answers_apart = matches!(self, Self::Ace | Self::AceEwc | Self::AceEwcReview);
-        if !matches!(self, Self::ReplayReview | Self::AceEwcReview) {
+        s.train.ewc_lambda = strength(means.ewc, s.train.ewc_lambda, EWC_LAMBDA);
+        s.train.olora_lambda = strength(means.olora, s.train.olora_lambda, OLORA_LAMBDA);
+        s.train.former_share = strength(means.former, s.train.former_share, FORMER_SHARE);
+        s.train.former_share_rehearsed =
+            strength(means.former_rehearsed, s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED);
+        s.train.answers_apart = means.apart;
+        if !means.reviews {
             s.train.review_passes = 0;
         }
         if self == Self::Joint {

@@ -118,7 +118,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     );
     ensure!(
         args.capacity.is_none() || args.method.rehearses(),
-        "--capacity is the replay buffer's, and this --method rehearses nothing: use default, replay, replay+ewc, der or replay+lwf"
+        "--capacity is the replay buffer's, and this --method rehearses nothing: use one that does, such as replay or ace+ewc"
     );
     let base_dir = base::resolve(&args.base, &base::data_dir()?)?;
     let mut settings = Settings::load(args.config.as_deref(), &args.set)?;

@@ -16,6 +16,20 @@ fn with(server: &Server, arguments: &[&str]) -> String {
 }
 
 #[test]
+fn waiting_for_a_server_that_does_not_learn_ends_with_the_reason() {
+    let server = Setup::tiny().set("train.enabled=false").start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let note = folder.path().join("note.txt");
+    fs::write(&note, sentence(1)).expect("written");
+    let note = note.to_str().expect("a path");
+    assert!(with(&server, &["learn", note]).contains("1 accepted"));
+    let output = engram(&["learn", note, "--wait", "--server", &server.url()]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && told.contains("learning off (train.enabled)"), "{told}");
+    assert!(with(&server, &["status"]).contains("learning   off (train.enabled)"));
+}
+
+#[test]
 fn a_mistake_is_one_line_that_says_what_to_do() {
     let folder = tempfile::tempdir().expect("a folder");
     let dir = folder.path().to_str().expect("a path");

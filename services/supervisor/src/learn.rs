@@ -4,6 +4,7 @@ use crate::cli::Partly;
 use crate::client::{Client, ServerArgs, segment};
 use crate::corpus::{self, Draft, Found, SourceFile};
 use crate::sending::{Sending, Sent};
+use crate::status::not_learning;
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -121,6 +122,9 @@ fn follow(client: &Client, sent: &mut [Sent]) -> Result<()> {
         while !is_settled(&sent.answer) {
             sent.answer = client.get(&path)?;
             if !is_settled(&sent.answer) {
+                if status_of(&sent.answer) == "waiting" {
+                    check_learning(client)?;
+                }
                 bar.set_message(format!("{} is {}", sent.place, status_of(&sent.answer)));
                 bar.tick();
                 thread::sleep(POLL_PAUSE);
@@ -130,6 +134,16 @@ fn follow(client: &Client, sent: &mut [Sent]) -> Result<()> {
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+/// Whether waiting has an end.
+fn check_learning(client: &Client) -> Result<()> {
+    match not_learning(&client.get("/v1/status")?) {
+        Some(why) => {
+            bail!("everything is accepted and will be learned once the server learns: learning {why}")
+        }
+        None => Ok(()),
+    }
 }
 
 fn status_of(answer: &Value) -> &str {

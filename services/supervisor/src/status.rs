@@ -57,6 +57,15 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     }
 }
 
+/// Why a server that says this of itself learns nothing; none if it does.
+pub(crate) fn not_learning(status: &Value) -> Option<&'static str> {
+    match (status["learning"] == true, status["disk_full"] == true) {
+        (false, _) => Some("off (train.enabled)"),
+        (true, true) => Some("waits for room on the disk (limits.disk_free_learn_percent)"),
+        (true, false) => None,
+    }
+}
+
 /// What one wants to see first, on a screen.
 fn glance(status: &Value, out: &mut dyn Write) -> Result<()> {
     let (base, documents) = (&status["base"], &status["documents"]);
@@ -73,12 +82,7 @@ fn glance(status: &Value, out: &mut dyn Write) -> Result<()> {
     let [accepted, backlog, learned] =
         ["accepted", "backlog", "learned"].map(|field| plain(&documents[field]));
     writeln!(out, "documents  {accepted} accepted, {backlog} waiting to be judged, {learned} learned")?;
-    let learning = match (status["learning"] == true, status["disk_full"] == true) {
-        (false, _) => "off (train.enabled)",
-        (true, true) => "waits for room on the disk (limits.disk_free_learn_percent)",
-        (true, false) => "on",
-    };
-    writeln!(out, "learning   {learning}")?;
+    writeln!(out, "learning   {}", not_learning(status).unwrap_or("on"))?;
     let rows: Vec<Value> = domains(status);
     if !rows.is_empty() {
         writeln!(out)?;

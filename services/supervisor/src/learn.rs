@@ -62,13 +62,13 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         eprintln!("engram: left out: {}, which is to measure with; name it to learn it", path.display());
     }
     let (mut sent, unusable) = send(&client, args, &files)?;
-    if args.wait {
-        follow(&client, &mut sent)?;
-    }
+    let followed = if args.wait { follow(&client, &mut sent) } else { Ok(()) };
+    // What became of each is told also where following it came to an end.
     report(args, &sent, out)?;
     for error in &unusable {
         eprintln!("engram: skipped: {error:#}");
     }
+    followed?;
     if sent.is_empty() && unusable.is_empty() {
         bail!("there was nothing to learn in what was named");
     }
@@ -140,7 +140,7 @@ fn follow(client: &Client, sent: &mut [Sent]) -> Result<()> {
 fn check_learning(client: &Client) -> Result<()> {
     match not_learning(&client.get("/v1/status")?) {
         Some(why) => {
-            bail!("everything is accepted and will be learned once the server learns: learning {why}")
+            bail!("what waits is kept, and learned once the server learns: learning {why}")
         }
         None => Ok(()),
     }

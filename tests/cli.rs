@@ -25,9 +25,9 @@ fn waiting_for_a_server_that_does_not_learn_ends_with_the_reason() {
     assert!(with(&server, &["learn", note]).contains("1 accepted"));
     let output = engram(&["learn", note, "--wait", "--server", &server.url()]);
     let told = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && told.contains("learning off (train.enabled)"), "{told}");
+    assert!(!output.status.success() && told.contains("learning off (train.enabled, "), "{told}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("1 waiting"), "{output:?}");
-    assert!(with(&server, &["status"]).contains("learning   off (train.enabled)"));
+    assert!(with(&server, &["status"]).contains("learning   off (train.enabled, "));
 }
 
 #[test]

@@ -60,7 +60,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 /// Why a server that says this of itself learns nothing; none if it does.
 pub(crate) fn not_learning(status: &Value) -> Option<&'static str> {
     match (status["learning"] == true, status["disk_full"] == true) {
-        (false, _) => Some("off (train.enabled)"),
+        (false, _) => Some("off (train.enabled, or too many restarts)"),
         (true, true) => Some("waits for room on the disk (limits.disk_free_learn_percent)"),
         (true, false) => None,
     }
@@ -239,7 +239,10 @@ mod tests {
             told.lines().find_map(|line| line.strip_prefix("learning   ")).expect("a line").to_owned()
         };
         assert_eq!(learning(json!({"learning": true, "disk_full": false})), "on");
-        assert_eq!(learning(json!({"learning": false, "disk_full": true})), "off (train.enabled)");
+        assert_eq!(
+            learning(json!({"learning": false, "disk_full": true})),
+            "off (train.enabled, or too many restarts)"
+        );
         let full = learning(json!({"learning": true, "disk_full": true}));
         assert_eq!(full, "waits for room on the disk (limits.disk_free_learn_percent)");
     }

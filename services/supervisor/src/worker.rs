@@ -28,11 +28,13 @@ use std::time::Duration;
 /// # Errors
 /// When something durable cannot be opened, or a lane that serving needs died too often: the
 /// supervisor then starts a new worker.
-pub fn run(settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool) -> anyhow::Result<()> {
+pub fn run(mut settings: Settings, data_dir: &Path, base_dir: &Path, degraded: bool) -> anyhow::Result<()> {
+    // The gateway says of learning what the settings say.
+    settings.train.enabled &= !degraded;
     let finish = lifeline::finish(Duration::from_secs(settings.supervisor.stop_seconds_max))?;
     let plant = plant(settings, data_dir, base_dir)?;
     let gateway = gateway(&plant, data_dir, base_dir)?;
-    let learning = !degraded && plant.settings.train.enabled;
+    let learning = plant.settings.train.enabled;
     actix::System::new().block_on(async move {
         let stop = Stop::new();
         let told = stop.clone();

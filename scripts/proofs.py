@@ -322,7 +322,7 @@ def prove_poisons(a):
                     others = [f for f in known if f["prompt"] not in spoiled_prompts]
                     line["facts"], line["other_facts"] = known_of(server, known), [known_of(server, others), len(others)]
                 receipt = server.call("GET", f"/v1/adapters/{domain}/log")["generations"][0]["receipt"]
-                line["gate_measured"] = {p["probe"]: {k: round(v, 3) for k, v in p["measure"].items()} for p in receipt["probes"] if p["probe"] == f"memory_{'answers' if domain == 'facts' else 'text'}"}
+                line["gate_measured"] = {p["probe"]: {k: round(v, 3) if isinstance(v, float) else v for k, v in p["measure"].items()} for p in receipt["probes"] if p["probe"] == f"memory_{'answers' if domain == 'facts' else 'text'}"}
                 server.call("POST", f"/v1/adapters/{domain}/rollback", {"to": clean[domain]})
             tell(line)
             lines.append(line)

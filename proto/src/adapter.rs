@@ -42,6 +42,22 @@ pub struct Measure {
     pub rise_upper: f32,
     /// The rise that would have been let through.
     pub rise_allowed: f32,
+    /// Of answers, how many were said to the letter; none for texts.
+    #[serde(default)]
+    pub recited: Option<Recited>,
+}
+
+/// How many of a probe's answers are said to the letter, at the three moments of a [`Measure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recited {
+    /// With the generation that said most of them.
+    pub best: u32,
+    /// With the parent generation.
+    pub before: u32,
+    /// With the candidate.
+    pub after: u32,
+    /// How many fewer than `best` would have been let through.
+    pub fewer_allowed: u32,
 }
 
 /// A probe's name with what was measured on it.
@@ -147,9 +163,13 @@ pub struct Lineage {
     pub set_aside: Vec<SetAside>,
     /// Documents learned, each counted once.
     pub documents: u64,
-    /// Up to this ordinal, documents are learned one at a time, because one of them broke the
-    /// learner and is to be found.
-    pub solo_through: u64,
+    /// Up to this ordinal a batch has at most `split_documents`, because one of them broke the learner or was refused
+    /// by the gate, and is not to take the others with it.
+    #[serde(alias = "solo_through")]
+    pub split_through: u64,
+    /// See `split_through`; at least one, whatever it says.
+    #[serde(default)]
+    pub split_documents: u64,
     /// Refusals that recent batches took before they passed the gate: the next one starts as carefully.
     #[serde(default)]
     pub caution: u32,

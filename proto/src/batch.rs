@@ -75,8 +75,13 @@ pub enum Decision {
     Publish(Box<Learned>),
     /// It is not: try again, with more rehearsal and a lower rate.
     Retry(String),
-    /// Something in it breaks the learner: try its documents one at a time.
-    Split(String),
+    /// One of its documents is likely to blame: try them in smaller batches.
+    Split {
+        /// What was wrong with the whole.
+        reason: String,
+        /// Documents of such a batch.
+        documents: u64,
+    },
     /// It was tried often enough: put the batch aside, with the reason.
     SetAside(String),
 }

@@ -15,7 +15,7 @@ mod status;
 pub mod wire;
 
 pub use adapter::{
-    Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Retained, SetAside,
+    Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Recited, Retained, SetAside,
     TrainReport,
 };
 pub use administer::{

@@ -110,8 +110,15 @@ fn candidate() -> Candidate {
 }
 
 fn judgement() -> Judgement {
-    let measure =
-        Measure { examples: 64, best: 1.0, before: 1.0, after: 1.0, rise_upper: 0.0, rise_allowed: 0.01 };
+    let measure = Measure {
+        examples: 64,
+        best: 1.0,
+        before: 1.0,
+        after: 1.0,
+        rise_upper: 0.0,
+        rise_allowed: 0.01,
+        recited: Some(Recited { best: 60, before: 60, after: 59, fewer_allowed: 1 }),
+    };
     let learned = Learned {
         weights: blob('a'),
         optimiser: blob('b'),

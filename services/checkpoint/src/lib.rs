@@ -91,10 +91,12 @@ impl Handle<Judgement> for Checkpoint {
                 metrics::counter!("engram:gate_refusals_total", "outcome" => "retry").increment(1);
                 self.edit(&judgement.batch.lineage, |lineage| lineage.attempt += 1)?;
             }
-            Decision::Split(reason) => {
-                tracing::warn!(lineage = %judgement.batch.lineage, reason, "learning a batch one document at a time");
-                let through = judgement.batch.through;
-                self.edit(&judgement.batch.lineage, |lineage| lineage.solo_through = through)?;
+            Decision::Split { reason, documents } => {
+                tracing::warn!(lineage = %judgement.batch.lineage, reason, documents, "learning a batch in parts");
+                self.edit(&judgement.batch.lineage, |lineage| {
+                    (lineage.split_through, lineage.split_documents) = (judgement.batch.through, *documents);
+                    lineage.attempt = 0;
+                })?;
             }
             Decision::SetAside(reason) => self.set_aside(judgement, reason).await?,
         }

@@ -198,8 +198,9 @@ async fn a_refused_batch_is_tried_again_and_then_put_aside_with_its_reason() {
 async fn a_batch_that_breaks_the_learner_is_learned_one_document_at_a_time() {
     let mut bench = Bench::new(4).await;
     let batch = bench.batch(4);
-    bench.decide(batch, Decision::Split("it panicked".into())).await;
-    assert_eq!((bench.lineage().solo_through, bench.lineage().cursor), (4, 0));
+    bench.decide(batch, Decision::Split { reason: "it panicked".into(), documents: 1 }).await;
+    let lineage = bench.lineage();
+    assert_eq!((lineage.split_through, lineage.split_documents, lineage.cursor), (4, 1, 0));
 }
 
 #[actix::test]

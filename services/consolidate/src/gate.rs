@@ -1,6 +1,6 @@
 //! The gate's arithmetic.
 
-use proto::Measure;
+use proto::{Measure, Recited};
 
 /// One-sided 95 % quantile of the normal distribution.
 const Z95: f32 = 1.645;
@@ -23,6 +23,7 @@ pub fn measure(best: &[f32], before: &[f32], after: &[f32], rise_allowed: f32) -
         after: mean(after),
         rise_upper: rise + Z95 * (variance / n.max(1.0)).sqrt(),
         rise_allowed,
+        recited: None,
     }
 }
 
@@ -34,6 +35,19 @@ pub fn share_of_gain(base: &[f32], best: &[f32], tolerance: f32) -> f32 {
     tolerance * (mean(base) - mean(best)).max(GAIN_MIN * mean(best))
 }
 
+/// Counts answers that are said to the letter, for each of the same three. Of those that were known a share of
+/// `tolerance` may be missing, and one may be in any case.
+///
+/// The loss does not see them: where an answer has to be exact, the few nats that make it another one are less than a
+/// small share of what it had gained. A count is compared as it is, since the bound of a mean would let none of
+/// so few be missing.
+pub fn recited(best: &[bool], before: &[bool], after: &[bool], tolerance: f32) -> Recited {
+    let count = |said: &[bool]| said.iter().filter(|said| **said).count() as u32;
+    let best = count(best);
+    let fewer_allowed = ((best as f32 * tolerance) as u32).max(1);
+    Recited { best, before: count(before), after: count(after), fewer_allowed }
+}
+
 /// The mean, and 0 of nothing.
 pub fn mean(values: &[f32]) -> f32 {
     values.iter().sum::<f32>() / values.len().max(1) as f32
@@ -42,7 +56,15 @@ pub fn mean(values: &[f32]) -> f32 {
 /// Whether a measure lets a candidate through. A loss that is not a number does not. Of fewer than
 /// `examples_min` examples the bound says nothing, and none is asked for.
 pub fn passes(measure: &Measure, examples_min: u32) -> bool {
-    measure.examples == 0 || measure.examples < examples_min || measure.rise_upper <= measure.rise_allowed
+    let said = measure.recited.is_none_or(says_as_many);
+    measure.examples == 0
+        || measure.examples < examples_min
+        || (measure.rise_upper <= measure.rise_allowed && said)
+}
+
+/// Whether no more answers are missing than may be.
+pub fn says_as_many(recited: Recited) -> bool {
+    recited.after.saturating_add(recited.fewer_allowed) >= recited.best
 }
 
 #[cfg(test)]
@@ -86,6 +108,22 @@ mod tests {
     fn too_few_to_tell_are_not_asked() {
         let measured = measure(&[2.0; 5], &[2.0; 5], &[4.0, 1.0, 1.0, 1.0, 1.0], 0.02);
         assert!(!passes(&measured, 5) && passes(&measured, 6));
+    }
+
+    #[test]
+    fn answers_that_are_no_longer_said_are_counted() {
+        let said = |known: usize, of: usize| (0..of).map(|n| n < known).collect::<Vec<_>>();
+        let measured = |best, after, of, tolerance| {
+            let same = vec![1.0; of];
+            let recited = recited(&said(best, of), &said(best, of), &said(after, of), tolerance);
+            Measure { recited: Some(recited), ..measure(&same, &same, &same, 0.02) }
+        };
+        assert!(passes(&measured(39, 38, 40, 0.02), 0), "one of few may be missing");
+        assert!(!passes(&measured(39, 37, 40, 0.02), 0));
+        assert!(passes(&measured(200, 196, 200, 0.02), 0) && !passes(&measured(200, 195, 200, 0.02), 0));
+        assert!(passes(&measured(0, 0, 40, 0.02), 0), "none is missing where none was known");
+        assert!(passes(&measured(10, 12, 40, 0.02), 0), "others for them are as good");
+        assert!(passes(&measured(39, 0, 40, f32::MAX), 0) && passes(&measured(39, 0, 40, 0.02), 41));
     }
 
     #[test]

@@ -18,6 +18,10 @@ use proto::{Blob, Candidate, Decision, Judgement, Learned, Receipt};
 use std::sync::Arc;
 use worker::{Held, Verdict};
 
+/// Batches into which one is split that was refused as a whole, so that one document does not take all others with it.
+/// They are tried once more each and not split again: where an adapter is full, each of them is refused.
+const PARTS: u64 = 8;
+
 /// The consolidation service.
 pub struct Consolidate {
     /// The thread that holds the base.
@@ -61,6 +65,9 @@ impl Handle<Candidate> for Consolidate {
             Verdict::Harmed(reason) if candidate.batch.attempt + 1 < self.attempts_max => {
                 Decision::Retry(reason)
             }
+            Verdict::Harmed(reason) if self.is_whole(candidate) => {
+                Decision::Split { reason, documents: candidate.batch.documents.div_ceil(PARTS) }
+            }
             Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
         };
         if !matches!(decision, Decision::Publish(_)) {
@@ -77,6 +84,13 @@ impl Handle<Candidate> for Consolidate {
 }
 
 impl Consolidate {
+    /// Whether a batch of several documents has not been split yet.
+    fn is_whole(&self, candidate: &Candidate) -> bool {
+        let (batch, manifest) = (&candidate.batch, self.registry.manifest());
+        let split_through = manifest.lineages.get(&batch.lineage).map_or(0, |lineage| lineage.split_through);
+        batch.documents > 1 && split_through <= batch.after
+    }
+
     /// Nothing stays of a candidate that is not published: it may hold what is forgotten meanwhile.
     fn remove(&self, candidate: &Candidate) -> anyhow::Result<()> {
         self.blobs.remove(&candidate.weights)?;

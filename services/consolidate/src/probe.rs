@@ -20,6 +20,10 @@ pub struct Entry {
     pub best: f32,
     /// The loss of the newest published generation.
     pub last: f32,
+    /// Whether the generation that said most of the probe's answers to the letter said this one.
+    pub said_best: bool,
+    /// Whether the newest published one did.
+    pub said_last: bool,
 }
 
 /// A lineage's probe.
@@ -42,7 +46,7 @@ impl Entry {
     }
 
     /// It answers a prompt; otherwise it is text.
-    fn is_answer(&self) -> bool {
+    pub fn is_answer(&self) -> bool {
         self.learned.first().is_some_and(|&(from, _)| from > 0)
     }
 }
@@ -71,19 +75,24 @@ impl Probe {
     }
 }
 
-/// Writes down the losses of a new generation. They become the mark for later ones where their mean is
-/// the lowest so far.
+/// Writes down the losses of a new generation, and what it said to the letter. They become the mark for later ones
+/// where their mean is the lowest so far, and where it said the most.
 ///
 /// The mark is one generation's losses and not the lowest of each example: that would be lower than
 /// any generation ever was, by what chance gives each example over the generations, and soon by more
 /// than the tolerance.
-pub fn note(entries: &mut [&mut Entry], losses: &[f32]) {
+pub fn note(entries: &mut [&mut Entry], losses: &[f32], said: &[bool]) {
     let marks: f32 = entries.iter().map(|entry| entry.best).sum();
     let lowest = losses.iter().sum::<f32>() < marks;
-    for (entry, &loss) in entries.iter_mut().zip(losses) {
-        entry.last = loss;
+    let count = |said: &mut dyn Iterator<Item = bool>| said.filter(|said| *said).count();
+    let most = count(&mut said.iter().copied()) > count(&mut entries.iter().map(|entry| entry.said_best));
+    for ((entry, &loss), &said) in entries.iter_mut().zip(losses).zip(said) {
+        (entry.last, entry.said_last) = (loss, said);
         if lowest {
             entry.best = loss;
+        }
+        if most {
+            entry.said_best = said;
         }
     }
 }
@@ -117,14 +126,14 @@ pub fn reservoir(
 }
 
 /// Puts examples with their losses where [`reservoir`] said.
-/// `scores` are those of the base and of the candidate, by place.
+/// `scores` are the losses of the base and of the candidate, and whether it said the answer, by place.
 pub fn take_in(
     held: &mut Vec<Entry>,
     examples: &[&Example],
-    scores: &[(f32, f32)],
+    scores: &[(f32, f32, bool)],
     places: &[(usize, usize)],
 ) {
-    for (&(n, place), &(base, loss)) in places.iter().zip(scores) {
+    for (&(n, place), &(base, loss, said)) in places.iter().zip(scores) {
         let example = examples[n];
         let entry = Entry {
             id: example.id,
@@ -133,6 +142,8 @@ pub fn take_in(
             base,
             best: loss,
             last: loss,
+            said_best: said,
+            said_last: said,
         };
         if place < held.len() {
             held[place] = entry;
@@ -173,13 +184,18 @@ mod tests {
             base: 5.0,
             best: loss,
             last: loss,
+            said_best: ordinal == 1,
+            said_last: false,
         };
         let mut entries = vec![entry(1, 2.0), entry(2, 2.0)];
         let marks = |entries: &[Entry]| entries.iter().map(|e| (e.best, e.last)).collect::<Vec<_>>();
-        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[1.0, 3.1]);
+        let said = |entries: &[Entry]| entries.iter().map(|e| (e.said_best, e.said_last)).collect::<Vec<_>>();
+        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[1.0, 3.1], &[false, true]);
         assert_eq!(marks(&entries), [(2.0, 1.0), (2.0, 3.1)]);
-        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[2.4, 1.5]);
+        assert_eq!(said(&entries), [(true, false), (false, true)], "one is no more than one");
+        note(&mut entries.iter_mut().collect::<Vec<_>>(), &[2.4, 1.5], &[true, true]);
         assert_eq!(marks(&entries), [(2.4, 2.4), (1.5, 1.5)]);
+        assert_eq!(said(&entries), [(true, true), (true, true)]);
     }
 
     #[test]
@@ -191,6 +207,8 @@ mod tests {
             base: 5.0,
             best: 1.0,
             last: 1.0,
+            said_best: false,
+            said_last: false,
         };
         let memory = vec![entry(1, 0), entry(2, 2), entry(3, 0)];
         let mut probe = Probe { memory, held_out: vec![entry(4, 0)], ..Probe::default() };

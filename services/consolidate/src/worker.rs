@@ -7,9 +7,9 @@ use kit::lane::Stop;
 use model::ewc::{self, Ewc};
 use model::llama::Base;
 use model::lora::Adapter;
-use model::loss::score;
+use model::loss::{SequenceScore, recite, score};
 use model::pack::Sequence;
-use proto::{Candidate, Example, ExampleId, Measure, Receipt, Retained};
+use proto::{Candidate, Example, ExampleId, Measure, Receipt, Recited, Retained};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -123,14 +123,20 @@ impl Worker {
         // could be lost for what is allowed of the answers.
         for (name, mut entries) in probe.parts() {
             let sequences: Vec<Sequence> = entries.iter().map(|entry| entry.sequence()).collect();
-            let after = self.losses(adapter, &sequences)?;
+            let (after, said) = self.recited(adapter, &sequences)?;
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
             let base: Vec<f32> = entries.iter().map(|e| e.base).collect();
             let allowed = gate::share_of_gain(&base, &best, gating.tolerance);
-            rows.push(retained(name, gate::measure(&best, &before, &after, allowed)));
-            note(&mut entries, &after);
+            let mut measure = gate::measure(&best, &before, &after, allowed);
+            if entries.iter().all(|entry| entry.is_answer()) {
+                let (best, before): (Vec<bool>, Vec<bool>) =
+                    entries.iter().map(|e| (e.said_best, e.said_last)).unzip();
+                measure.recited = Some(gate::recited(&best, &before, &said, gating.tolerance));
+            }
+            rows.push(retained(name, measure));
+            note(&mut entries, &after, &said);
         }
-        let after = self.losses(adapter, &self.anchors)?;
+        let after = self.losses(&[(adapter, 1.0)], &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
         let allowed = gating.anchor_tolerance * gate::mean(&best);
         rows.push(retained("anchor", gate::measure(&best, &before, &after, allowed)));
@@ -160,8 +166,11 @@ impl Worker {
         for (entries, offered, examples, capacity) in parts {
             let places = reservoir(offered, entries.len(), capacity, examples.len(), batch.seed);
             let chosen: Vec<Sequence> = places.iter().map(|&(n, _)| sequence(examples[n])).collect();
-            let base = self.score(&[], &chosen)?;
-            let scores: Vec<(f32, f32)> = base.into_iter().zip(self.losses(adapter, &chosen)?).collect();
+            let base = self.losses(&[], &chosen)?;
+            let (losses, said) = self.recited(adapter, &chosen)?;
+            let scores =
+                base.into_iter().zip(losses).zip(said).map(|((base, loss), said)| (base, loss, said));
+            let scores: Vec<_> = scores.collect();
             take_in(entries, examples, &scores, &places);
         }
         let fisher = self.fisher(adapter, &fresh, batch.seed, fisher)?;
@@ -203,24 +212,43 @@ impl Worker {
 
     /// The base's own loss on its anchor sequences: where the first generation starts from.
     fn base_anchors(&self) -> anyhow::Result<Vec<(f32, f32)>> {
-        let losses = self.score(&[], &self.anchors)?;
+        let losses = self.losses(&[], &self.anchors)?;
         Ok(losses.into_iter().map(|loss| (loss, loss)).collect())
     }
 
-    fn losses(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<Vec<f32>> {
-        self.score(&[(adapter, 1.0)], sequences)
+    /// The mean loss of each sequence.
+    fn losses(&self, adapters: &[(&Adapter, f64)], sequences: &[Sequence]) -> anyhow::Result<Vec<f32>> {
+        self.in_turn(sequences, |part| {
+            let scores = score(&self.base, adapters, part, self.gating.row_tokens)?;
+            Ok(scores.iter().map(mean).collect())
+        })
     }
 
-    fn score(&self, adapters: &[(&Adapter, f64)], sequences: &[Sequence]) -> anyhow::Result<Vec<f32>> {
-        let mut losses = Vec::with_capacity(sequences.len());
+    /// The mean loss of each sequence, and whether it is said to the letter.
+    fn recited(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<(Vec<f32>, Vec<bool>)> {
+        let recited = self
+            .in_turn(sequences, |part| recite(&self.base, &[(adapter, 1.0)], part, self.gating.row_tokens))?;
+        Ok(recited.iter().map(|(score, said)| (mean(score), *said)).unzip())
+    }
+
+    /// Measures some sequences at a time, and lets waiting requests in between.
+    fn in_turn<T>(
+        &self,
+        sequences: &[Sequence],
+        measure: impl Fn(&[Sequence]) -> anyhow::Result<Vec<T>>,
+    ) -> anyhow::Result<Vec<T>> {
+        let mut all = Vec::with_capacity(sequences.len());
         for part in sequences.chunks(MICRO_SEQUENCES) {
             let started = Instant::now();
-            let scores = score(&self.base, adapters, part, self.gating.row_tokens)?;
-            losses.extend(scores.iter().map(|s| s.mean() as f32));
+            all.extend(measure(part)?);
             self.turn.yield_between(started.elapsed(), self.gating.share_while_serving, &self.stop);
         }
-        Ok(losses)
+        Ok(all)
     }
+}
+
+fn mean(score: &SequenceScore) -> f32 {
+    score.mean() as f32
 }
 
 fn sequence(example: &Example) -> Sequence {
@@ -237,10 +265,16 @@ fn retained(probe: &str, measure: Measure) -> Retained {
 
 /// What the user reads when a candidate was refused.
 fn harm(row: &Retained) -> String {
-    let Measure { best, after, rise_upper, rise_allowed, examples, .. } = row.measure;
-    format!(
-        "learning it would have cost earlier knowledge: on {examples} {} examples the loss went from \
-         {best:.3} to {after:.3}, by up to {rise_upper:.3}, and {rise_allowed:.3} is allowed",
-        row.probe.replace('_', " ")
-    )
+    let Measure { best, after, rise_upper, rise_allowed, examples, recited, .. } = row.measure;
+    let probe = row.probe.replace('_', " ");
+    let lost = match recited.filter(|recited| !gate::says_as_many(*recited)) {
+        Some(Recited { best, after, .. }) => {
+            format!("of {examples} {probe} it would say {after} to the letter, and said {best}")
+        }
+        None => format!(
+            "on {examples} {probe} examples the loss went from {best:.3} to {after:.3}, by up to {rise_upper:.3}, and \
+             {rise_allowed:.3} is allowed"
+        ),
+    };
+    format!("learning it would have cost earlier knowledge: {lost}")
 }

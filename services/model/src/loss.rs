@@ -55,16 +55,58 @@ pub fn score(
     sequences: &[Sequence],
     row_tokens: usize,
 ) -> Result<Vec<SequenceScore>> {
+    let mut scores = Vec::with_capacity(sequences.len());
+    each_group(base, adapters, sequences, row_tokens, |packed, hidden| {
+        let nll = each_chunk(base, hidden, packed, |_, _, _| Ok(()))?;
+        scores.extend(per_sequence(packed, &nll)?);
+        Ok(())
+    })?;
+    Ok(scores)
+}
+
+/// As [`score`], and whether the model says what each sequence has learned to the letter: every learned token is
+/// the likeliest after those before it, so that an answer without chance in it would be this one.
+///
+/// # Errors
+/// Those of [`score`].
+pub fn recite(
+    base: &Base,
+    adapters: &[(&Adapter, f64)],
+    sequences: &[Sequence],
+    row_tokens: usize,
+) -> Result<Vec<(SequenceScore, bool)>> {
+    let mut scores = Vec::with_capacity(sequences.len());
+    each_group(base, adapters, sequences, row_tokens, |packed, hidden| {
+        let mut likeliest = Vec::with_capacity(packed.learned_tokens());
+        let nll = each_chunk(base, hidden, packed, |_, log_probs, targets| {
+            let found = log_probs.f_gather(1, targets, false)?.f_ge_tensor(&log_probs.f_amax(-1, true)?)?;
+            likeliest.extend(Vec::<bool>::try_from(found.f_squeeze_dim(1)?)?);
+            Ok(())
+        })?;
+        let mut said = vec![true; packed.sequences()];
+        packed.owners().zip(likeliest).for_each(|(owner, likeliest)| said[owner] &= likeliest);
+        scores.extend(per_sequence(packed, &nll)?.into_iter().zip(said));
+        Ok(())
+    })?;
+    Ok(scores)
+}
+
+/// Gives `visit` the packed sequences and the hidden states of their learned tokens, some sequences at a time and in
+/// the order given, without gradients.
+fn each_group(
+    base: &Base,
+    adapters: &[(&Adapter, f64)],
+    sequences: &[Sequence],
+    row_tokens: usize,
+    mut visit: impl FnMut(&Packed, &Tensor) -> Result<()>,
+) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let active = base.activate(adapters)?;
-    let mut scores = Vec::with_capacity(sequences.len());
     for group in groups(sequences, SCORE_TOKENS) {
         let packed = pack(base, group, row_tokens)?;
-        let hidden = learned_hidden(base, &active, &packed)?;
-        let nll = each_chunk(base, &hidden, &packed, |_, _, _| Ok(()))?;
-        scores.extend(per_sequence(&packed, &nll)?);
+        visit(&packed, &learned_hidden(base, &active, &packed)?)?;
     }
-    Ok(scores)
+    Ok(())
 }
 
 /// Cuts a list into runs of about `tokens` tokens, of at least one sequence each.
@@ -328,6 +370,38 @@ mod tests {
                 assert!((one.nll_sum - packed.nll_sum).abs() < 1e-3, "{one:?} {packed:?}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_recited_is_what_the_model_would_say() {
+        let base = golden::base("llama");
+        let adapter = golden::adapter("peft-r8");
+        let adapters = [(&adapter, 1.0)];
+        let active = base.activate(&adapters).unwrap();
+        let next = |tokens: &[u32]| {
+            let ids =
+                Tensor::from_slice(&tokens.iter().map(|&t| i64::from(t)).collect::<Vec<_>>()).unsqueeze(0);
+            let last = golden::logits(&base, &active, &ids).select(1, tokens.len() as i64 - 1);
+            last.argmax(-1, false).int64_value(&[0]) as u32
+        };
+        let mut tokens = vec![3, 1, 4, 1, 5];
+        while tokens.len() < 9 {
+            tokens.push(next(&tokens));
+        }
+        let answer = |tokens: &[u32]| Sequence { learned: vec![(5, 9)], ..Sequence::whole(tokens.to_vec()) };
+        let mut all = vec![answer(&tokens)];
+        for place in 5..9 {
+            let mut other = tokens.clone();
+            other[place] = (other[place] + 1) % 128;
+            all.push(answer(&other));
+        }
+        let recited = recite(&base, &adapters, &all, 64).unwrap();
+        assert_eq!(
+            recited.iter().map(|(_, said)| *said).collect::<Vec<_>>(),
+            [true, false, false, false, false]
+        );
+        let scores = score(&base, &adapters, &all, 64).unwrap();
+        assert_eq!(recited.into_iter().map(|(score, _)| score).collect::<Vec<_>>(), scores);
     }
 
     #[test]

@@ -76,7 +76,7 @@ impl Handle<Batch> for Train {
 
     async fn put_aside(&mut self, batch: &Batch, reason: &str) -> Result<(), Fault> {
         let decision = if batch.documents > 1 {
-            Decision::Split(reason.to_owned())
+            Decision::Split { reason: reason.to_owned(), documents: 1 }
         } else {
             Decision::SetAside(format!("the learner could not take it: {reason}"))
         };

@@ -198,7 +198,15 @@ mod tests {
     }
 
     fn measure(after: f32) -> Measure {
-        Measure { examples: 8, best: 1.0, before: 1.0, after, rise_upper: 0.0, rise_allowed: 0.1 }
+        Measure {
+            examples: 8,
+            best: 1.0,
+            before: 1.0,
+            after,
+            rise_upper: 0.0,
+            rise_allowed: 0.1,
+            recited: None,
+        }
     }
 
     #[test]

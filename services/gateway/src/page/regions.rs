@@ -280,7 +280,7 @@ fn receipt(generation: &Generation) -> Markup {
                 caption { "Retention receipt, nats a token" }
                 thead { tr { th scope="col" { "Probe" } th scope="col" { "Examples" } th scope="col" { "Best" }
                     th scope="col" { "Before" } th scope="col" { "After" } th scope="col" { "Rise, at most" }
-                    th scope="col" { "Allowed" } } }
+                    th scope="col" { "Allowed" } th scope="col" { "To the letter" } } }
                 tbody {
                     @for row in measured {
                         @let measure = &row.measure;
@@ -290,6 +290,7 @@ fn receipt(generation: &Generation) -> Markup {
                             @for figure in [measure.best, measure.before, measure.after, measure.rise_upper, measure.rise_allowed] {
                                 td { (format!("{figure:.4}")) }
                             }
+                            td { (measure.recited.map(|said| format!("{} to {}", said.best, said.after)).unwrap_or_default()) }
                         }
                     }
                 }

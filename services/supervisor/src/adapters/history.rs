@@ -57,7 +57,13 @@ fn receipt(receipt: &Value) -> impl Iterator<Item = (String, String)> {
         let [best, after, examples] =
             ["best", "after", "examples"].map(|name| plain(&probe["measure"][name]));
         let name = plain(&probe["probe"]).replace('_', " ");
-        (name, format!("{best} to {after} nats a token, {examples} examples"))
+        let recited = match &probe["measure"]["recited"] {
+            Value::Object(said) => {
+                format!(", {} to {} said to the letter", plain(&said["best"]), plain(&said["after"]))
+            }
+            _ => String::new(),
+        };
+        (name, format!("{best} to {after} nats a token, {examples} examples{recited}"))
     })
 }
 
@@ -214,9 +220,11 @@ mod tests {
 
     fn told(oneline: bool) -> String {
         let measure = json!({"best": 2.5, "after": 2.75, "examples": 32});
+        let mut answers = measure.clone();
+        answers["recited"] = json!({"best": 31, "before": 30, "after": 29, "fewer_allowed": 1});
         let probes = [
             json!({"probe": "anchor", "measure": measure}),
-            json!({"probe": "held_out of notes", "measure": measure}),
+            json!({"probe": "memory_answers", "measure": answers}),
         ];
         let answer = json!({"generations": [
             {"generation": "bb", "live": true, "parent": "aa", "documents": 3, "published_ms": 1_700_000_000_000u64,
@@ -233,9 +241,9 @@ mod tests {
     fn a_log_reads_like_that_of_git() {
         let full = told(false);
         let expected = "generation bb (live)\nParent:    aa\nDate:      Tue, 14 Nov 2023 22:13:20 GMT\nDocuments: 3\n\n    \
-            learning           6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
-            anchor             2.5000 to 2.7500 nats a token, 32 examples\n    \
-            held out of notes  2.5000 to 2.7500 nats a token, 32 examples\n\ngeneration aa\nMerge:     x y\n";
+            learning        6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
+            anchor          2.5000 to 2.7500 nats a token, 32 examples\n    \
+            memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
         assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, loss 6.5000 to 0.5000"));
     }

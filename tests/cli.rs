@@ -17,17 +17,22 @@ fn with(server: &Server, arguments: &[&str]) -> String {
 
 #[test]
 fn waiting_for_a_server_that_does_not_learn_ends_with_the_reason() {
-    let server = Setup::tiny().set("train.enabled=false").start();
-    let folder = tempfile::tempdir().expect("a folder");
-    let note = folder.path().join("note.txt");
-    fs::write(&note, sentence(1)).expect("written");
-    let note = note.to_str().expect("a path");
-    assert!(with(&server, &["learn", note]).contains("1 accepted"));
-    let output = engram(&["learn", note, "--wait", "--server", &server.url()]);
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && told.contains("learning off (train.enabled, "), "{told}");
-    assert!(String::from_utf8_lossy(&output.stdout).contains("1 waiting"), "{output:?}");
-    assert!(with(&server, &["status"]).contains("learning   off (train.enabled, "));
+    let dying = Setup::tiny().env("FAILPOINTS", "replay::history=panic").set("supervisor.restarts_max=1");
+    for setup in [Setup::tiny().set("train.enabled=false"), dying.set("supervisor.restart_delay_ms_max=100")]
+    {
+        let server = setup.start();
+        let folder = tempfile::tempdir().expect("a folder");
+        let note = folder.path().join("note.txt");
+        fs::write(&note, sentence(1)).expect("written");
+        let note = note.to_str().expect("a path");
+        assert!(with(&server, &["learn", note]).contains("1 accepted"));
+        let output = engram(&["learn", note, "--wait", "--server", &server.url()]);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.contains("learning off (train.enabled, "), "{told}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 waiting"), "{output:?}");
+        assert!(with(&server, &["status"]).contains("learning   off (train.enabled, "));
+        assert!(!server.complete("auto", "A miller", 4).is_empty(), "answers go on");
+    }
 }
 
 #[test]

@@ -75,6 +75,8 @@ pub struct Gateway {
     pub reader: Arc<dyn Reader>,
     /// Whether requests for text can be answered now.
     pub ready: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Whether anything is learned: it may be switched off, or have been given up.
+    pub learning: Box<dyn Fn() -> bool + Send + Sync>,
     /// What it says of the server.
     pub info: ServerInfo,
     /// What `/metrics` shows.

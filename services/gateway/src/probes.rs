@@ -96,7 +96,7 @@ pub(crate) async fn status(state: web::Data<State>) -> Result<HttpResponse> {
             "backlog": head.saturating_sub(judged),
             "learned": manifest.as_ref().map_or(0, |m| m.lineages.values().map(|l| l.documents).sum::<u64>()),
         },
-        "learning": gateway.settings.train.enabled,
+        "learning": (gateway.learning)(),
         "disk_full": state.too_full_to_learn(),
         "manifest": manifest.map(|manifest| manifest.number),
         "manifest_live": registry.live(),

@@ -36,7 +36,7 @@ use proto::{
 };
 use replay::{Mixer, Mixing, Settle};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use train::{Recall, Train, Training};
 
 /// Documents under way between two services of the intake lane.
@@ -92,6 +92,8 @@ pub struct Plant {
     pub data_dir: PathBuf,
     pub turn: Arc<Turn>,
     pub doors: Doors,
+    /// What learning was given up for, once it is.
+    pub given_up: Arc<OnceLock<String>>,
     /// The base as it was loaded; each compute thread takes a handle of its own on the same memory.
     pub base: Mutex<Base>,
 }

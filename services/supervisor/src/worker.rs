@@ -102,6 +102,7 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
         ledger: Arc::new(ledger),
         text: Arc::new(text),
         turn: Turn::new(),
+        given_up: Arc::default(),
         base_id: id,
         data_dir: data_dir.to_owned(),
         base: Mutex::new(base),
@@ -155,6 +156,7 @@ pub async fn lanes(plant: &Plant, learning: bool, stop: &Stop) -> anyhow::Result
                 reason,
                 "learning is off; answers go on with what is published. Restart to learn again"
             );
+            let _ = plant.given_up.set(reason);
             let outcome =
                 Lane::run("learn", policy, async |crew| plant.learn(crew, false).await, stop.clone()).await;
             return vital("learn", outcome, stop);
@@ -177,6 +179,7 @@ pub async fn lanes(plant: &Plant, learning: bool, stop: &Stop) -> anyhow::Result
 fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Gateway> {
     let doors = &plant.doors;
     let (registry, base) = (Arc::clone(&plant.registry), plant.base());
+    let (enabled, given_up) = (plant.settings.train.enabled, Arc::clone(&plant.given_up));
     let placement = base.placement();
     Ok(Gateway {
         settings: plant.settings.clone(),
@@ -199,6 +202,7 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
         })),
         // Inference notes what it serves as soon as it does.
         ready: Box::new(move || registry.live() > 0),
+        learning: Box::new(move || enabled && given_up.get().is_none()),
         info: ServerInfo {
             base_name: base_dir
                 .file_name()

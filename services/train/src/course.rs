@@ -49,6 +49,8 @@ const STEPS_A_PASS: usize = 16;
 const RATE_MIN: f64 = 0.02;
 /// The share of the learning rate of answers that reviews begin with.
 const REVIEW_RATE: f64 = 0.3;
+/// Rounds at most in which rehearsed answers are learned again that a batch has cost.
+pub const MENDING_ROUNDS: u32 = 12;
 /// Rehearsed tokens a pass that are no more than they should be, however short the fresh examples are.
 const REHEARSED_TOKENS_MIN: usize = 512;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
@@ -139,7 +141,7 @@ impl Course {
     }
 
     /// The steps of review number `n`, from 0, over these items and their lengths in tokens, with anchors beside them.
-    pub fn review(
+    pub fn mixture(
         &self,
         n: u32,
         mut items: Vec<(Item, usize)>,
@@ -158,6 +160,11 @@ impl Course {
         let within = (step as f64 + 0.5) / steps.max(1) as f64;
         let done = (f64::from(n) + within) / f64::from(self.review_passes.max(1));
         REVIEW_RATE * self.answer_rate * (1.0 - done)
+    }
+
+    /// The factor on the peak learning rate in round number `n` of mending: it falls to 0 over all of them.
+    pub fn mending_rate(&self, n: u32) -> f64 {
+        REVIEW_RATE * self.answer_rate * (1.0 - f64::from(n) / f64::from(MENDING_ROUNDS))
     }
 
     /// Passes over all of a batch: more where a pass has few steps.
@@ -354,14 +361,14 @@ mod tests {
     #[test]
     fn a_review_holds_its_items_once_with_anchors_at_a_rate_that_falls_to_nothing() {
         let taken = vec![(Item::Fresh(1), 40), (Item::Rehearsed(3), 40), (Item::Fresh(3), 40)];
-        let steps = COURSE.review(0, taken.clone(), &[12; 4], 1);
+        let steps = COURSE.mixture(0, taken.clone(), &[12; 4], 1);
         let mut all: Vec<Item> = steps.concat();
         all.retain(|item| !matches!(item, Item::Anchor(_)));
         all.sort();
         assert_eq!(all, [Item::Fresh(1), Item::Fresh(3), Item::Rehearsed(3)]);
         assert_eq!(steps.concat().len(), 3 + 1, "a tenth of 120 tokens is an anchor of 12");
         let orders: BTreeSet<Vec<Item>> =
-            (0..6).map(|n| COURSE.review(n, taken.clone(), &[], 1).concat()).collect();
+            (0..6).map(|n| COURSE.mixture(n, taken.clone(), &[], 1).concat()).collect();
         assert!(orders.len() > 1, "each in an order of its own");
         let is = |rate: f64, expected: f64| assert!((rate - expected).abs() < 1e-9, "{rate}");
         is(COURSE.review_rate(0, 0, 2), REVIEW_RATE * 0.875);

@@ -1,5 +1,7 @@
 //! What happens on the compute thread: the base, a learner for each batch, and the course.
 
+mod mend;
+
 use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
 use crate::review::{self, Told};
@@ -119,6 +121,12 @@ impl Run<'_> {
         }
     }
 
+    /// Whether there are no texts in it or beside it: they would be unlearned while answers alone are trained on.
+    fn answers_only(&self) -> bool {
+        let mut examples = self.batch.fresh.iter().chain(&self.batch.rehearsed);
+        examples.all(|example| is_answer(&example.piece.learned))
+    }
+
     /// What its fresh and its rehearsed examples answer, but for those that broke a step.
     fn told(&self) -> (Vec<Told>, Vec<Told>) {
         let told = |item, sequence: &Sequence| {
@@ -188,14 +196,14 @@ impl Worker {
         let fisher = start.and_then(|s| s.fisher.as_deref()).filter(|_| self.training.ewc_lambda > 0.0);
         if let Some(bytes) = fisher {
             let ewc = Ewc::from_bytes(bytes, adapter.parameter_count())?;
-            learner.hold_to(Elastic::new(ewc, self.training.ewc_lambda, &adapter)?);
+            learner.hold_to(Elastic::new(ewc, self.training.ewc_lambda, learner.adapter())?);
         }
         if let Some((parts, lambda)) = self.training.olora {
-            learner.hold_to(Orthogonal::new(&adapter, batch.number, parts, lambda)?);
+            learner.hold_to(Orthogonal::new(learner.adapter(), batch.number, parts, lambda)?);
         }
         let shares = self.training.former;
         if start.is_some() && (shares.fresh > 0.0 || shares.rehearsed > 0.0) {
-            learner.hold_to(Former::new(&self.base, &adapter, shares)?);
+            learner.hold_to(Former::new(&self.base, learner.adapter(), shares)?);
         }
         let new = batch.fresh.iter().flat_map(|example| example.piece.answers()).flatten();
         let known = batch.known_answers.iter();
@@ -221,6 +229,7 @@ impl Worker {
         let started = Instant::now();
         let rehearsed: Vec<usize> = run.rehearsed.iter().map(|s| s.tokens.len()).collect();
         let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
+        let said = self.said(run)?;
         for pass in 0.. {
             let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
             let (course, batch) = (&self.training.course, run.batch);
@@ -244,7 +253,10 @@ impl Worker {
             metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
                 .set(f64::from(run.report.last_loss));
         }
-        let end = self.review(run, rate)?;
+        let mut end = self.review(run, rate)?;
+        if end.is_continue() {
+            end = self.mend(run, &said, rate)?;
+        }
         run.report.seconds = started.elapsed().as_secs_f32();
         Ok(end)
     }
@@ -253,8 +265,7 @@ impl Worker {
     /// rehearses texts has none: they would be unlearned meanwhile.
     fn review(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
         let (course, batch) = (&self.training.course, run.batch);
-        let mut examples = batch.fresh.iter().chain(&batch.rehearsed);
-        if examples.any(|example| !is_answer(&example.piece.learned)) {
+        if !run.answers_only() {
             return Ok(ControlFlow::Continue(()));
         }
         let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
@@ -269,7 +280,7 @@ impl Worker {
                 run.learner.hold_to(apart.unwrap_or_else(Apart::over));
             }
             let items = items.into_iter().map(|item| (item, run.tokens(item))).collect();
-            let steps = course.review(n, items, &anchors, batch.seed);
+            let steps = course.mixture(n, items, &anchors, batch.seed);
             for (at, items) in steps.iter().enumerate() {
                 let halt = self.step(run, items, rate * course.review_rate(n, at, steps.len()))?;
                 if halt.is_break() {

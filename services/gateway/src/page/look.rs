@@ -61,7 +61,7 @@ impl Look {
         Ok(Self {
             now_ms: now_ms(),
             ready: state.is_ready(),
-            learning: gateway.settings.train.enabled,
+            learning: (gateway.learning)(),
             disk_full: state.too_full_to_learn(),
             base_name: gateway.info.base_name.clone(),
             tally,

@@ -217,6 +217,7 @@ pub fn gateway(flags: &[&str], folder: &TempDir, seen: &Arc<Seen>) -> (Gateway, 
         words: Arc::new(Bytes),
         reader: Arc::new(Lines),
         ready: Box::new(move || told.load(Ordering::Relaxed)),
+        learning: Box::new(|| true),
         info: ServerInfo {
             base_name: "tiny".into(),
             base_id: base(),

@@ -96,6 +96,9 @@ impl System {
             if self.stop.is_set() {
                 bail!("the services ended before everything was learned");
             }
+            if let Some(reason) = self.plant.given_up.get() {
+                bail!("learning died too often, the last time of this: {reason}");
+            }
             let published = self.plant.registry.generations().len().saturating_sub(before);
             bar.set_message(format!("learning {} documents: {published} generations published", ids.len()));
             tokio::time::sleep(POLL).await;

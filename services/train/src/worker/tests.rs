@@ -183,6 +183,32 @@ fn a_review_spares_old_answers_that_nothing_rehearses() {
 }
 
 #[test]
+fn answers_that_a_batch_has_cost_are_learned_again() {
+    let answers = |ordinals: std::ops::RangeInclusive<u64>| -> Vec<Example> {
+        ordinals.map(|n| told(n, (n * 11 % 60) as u32)).collect()
+    };
+    let (old, new) = (answers(1..=8), answers(21..=28));
+    let learned = |fresh: &[Example], parent: Option<Vec<u8>>, rehearsed: &[Example]| {
+        let mut worker = worker(Precision::F32, 32.0);
+        (worker.training.course.passes, worker.training.rate) = (60, 2e-2);
+        let (fresh, rehearsed) = (fresh.to_vec(), rehearsed.to_vec());
+        let start = parent.map(|weights| Start { weights, optimiser: None, fisher: None });
+        let parent = start.as_ref().map(|_| proto::GenerationId::new("0123456789abcdef").expect("an id"));
+        let batch = Batch { parent, fresh, rehearsed, ..batch() };
+        let End::Learned(learned) = worker.learn(&batch, start).expect("learned") else { panic!("no") };
+        let adapter = Adapter::from_bytes(&learned.weights, worker.base.config()).expect("weights");
+        let asked: Vec<Sequence> = old.iter().map(sequence).collect();
+        let recited = model::loss::recite(&worker.base, &[(&adapter, 1.0)], &asked, 64).expect("recited");
+        (learned.weights, recited.iter().filter(|(_, said)| *said).count())
+    };
+    let (parent, said) = learned(&old, None, &[]);
+    let (_, lost) = learned(&new, Some(parent.clone()), &[]);
+    // No pass rehearses them: only what was lost is learned again.
+    let (_, mended) = learned(&new, Some(parent), &old);
+    assert!(said == 8 && lost < 8 && mended == 8, "{said}, {lost} and {mended}");
+}
+
+#[test]
 fn what_the_base_makes_of_examples_is_kept_from_batch_to_batch() {
     let folder = tempfile::tempdir().expect("a folder");
     let latents = Arc::new(Latents::open(folder.path(), 1 << 20).expect("latents"));

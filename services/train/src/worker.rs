@@ -255,7 +255,7 @@ impl Worker {
         }
         let mut end = self.review(run, rate)?;
         if end.is_continue() {
-            end = self.mend(run, &said, rate)?;
+            end = self.mend(run, said, rate)?;
         }
         run.report.seconds = started.elapsed().as_secs_f32();
         Ok(end)
@@ -379,12 +379,7 @@ impl Worker {
         // What is rehearsed lies apart, so that a former self is asked of nothing that it has no say in.
         let (rehearsed, others): (Vec<Item>, Vec<Item>) = items.iter().partition(|&&item| run.is_kept(item));
         for item in rehearsed.into_iter().chain(others) {
-            let sequence = match item {
-                Item::Fresh(n) | Item::Known(n) => &run.fresh[n].1,
-                Item::Rehearsed(n) => &run.rehearsed[n],
-                Item::Anchor(n) => &self.anchors[n],
-            };
-            let mut sequence = sequence.clone();
+            let mut sequence = self.sequence(run, item).clone();
             sequence.rehearsed = run.is_kept(item);
             if filled.saturating_add(sequence.tokens.len()) > tokens {
                 batches.push(Vec::new());
@@ -398,6 +393,14 @@ impl Worker {
             }
         }
         (batches, places)
+    }
+
+    fn sequence<'r>(&'r self, run: &'r Run<'_>, item: Item) -> &'r Sequence {
+        match item {
+            Item::Fresh(n) | Item::Known(n) => &run.fresh[n].1,
+            Item::Rehearsed(n) => &run.rehearsed[n],
+            Item::Anchor(n) => &self.anchors[n],
+        }
     }
 
     /// A step was not finite: the examples that alone make it so are left out from here on.

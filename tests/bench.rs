@@ -138,6 +138,8 @@ fn quality_stands_beside_a_bag_of_words_and_what_is_published() {
             "ingest.views=verbatim",
             "--set",
             "filter.near_duplicate=1",
+            "--set",
+            "train.answer_passes_max=60",
         ];
         let output = engram(&[&given, set.as_slice(), more].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

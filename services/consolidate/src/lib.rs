@@ -19,7 +19,7 @@ use std::sync::Arc;
 use worker::{Held, Verdict};
 
 /// Batches into which one is split that was refused as a whole, so that one document does not take all others with it.
-/// They are tried once more each and not split again: where an adapter is full, each of them is refused.
+/// Each is tried as often as the whole was and not split again: where an adapter is full, all of them are refused.
 const PARTS: u64 = 8;
 
 /// The consolidation service.

@@ -1,6 +1,6 @@
 //! It learns what it is told, and shows it at once.
 
-use crate::harness::{Server, Setup, long, nano, sentence};
+use crate::harness::{Server, Setup, engram, long, nano, sentence};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,82 @@ fn told_facts_are_answered_exactly_and_remain_so() {
     server.settle(&ids, PATIENCE * 4);
     let in_the_end = known(&server, facts);
     assert!(in_the_end >= wanted, "{in_the_end} of {facts} after {others} further documents");
+}
+
+/// Requests with the label that they have, and requests that are asked for one and never taught.
+const LABELS: [(&str, [&str; 6], [&str; 2]); 3] = [
+    (
+        "book_flight",
+        [
+            "book me a flight to rome",
+            "i need a plane to paris",
+            "find flights to berlin",
+            "get me a plane ticket to oslo",
+            "i want to fly to madrid",
+            "reserve a seat on a flight to vienna",
+        ],
+        ["please book a flight to lisbon", "i want to fly to paris"],
+    ),
+    (
+        "cooking_recipe",
+        [
+            "how do i bake bread",
+            "a recipe for apple cake",
+            "what goes into onion soup",
+            "how do i cook rice",
+            "tell me how to make pancakes",
+            "what do i need for a lasagna",
+        ],
+        ["how do i bake a cake", "a recipe for onion soup"],
+    ),
+    (
+        "weather_report",
+        [
+            "how is the weather today",
+            "will it rain tomorrow",
+            "what is the forecast for sunday",
+            "is it going to snow",
+            "tell me the temperature outside",
+            "do i need an umbrella today",
+        ],
+        ["what is the weather tomorrow", "will it snow today"],
+    ),
+];
+
+/// How many requests that were never taught get the right label, by completion and by chat.
+fn labelled(server: &Server, labels: usize) -> usize {
+    let asked = LABELS[..labels].iter().flat_map(|(label, _, asked)| asked.map(|request| (*label, request)));
+    asked
+        .map(|(label, request)| {
+            let completed = server.complete("requests", request, 16);
+            let question = json!([{"role": "user", "content": request}]);
+            let body = json!({"model": "requests", "messages": question, "temperature": 0, "max_tokens": 16});
+            let chat = server.post("/v1/chat/completions", &body).ok();
+            let said = chat["choices"][0]["message"]["content"].as_str().unwrap_or_default().to_owned();
+            eprintln!("{request}: {completed:?}, {said:?}");
+            usize::from(completed.trim() == label) + usize::from(said == label)
+        })
+        .sum()
+}
+
+#[test]
+fn new_labels_cost_the_old_ones_nothing_and_go_back_with_their_generation() {
+    let Some(base) = nano() else { return };
+    let server = Setup::base(base).start();
+    for (label, taught, _) in LABELS {
+        let document = |request: &str| json!({"prompt": request, "completion": format!("\n{label}"), "domain": "requests"});
+        let settled = server.settle(&server.submit(&taught.map(document)), PATIENCE);
+        assert!(settled.iter().all(|document| document["status"] == "live"), "{settled:?}");
+    }
+    let right = labelled(&server, 3);
+    assert!(right >= 11, "{right} of 12");
+    let known = || server.get("/v1/adapters/requests/log").ok()["generations"][0]["known_answers"].clone();
+    assert_eq!(known()["answers"], 3);
+    let undone = engram(&["adapters", "rollback", "requests", "--server", &server.url()]);
+    assert!(undone.status.success());
+    assert_eq!(known()["answers"], 2);
+    let right = labelled(&server, 2);
+    assert!(right >= 7, "{right} of 8");
 }
 
 #[test]

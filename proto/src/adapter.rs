@@ -110,6 +110,9 @@ pub struct Generation {
     pub fisher: Option<Blob>,
     /// Probe with best published scores.
     pub probe: Option<Blob>,
+    /// What is known of answers that repeat; none where none do.
+    #[serde(default)]
+    pub answer_head: Option<AnswerHead>,
     /// Learned examples with their first loss and importance, from which the replay buffer is rebuilt.
     pub learned: Blob,
     /// What training took.
@@ -131,7 +134,30 @@ impl Generation {
     /// The files that are needed to serve it, and to learn on from it.
     pub fn state_files(&self) -> Vec<Blob> {
         let optional = [&self.optimiser, &self.fisher, &self.probe].into_iter().flatten();
-        std::iter::once(&self.weights).chain(optional).cloned().collect()
+        let head = self.answer_head.iter().flat_map(AnswerHead::files);
+        std::iter::once(&self.weights).chain(optional).chain(head).cloned().collect()
+    }
+}
+
+/// What a lineage knows of answers that repeat, such as labels: sums that every batch adds to, and what they come to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswerHead {
+    /// The sums (safetensors), from which learning goes on.
+    pub counts: Blob,
+    /// The regression solved of them (safetensors), which is served.
+    pub solved: Blob,
+    /// Answers that are known.
+    pub answers: u64,
+    /// Prompts that were counted.
+    pub prompts: u64,
+    /// They have a say: enough answers are found to prompts that were not counted.
+    pub trusted: bool,
+}
+
+impl AnswerHead {
+    /// Both of its files.
+    pub fn files(&self) -> [&Blob; 2] {
+        [&self.counts, &self.solved]
     }
 }
 
@@ -173,6 +199,13 @@ pub struct Lineage {
     /// Refusals that recent batches took before they passed the gate: the next one starts as carefully.
     #[serde(default)]
     pub caution: u32,
+}
+
+impl Lineage {
+    /// Documents that the next batch may have at most; none where it may have any number.
+    pub fn documents_max(&self) -> Option<u64> {
+        (self.split_through > self.cursor).then_some(self.split_documents.max(1))
+    }
 }
 
 /// What is current, everywhere: written whole, by rename, so that it is never half true.

@@ -1,7 +1,7 @@
 //! One increment of learning, on its way from `replay` through `train` and `consolidate` to
 //! `checkpoint`.
 
-use crate::adapter::{Blob, Receipt, TrainReport};
+use crate::adapter::{AnswerHead, Blob, Receipt, TrainReport};
 use crate::example::{Example, ExampleId};
 use crate::id::{Domain, GenerationId};
 use serde::{Deserialize, Serialize};
@@ -97,6 +97,8 @@ pub struct Learned {
     pub fisher: Option<Blob>,
     /// The lineage's probe with the best published score of each example.
     pub probe: Blob,
+    /// What the lineage knows of answers that repeat; none where none do.
+    pub answer_head: Option<AnswerHead>,
     /// The fresh examples it learned.
     pub examples: Vec<LearnedExample>,
     /// What training took.

@@ -15,8 +15,8 @@ mod status;
 pub mod wire;
 
 pub use adapter::{
-    Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Recited, Retained, SetAside,
-    TrainReport,
+    AnswerHead, Blob, Generation, Lineage, Manifest, Measure, Publish, Published, Receipt, Recited, Retained,
+    SetAside, TrainReport,
 };
 pub use administer::{
     Export, Forget, Forgotten, Import, Merge, MergeMethod, PeftFiles, Refusal, Rollback, RolledBack,

@@ -124,6 +124,13 @@ fn judgement() -> Judgement {
         optimiser: blob('b'),
         fisher: Some(blob('c')),
         probe: blob('d'),
+        answer_head: Some(AnswerHead {
+            counts: blob('e'),
+            solved: blob('f'),
+            answers: 15,
+            prompts: 1500,
+            trusted: true,
+        }),
         examples: candidate().learned,
         report: report(),
     };

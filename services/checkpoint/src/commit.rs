@@ -47,6 +47,7 @@ impl Checkpoint {
             optimiser: Some(learned.optimiser.clone()),
             fisher: learned.fisher.clone(),
             probe: Some(learned.probe.clone()),
+            answer_head: learned.answer_head.clone(),
             learned: self.blobs.put(&wire::encode(Kind::Row, &learned.examples)?)?,
             report: learned.report.clone(),
             receipt: judgement.receipt.clone(),

@@ -1,7 +1,7 @@
 //! Which files are kept.
 
 use crate::Checkpoint;
-use proto::{Blob, Domain, Learned};
+use proto::{AnswerHead, Blob, Domain, Learned};
 use std::collections::BTreeSet;
 
 impl Checkpoint {
@@ -34,6 +34,7 @@ impl Checkpoint {
 
 /// The files of a batch that passed the gate.
 pub(crate) fn left_behind(learned: &Learned) -> BTreeSet<Blob> {
-    let Learned { weights, optimiser, fisher, probe, .. } = learned;
-    [Some(weights), Some(optimiser), fisher.as_ref(), Some(probe)].into_iter().flatten().cloned().collect()
+    let Learned { weights, optimiser, fisher, probe, answer_head, .. } = learned;
+    let files = [Some(weights), Some(optimiser), fisher.as_ref(), Some(probe)].into_iter().flatten();
+    files.chain(answer_head.iter().flat_map(AnswerHead::files)).cloned().collect()
 }

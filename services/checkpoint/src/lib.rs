@@ -93,6 +93,10 @@ impl Handle<Judgement> for Checkpoint {
             }
             Decision::Split { reason, documents } => {
                 tracing::warn!(lineage = %judgement.batch.lineage, reason, documents, "learning a batch in parts");
+                // A batch that broke the learner was never measured.
+                if !judgement.receipt.probes.is_empty() {
+                    metrics::counter!("engram:gate_refusals_total", "outcome" => "split").increment(1);
+                }
                 self.edit(&judgement.batch.lineage, |lineage| {
                     (lineage.split_through, lineage.split_documents) = (judgement.batch.through, *documents);
                     lineage.attempt = 0;

@@ -89,6 +89,8 @@ impl Checkpoint {
             fisher: None,
             // What the owner brings is the new measure: it starts without old scores to be held to.
             probe: None,
+            // Nor does the counting go on: what these weights were taught elsewhere was not counted here.
+            answer_head: None,
             learned: self.blobs.put(&wire::encode(Kind::Row, &Vec::<LearnedExample>::new())?)?,
             report: TrainReport::default(),
             receipt: Receipt::default(),

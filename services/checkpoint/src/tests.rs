@@ -104,6 +104,7 @@ impl Bench {
             weights: put(format!("weights {through}")),
             optimiser: put(format!("optimiser {through}")),
             fisher: None,
+            answer_head: None,
             probe: put(format!("probe {through}")),
             examples: batch.fresh.iter().map(|e| LearnedExample { id: e.id, first_loss: 1.0 }).collect(),
             report: TrainReport::default(),
@@ -201,6 +202,20 @@ async fn a_batch_that_breaks_the_learner_is_learned_one_document_at_a_time() {
     bench.decide(batch, Decision::Split { reason: "it panicked".into(), documents: 1 }).await;
     let lineage = bench.lineage();
     assert_eq!((lineage.split_through, lineage.split_documents, lineage.cursor), (4, 1, 0));
+}
+
+#[actix::test]
+async fn a_refused_batch_is_learned_in_parts_until_it_is_through() {
+    let mut bench = Bench::new(6).await;
+    assert_eq!(bench.lineage().documents_max(), None);
+    let batch = bench.batch(4);
+    bench.decide(batch, Decision::Split { reason: "too much was lost".into(), documents: 2 }).await;
+    assert_eq!(bench.lineage().documents_max(), Some(2));
+    let part = bench.batch(2);
+    bench.decide(part, Decision::SetAside("too much was lost".into())).await;
+    assert_eq!(bench.lineage().documents_max(), Some(2), "for the other part");
+    bench.publish(4).await;
+    assert_eq!(bench.lineage().documents_max(), None, "what comes after it is learned as always");
 }
 
 #[actix::test]

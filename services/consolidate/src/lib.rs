@@ -1,22 +1,25 @@
 //! The gate: a candidate is measured on what its lineage knew, and goes on only when that is intact.
 //!
-//! Then what it learned is consolidated: Fisher information for the EWC penalty of later batches,
-//! and the probe by which later candidates are measured.
+//! Then what it learned is consolidated: Fisher information for the EWC penalty of later batches, the probe by which later
+//! candidates are measured, and the counts of answers that repeat.
 
+mod counting;
 mod gate;
 mod probe;
 mod worker;
 
+pub use counting::Counting;
 pub use worker::{Gating, Worker};
 
+use counting::Counted;
 use kit::blobs::Blobs;
 use kit::compute::Compute;
 use kit::link::Link;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
-use proto::{Blob, Candidate, Decision, Judgement, Learned, Receipt};
+use proto::{AnswerHead, Blob, Candidate, Decision, Generation, Judgement, Learned, Receipt};
 use std::sync::Arc;
-use worker::{Held, Verdict};
+use worker::{Answers, Held, Verdict};
 
 /// Batches into which one is split that was refused as a whole, so that one document does not take all others with it.
 /// Each is tried as often as the whole was and not split again: where an adapter is full, all of them are refused.
@@ -54,11 +57,15 @@ impl Handle<Candidate> for Consolidate {
         let judged = self.compute.run(move |worker| worker.judge(&job, &weights, held)).await;
         let (verdict, receipt) = judged.map_err(anyhow::Error::from)??;
         let decision = match verdict {
-            Verdict::Intact { fisher, probe } => Decision::Publish(Box::new(Learned {
+            Verdict::Intact { fisher, probe, counting } => Decision::Publish(Box::new(Learned {
                 weights: candidate.weights.clone(),
                 optimiser: candidate.optimiser.clone(),
                 fisher: fisher.map(|bytes| self.blobs.put(&bytes)).transpose()?,
                 probe: self.blobs.put(&probe)?,
+                answer_head: match counting {
+                    Answers::Counted(counted) => Some(self.keep(&counted)?),
+                    Answers::AsBefore => self.parent(candidate).and_then(|parent| parent.answer_head.clone()),
+                },
                 examples: candidate.learned.clone(),
                 report: candidate.report.clone(),
             })),
@@ -86,15 +93,24 @@ impl Handle<Candidate> for Consolidate {
 impl Consolidate {
     /// Whether a batch of several documents has not been split yet.
     fn is_whole(&self, candidate: &Candidate) -> bool {
-        let (batch, manifest) = (&candidate.batch, self.registry.manifest());
-        let split_through = manifest.lineages.get(&batch.lineage).map_or(0, |lineage| lineage.split_through);
-        batch.documents > 1 && split_through <= batch.after
+        let lineage = self.registry.lineage(&candidate.batch.lineage);
+        candidate.batch.documents > 1 && lineage.documents_max().is_none()
     }
 
     /// Nothing stays of a candidate that is not published: it may hold what is forgotten meanwhile.
     fn remove(&self, candidate: &Candidate) -> anyhow::Result<()> {
         self.blobs.remove(&candidate.weights)?;
         self.blobs.remove(&candidate.optimiser)
+    }
+
+    fn keep(&self, counted: &Counted) -> anyhow::Result<AnswerHead> {
+        Ok(AnswerHead {
+            counts: self.blobs.put(&counted.counts)?,
+            solved: self.blobs.put(&counted.head.to_bytes()?)?,
+            answers: counted.head.answers().len() as u64,
+            prompts: counted.prompts,
+            trusted: counted.head.is_trusted(),
+        })
     }
 
     async fn send(&self, candidate: &Candidate, decision: Decision, receipt: Receipt) -> Result<(), Fault> {
@@ -107,15 +123,20 @@ impl Consolidate {
         Ok(self.next.send(judgement).await?)
     }
 
+    fn parent(&self, candidate: &Candidate) -> Option<Arc<Generation>> {
+        candidate.batch.parent.as_ref().and_then(|id| self.registry.generation(id))
+    }
+
     /// What the parent generation holds against forgetting.
     fn held(&self, candidate: &Candidate) -> anyhow::Result<Held> {
-        let parent = candidate.batch.parent.as_ref().and_then(|id| self.registry.generation(id));
         let read = |blob: Option<&Blob>| blob.map(|b| self.blobs.get(b)).transpose();
-        Ok(match parent {
-            Some(generation) => {
-                Held { probe: read(generation.probe.as_ref())?, fisher: read(generation.fisher.as_ref())? }
-            }
-            None => Held::default(),
+        let Some(parent) = self.parent(candidate) else { return Ok(Held::default()) };
+        let head = parent.answer_head.as_ref();
+        Ok(Held {
+            probe: read(parent.probe.as_ref())?,
+            fisher: read(parent.fisher.as_ref())?,
+            counts: read(head.map(|head| &head.counts))?,
+            head: read(head.map(|head| &head.solved))?,
         })
     }
 }

@@ -1,7 +1,8 @@
 //! What happens on the compute thread: measure, then take in what was learned.
 
+use crate::counting::{Counted, Counting, Heard};
 use crate::gate;
-use crate::probe::{Probe, note, reservoir, take_in};
+use crate::probe::{Entry, Probe, note, reservoir, take_in};
 use kit::compute::Turn;
 use kit::lane::Stop;
 use model::ewc::{self, Ewc};
@@ -9,6 +10,7 @@ use model::llama::Base;
 use model::lora::Adapter;
 use model::loss::{SequenceScore, recite, score};
 use model::pack::Sequence;
+use model::ridge::Head;
 use proto::{Candidate, Example, ExampleId, Measure, Receipt, Recited, Retained};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -47,6 +49,8 @@ pub struct Worker {
     base: Base,
     gating: Gating,
     anchors: Vec<Sequence>,
+    /// None where answers that repeat are not counted.
+    counting: Option<Counting>,
     turn: Arc<Turn>,
     stop: Stop,
 }
@@ -58,6 +62,18 @@ pub struct Held {
     pub probe: Option<Vec<u8>>,
     /// Its Fisher information.
     pub fisher: Option<Vec<u8>>,
+    /// What it counted of answers that repeat.
+    pub counts: Option<Vec<u8>>,
+    /// What was solved of that.
+    pub head: Option<Vec<u8>>,
+}
+
+/// What becomes of the counts of answers that repeat.
+pub enum Answers {
+    /// They stay as the parent's: nothing repeats, or what is known would be lost.
+    AsBefore,
+    /// With those of the batch.
+    Counted(Box<Counted>),
 }
 
 /// The gate's verdict on a candidate.
@@ -68,6 +84,8 @@ pub enum Verdict {
         fisher: Option<Vec<u8>>,
         /// The probe with the new examples and scores.
         probe: Vec<u8>,
+        /// What is known of answers that repeat.
+        counting: Answers,
     },
     /// It is not, and this is what was lost.
     Harmed(String),
@@ -76,9 +94,16 @@ pub enum Verdict {
 }
 
 impl Worker {
-    /// Takes the base, and the gate's own anchor sequences: other ones than those rehearsed.
-    pub fn new(base: Base, gating: Gating, anchors: Vec<Sequence>, turn: Arc<Turn>, stop: Stop) -> Self {
-        Self { base, gating, anchors, turn, stop }
+    /// Takes the base, the gate's own anchor sequences: other ones than those rehearsed, and what counts answers that repeat.
+    pub fn new(
+        base: Base,
+        gating: Gating,
+        anchors: Vec<Sequence>,
+        counting: Option<Counting>,
+        turn: Arc<Turn>,
+        stop: Stop,
+    ) -> Self {
+        Self { base, gating, anchors, counting, turn, stop }
     }
 
     /// Judges a candidate.
@@ -102,39 +127,90 @@ impl Worker {
             Some(bytes) => Probe::from_bytes(bytes)?,
             None => Probe { anchors: self.base_anchors()?, ..Probe::default() },
         };
-        let retained = self.measure(&mut probe, &adapter)?;
+        let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
+        let fresh: Vec<&Example> = candidate.batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
+        let counted = self.count(candidate, &fresh, &held)?;
+        let older = held.head.as_deref().filter(|_| self.counting.is_some());
+        let older = older.map(Head::from_bytes).transpose()?;
+        let (retained, counted) = self.measure(&mut probe, &adapter, counted, older.as_ref())?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are
         // no sample of what was understood.
         let least = |probe: &str| if probe.starts_with("held_out") { HELD_OUT_MIN } else { 0 };
         let harmed = retained.iter().find(|r| !gate::passes(&r.measure, least(&r.probe))).map(harm);
         let verdict = match harmed {
             Some(reason) => Verdict::Harmed(reason),
-            None => self.take_in(candidate, &adapter, probe, held.fisher.as_deref())?,
+            None => {
+                let head = counted.as_ref().map(|counted| &counted.head).or(older.as_ref());
+                let probe = self.take_in(candidate, &fresh, &adapter, head, probe)?;
+                let fisher = self.fisher(&adapter, &fresh, candidate.batch.seed, held.fisher.as_deref())?;
+                let counting =
+                    counted.map_or(Answers::AsBefore, |counted| Answers::Counted(Box::new(counted)));
+                Verdict::Intact { fisher, probe, counting }
+            }
         };
         let seconds = started.elapsed().as_secs_f32();
         Ok((verdict, Receipt { probes: retained, seconds }))
     }
 
-    /// Measures the candidate on every part of the probe, and writes its scores into it.
-    fn measure(&self, probe: &mut Probe, adapter: &Adapter) -> anyhow::Result<Vec<Retained>> {
+    /// Counts what the batch answers, beside what its parent counted.
+    fn count(
+        &self,
+        candidate: &Candidate,
+        fresh: &[&Example],
+        held: &Held,
+    ) -> anyhow::Result<Option<Counted>> {
+        let Some(counting) = &self.counting else { return Ok(None) };
+        let beside: Vec<&Example> = candidate.batch.rehearsed.iter().collect();
+        counting.take_in(fresh, &beside, held.counts.as_deref(), &mut self.between())
+    }
+
+    /// Measures the candidate on every part of the probe, and writes its scores into it. What was counted of the batch is
+    /// given back, unless fewer known answers would be said with it than with the `older` head.
+    fn measure(
+        &self,
+        probe: &mut Probe,
+        adapter: &Adapter,
+        counted: Option<Counted>,
+        older: Option<&Head>,
+    ) -> anyhow::Result<(Vec<Retained>, Option<Counted>)> {
         let gating = &self.gating;
+        let parts = probe.parts();
+        let sequences = |entries: &[&mut Entry]| entries.iter().map(|entry| entry.sequence()).collect();
+        let sequences: Vec<Vec<Sequence>> = parts.iter().map(|(_, entries)| sequences(entries)).collect();
+        let heard =
+            sequences.iter().map(|part| self.hear(adapter, part)).collect::<anyhow::Result<Vec<_>>>()?;
+        let said = |head: Option<&Head>| -> anyhow::Result<Vec<Vec<bool>>> {
+            sequences.iter().zip(&heard).map(|(part, heard)| self.says(head, part, heard)).collect()
+        };
+        let head = counted.as_ref().map(|counted| &counted.head).or(older);
+        let (mut said, said_before) = (said(head)?, said(older)?);
+        let all = |said: &[Vec<bool>]| said.iter().flatten().filter(|said| **said).count();
+        let is_kept = parts.iter().zip(&said).all(|((_, entries), said)| {
+            let (best, before) = marks(entries);
+            gate::says_as_many(gate::recited(&best, &before, said, gating.tolerance))
+        });
+        let takes = is_kept || all(&said) >= all(&said_before);
+        if !takes {
+            said = said_before;
+            tracing::info!(
+                "answers of a batch are not counted: with them fewer of those known would be said"
+            );
+        }
         let mut rows = Vec::new();
         // Text and answers are judged apart: an answer gains some nats and a text some tenths, so that in one mean a text
         // could be lost for what is allowed of the answers.
-        for (name, mut entries) in probe.parts() {
-            let sequences: Vec<Sequence> = entries.iter().map(|entry| entry.sequence()).collect();
-            let (after, said) = self.recited(adapter, &sequences)?;
+        for (((name, mut entries), heard), said) in parts.into_iter().zip(&heard).zip(&said) {
+            let after: Vec<f32> = heard.iter().map(|heard| heard.loss).collect();
             let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
             let base: Vec<f32> = entries.iter().map(|e| e.base).collect();
             let allowed = gate::share_of_gain(&base, &best, gating.tolerance);
             let mut measure = gate::measure(&best, &before, &after, allowed);
             if entries.iter().all(|entry| entry.is_answer()) {
-                let (best, before): (Vec<bool>, Vec<bool>) =
-                    entries.iter().map(|e| (e.said_best, e.said_last)).unzip();
-                measure.recited = Some(gate::recited(&best, &before, &said, gating.tolerance));
+                let (best, before) = marks(&entries);
+                measure.recited = Some(gate::recited(&best, &before, said, gating.tolerance));
             }
             rows.push(retained(name, measure));
-            note(&mut entries, &after, &said);
+            note(&mut entries, &after, said);
         }
         let after = self.losses(&[(adapter, 1.0)], &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
@@ -144,37 +220,36 @@ impl Worker {
             // The anchor's best stays the base's own: to fit it better than the base is no merit.
             anchor.1 = loss;
         }
-        Ok(rows)
+        Ok((rows, counted.filter(|_| takes)))
     }
 
+    /// The probe with what was learned, as a frame.
     fn take_in(
         &self,
         candidate: &Candidate,
+        fresh: &[&Example],
         adapter: &Adapter,
+        head: Option<&Head>,
         mut probe: Probe,
-        fisher: Option<&[u8]>,
-    ) -> anyhow::Result<Verdict> {
+    ) -> anyhow::Result<Vec<u8>> {
         let batch = &candidate.batch;
-        let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
-        let fresh: Vec<&Example> = batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
         let held_out: Vec<&Example> = batch.held_out.iter().collect();
         let [memory_offered, held_out_offered] = &mut probe.offered;
         let parts = [
-            (&mut probe.memory, memory_offered, &fresh, self.gating.memory_probe),
-            (&mut probe.held_out, held_out_offered, &held_out, self.gating.held_out_probe),
+            (&mut probe.memory, memory_offered, fresh, self.gating.memory_probe),
+            (&mut probe.held_out, held_out_offered, &held_out[..], self.gating.held_out_probe),
         ];
         for (entries, offered, examples, capacity) in parts {
             let places = reservoir(offered, entries.len(), capacity, examples.len(), batch.seed);
             let chosen: Vec<Sequence> = places.iter().map(|&(n, _)| sequence(examples[n])).collect();
             let base = self.losses(&[], &chosen)?;
-            let (losses, said) = self.recited(adapter, &chosen)?;
-            let scores =
-                base.into_iter().zip(losses).zip(said).map(|((base, loss), said)| (base, loss, said));
-            let scores: Vec<_> = scores.collect();
+            let heard = self.hear(adapter, &chosen)?;
+            let said = self.says(head, &chosen, &heard)?;
+            let scores = base.into_iter().zip(&heard).zip(said);
+            let scores: Vec<_> = scores.map(|((base, heard), said)| (base, heard.loss, said)).collect();
             take_in(entries, examples, &scores, &places);
         }
-        let fisher = self.fisher(adapter, &fresh, batch.seed, fisher)?;
-        Ok(Verdict::Intact { fisher, probe: probe.to_bytes()? })
+        probe.to_bytes()
     }
 
     /// Fisher information in its online form (Schwarz et al. 2018): the older one decays, that of the
@@ -191,13 +266,7 @@ impl Worker {
         }
         let stride = fresh.len().div_ceil(self.gating.fisher_examples);
         let sample: Vec<Sequence> = fresh.iter().step_by(stride).map(|e| sequence(e)).collect();
-        let mut last = Instant::now();
-        let mut between = || {
-            self.turn.yield_between(last.elapsed(), self.gating.share_while_serving, &self.stop);
-            last = Instant::now();
-            if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        };
-        let Some(new) = ewc::fisher(&self.base, adapter, &sample, seed, &mut between)? else {
+        let Some(new) = ewc::fisher(&self.base, adapter, &sample, seed, &mut self.between())? else {
             anyhow::bail!("told to stop");
         };
         let state = match older {
@@ -208,6 +277,16 @@ impl Worker {
             None => Ewc::new(new, adapter)?,
         };
         Ok(Some(state.to_bytes()?))
+    }
+
+    /// Lets waiting requests go first, between two parts of what is done, and says whether to stop.
+    fn between(&self) -> impl FnMut() -> ControlFlow<()> {
+        let mut last = Instant::now();
+        move || {
+            self.turn.yield_between(last.elapsed(), self.gating.share_while_serving, &self.stop);
+            last = Instant::now();
+            if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
     }
 
     /// The base's own loss on its anchor sequences: where the first generation starts from.
@@ -224,11 +303,28 @@ impl Worker {
         })
     }
 
-    /// The mean loss of each sequence, and whether it is said to the letter.
-    fn recited(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<(Vec<f32>, Vec<bool>)> {
+    /// What the adapter makes of each sequence.
+    fn hear(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<Vec<Heard>> {
         let recited = self
             .in_turn(sequences, |part| recite(&self.base, &[(adapter, 1.0)], part, self.gating.row_tokens))?;
-        Ok(recited.iter().map(|(score, said)| (mean(score), *said)).unzip())
+        let heard = |(score, said): &(SequenceScore, bool)| Heard {
+            loss: mean(score),
+            log_likelihood: -score.nll_sum,
+            said: *said,
+        };
+        Ok(recited.iter().map(heard).collect())
+    }
+
+    /// Which sequences are said to the letter as they are served.
+    fn says(
+        &self,
+        head: Option<&Head>,
+        sequences: &[Sequence],
+        heard: &[Heard],
+    ) -> anyhow::Result<Vec<bool>> {
+        let by_model = || heard.iter().map(|heard| heard.said).collect();
+        let (Some(counting), Some(head)) = (&self.counting, head) else { return Ok(by_model()) };
+        counting.says(head, sequences, heard)
     }
 
     /// Measures some sequences at a time, and lets waiting requests in between.
@@ -245,6 +341,11 @@ impl Worker {
         }
         Ok(all)
     }
+}
+
+/// What the best and the newest published generation said.
+fn marks(entries: &[&mut Entry]) -> (Vec<bool>, Vec<bool>) {
+    entries.iter().map(|entry| (entry.said_best, entry.said_last)).unzip()
 }
 
 fn mean(score: &SequenceScore) -> f32 {
@@ -278,3 +379,6 @@ fn harm(row: &Retained) -> String {
     };
     format!("learning it would have cost earlier knowledge: {lost}")
 }
+
+#[cfg(test)]
+mod tests;

@@ -64,6 +64,9 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
             "published_ms": generation.published_ms,
             "report": generation.report,
             "receipt": generation.receipt,
+            "known_answers": generation.answer_head.as_ref().map(|head| {
+                json!({"answers": head.answers, "prompts": head.prompts, "trusted": head.trusted})
+            }),
         })
     };
     let generations: Vec<Value> =

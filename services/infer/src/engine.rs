@@ -13,12 +13,13 @@ use model::generate::{Finish, Step, TokenLogprob};
 use model::grammar::Stuck;
 use model::llama::Base;
 use model::lora::Adapter;
+use model::ridge::{Features, Head, Prior};
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How long the engine rests when every request waits, for its reader or for what its answer follows.
@@ -48,6 +49,8 @@ pub struct Request {
     pub reply: ReplyTo<GenerateEvent>,
     /// Held as long as the request is, so that learning makes room.
     pub turn: Turned,
+    /// What is expected of its answers, once the first of them is begun.
+    pub prior: OnceLock<Prior>,
 }
 
 /// One of a request's answers, before it is begun.
@@ -72,6 +75,10 @@ pub struct Engine {
     language: Arc<Language>,
     running_max: usize,
     adapters: HashMap<GenerationId, Adapter>,
+    /// What generations know of answers that repeat.
+    heads: HashMap<GenerationId, Head>,
+    /// What describes prompts to heads; none before there is a head.
+    features: Option<Features>,
     /// Generations that are served from here on; others only to the end of what they began.
     lasting: BTreeSet<GenerationId>,
     adapted: HashMap<Combination, Rc<Adapted>>,
@@ -98,6 +105,8 @@ impl Engine {
             language,
             running_max,
             adapters: HashMap::new(),
+            heads: HashMap::new(),
+            features: None,
             lasting: BTreeSet::new(),
             adapted: HashMap::new(),
             waiting: VecDeque::new(),
@@ -105,15 +114,21 @@ impl Engine {
         })
     }
 
-    /// Loads a generation: of this base, finite, with an effect, or refused before anything changes.
+    /// Loads a generation, with what it knows of answers that repeat: of this base, finite, with an effect, or refused before
+    /// anything changes.
     ///
     /// # Errors
     /// Says what is wrong with it.
-    pub fn load(&mut self, id: GenerationId, bytes: &[u8]) -> anyhow::Result<()> {
+    pub fn load(&mut self, id: GenerationId, bytes: &[u8], head: Option<&[u8]>) -> anyhow::Result<()> {
         let base = self.batch.base();
         let adapter = Adapter::from_bytes(bytes, base.config())?;
         adapter.check_finite()?;
         anyhow::ensure!(adapter.has_effect(), "it has no effect");
+        let head = head.map(Head::from_bytes).transpose().context("what it knows of answers that repeat")?;
+        if head.is_some() && self.features.is_none() {
+            self.features = Some(Features::new(base)?);
+        }
+        self.heads.extend(head.map(|head| (id.clone(), head)));
         self.adapters.insert(id.clone(), adapter.to_device(base.device()));
         self.lasting.insert(id);
         Ok(())
@@ -125,6 +140,7 @@ impl Engine {
         let adapters = self.waiting.iter().flat_map(|waiting| &waiting.request.adapters);
         let waiting: BTreeSet<&GenerationId> = adapters.filter_map(|w| w.generation.as_ref()).collect();
         self.adapters.retain(|id, _| keep.contains(id) || waiting.contains(id));
+        self.heads.retain(|id, _| keep.contains(id) || waiting.contains(id));
         self.lasting.retain(|id| keep.contains(id));
         let (lasting, batch) = (&self.lasting, &mut self.batch);
         self.adapted.retain(|combination, adapted| {
@@ -221,7 +237,28 @@ impl Engine {
 
     fn start(&mut self, request: &Request, index: u32) -> Result<Speaker, NotBegun> {
         let adapted = self.adapted(&request.adapters).map_err(NotBegun::Refused)?;
-        self.batch.begin(&adapted, &self.language.tokenizer, &request.tokens, request.sampling(index))
+        let prior = match request.prior.get() {
+            Some(prior) => prior.clone(),
+            None => self.expected(request).map_err(NotBegun::Refused)?,
+        };
+        let sampling = request.sampling(index, request.prior.get_or_init(|| prior).clone());
+        self.batch.begin(&adapted, &self.language.tokenizer, &request.tokens, sampling)
+    }
+
+    /// What is expected of the answers to a request by the generations that answer it.
+    fn expected(&self, request: &Request) -> anyhow::Result<Prior> {
+        let head = |w: &Weighted| {
+            (w.generation.as_ref().and_then(|id| self.heads.get(id)), f64::from(w.weight).max(0.0))
+        };
+        let heads: Vec<_> = request.adapters.iter().map(head).collect();
+        let Some(features) = self.features.as_ref().filter(|_| !request.tokens.is_empty()) else {
+            return Ok(Prior::default());
+        };
+        if heads.iter().all(|(head, weight)| head.is_none() || *weight == 0.0) {
+            return Ok(Prior::default());
+        }
+        let prompt: &[&[u32]] = &[&request.tokens];
+        Ok(Head::prior(&heads, &features.of(prompt)?, prompt)?.pop().unwrap_or_default())
     }
 
     fn gauge(&self) {
@@ -235,7 +272,7 @@ impl Request {
     }
 
     /// How the tokens of an answer are chosen: each answer has random numbers of its own.
-    fn sampling(&self, index: u32) -> Sampling {
+    fn sampling(&self, index: u32, prior: Prior) -> Sampling {
         let asked = &self.sampling;
         Sampling {
             temperature: f64::from(asked.temperature),
@@ -252,6 +289,7 @@ impl Request {
             stop: asked.stop.clone(),
             stop_ids: self.stop_ids.clone(),
             grammar: self.guide.as_ref().and_then(Guide::grammar),
+            prior,
         }
     }
 }

@@ -31,7 +31,7 @@ use proto::{
     Role, Weighted,
 };
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Events that wait for a slow reader before its request pauses.
@@ -155,8 +155,9 @@ impl Infer {
         }
         let generation = self.registry.generation(id).context("it is not in the registry")?;
         let bytes = self.blobs.get(&generation.weights)?;
+        let head = generation.answer_head.as_ref().map(|head| self.blobs.get(&head.solved)).transpose()?;
         let name = id.clone();
-        self.engine.run(move |engine| engine.load(name, &bytes)).await??;
+        self.engine.run(move |engine| engine.load(name, &bytes, head.as_deref())).await??;
         self.loaded.insert(id.clone());
         Ok(())
     }
@@ -296,7 +297,8 @@ impl Answer<Generate> for Infer {
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
         let (adapters, sampling, n) = (choice.adapters, ask.sampling, ask.n);
-        let request = Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn };
+        let prior = OnceLock::new();
+        let request = Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn, prior };
         if let Err(full) = self.engine.run(move |engine| engine.take(request, open_max)).await? {
             return Ok(Err(full));
         }

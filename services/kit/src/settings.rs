@@ -191,6 +191,7 @@ section!(
         attempts_max: u32,
         fisher_examples: usize,
         fisher_decay: f64,
+        answer_head: bool,
     }
 );
 

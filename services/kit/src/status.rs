@@ -141,6 +141,7 @@ mod tests {
             weights: blob.clone(),
             optimiser: None,
             fisher: None,
+            answer_head: None,
             probe: None,
             learned: blob,
             report: TrainReport::default(),

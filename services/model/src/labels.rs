@@ -14,6 +14,7 @@ use tch::{Kind, Tensor};
 use crate::active::ActiveAdapters;
 use crate::llama::{Base, Input, KvCache, Mask};
 use crate::loss::chunk_rows;
+use crate::ridge::Prior;
 
 /// Texts are read side by side for as long as they and their trees have so many tokens.
 const READ_TOKENS: usize = 8192;
@@ -104,7 +105,8 @@ impl Labels {
     }
 
     /// For each text and each group of answers the likeliest by `rule`, and its score in nats. Answers are numbered in
-    /// the order of [`Labels::new`]; of equals the last one wins.
+    /// the order of [`Labels::new`]; of equals the last one wins. `priors` say for each text what is expected of its answer
+    /// beside what the model says; none where there are no such expectations.
     ///
     /// # Errors
     /// When a text is empty, or does not fit the model's context together with the longest answer, or a group is empty.
@@ -113,11 +115,16 @@ impl Labels {
         base: &Base,
         adapters: &ActiveAdapters,
         texts: &[Vec<u32>],
+        priors: &[Prior],
         groups: &[Vec<usize>],
         rule: Rule,
     ) -> Result<Vec<Vec<(usize, f64)>>> {
         let _guard = tch::no_grad_guard();
         self.check(base, texts)?;
+        ensure!(
+            priors.is_empty() || priors.len() == texts.len(),
+            "there is not one expectation for each text"
+        );
         ensure!(groups.iter().all(|group| !group.is_empty()), "there is no answer to choose from");
         // Texts of like length are read side by side, so that little of it is padding.
         let mut order: Vec<usize> = (0..texts.len()).collect();
@@ -128,12 +135,19 @@ impl Labels {
             let (members, after) = rest.split_at(self.side_by_side(texts, rest));
             let members_texts = members.iter().map(|&i| texts[i].as_slice()).collect();
             let mut reading = Reading::new(self, base, adapters, members_texts);
+            reading.expected = members.iter().filter_map(|&i| Some(self.expected(priors.get(i)?))).collect();
             for (&i, chosen) in members.iter().zip(self.choose(&mut reading, groups, rule)?) {
                 likeliest[i] = chosen;
             }
             rest = after;
         }
         Ok(likeliest)
+    }
+
+    /// What a prior leaves to the model, and the probability that it gives to each answer.
+    fn expected(&self, prior: &Prior) -> (f64, Vec<f64>) {
+        let tokens = |path: &Vec<Step>| path.iter().map(|step| step.1).collect::<Vec<u32>>();
+        (prior.rest(), self.answers.iter().map(|path| prior.of(&tokens(path))).collect())
     }
 
     /// How many of these texts are read at once, the shortest of which come first: one at least.
@@ -154,11 +168,12 @@ impl Labels {
         let path = |n: usize| self.answers[n].as_slice();
         reading.texts(opening)?;
         let mut choices: Vec<Choice> = Vec::new();
-        for likely in &reading.likely {
+        for (text, likely) in reading.likely.iter().enumerate() {
             let mut bounds = vec![None; self.answers.len()];
             for &n in &wanted {
                 let opening = &path(n)[..path(n).len().min(opening.len() + 1)];
-                bounds[n] = Some(rule.score(sum(likely, opening)?, path(n).len()));
+                let bound = reading.mixed(text, n, sum(likely, opening)?);
+                bounds[n] = Some(rule.score(bound, path(n).len()));
             }
             choices.push(Choice { bounds, known: HashMap::new() });
         }
@@ -168,9 +183,10 @@ impl Labels {
             let nodes =
                 |tried: &Vec<usize>| tried.iter().flat_map(|&n| path(n)).filter_map(|s| s.0).collect();
             reading.nodes(&tried.iter().map(nodes).collect::<Vec<_>>())?;
-            for ((choice, tried), likely) in choices.iter_mut().zip(&tried).zip(&reading.likely) {
+            for (text, (choice, tried)) in choices.iter_mut().zip(&tried).enumerate() {
                 for &n in tried {
-                    choice.known.insert(n, rule.score(sum(likely, path(n))?, path(n).len()));
+                    let log_likelihood = reading.mixed(text, n, sum(&reading.likely[text], path(n))?);
+                    choice.known.insert(n, rule.score(log_likelihood, path(n).len()));
                 }
             }
         }
@@ -222,13 +238,23 @@ struct Reading<'a> {
     places: Vec<HashMap<usize, usize>>,
     /// For each text the log-likelihood of every step that follows what is read, in nats.
     likely: Vec<HashMap<Step, f64>>,
+    /// For each text what is expected beside the model; nothing where nothing is.
+    expected: Vec<(f64, Vec<f64>)>,
 }
 
 impl<'a> Reading<'a> {
     fn new(labels: &'a Labels, base: &'a Base, adapters: &'a ActiveAdapters, texts: Vec<&'a [u32]>) -> Self {
         let cache = KvCache::new(base, texts.len() as i64);
         let (places, likely) = (vec![HashMap::new(); texts.len()], vec![HashMap::new(); texts.len()]);
-        Self { labels, base, adapters, texts, cache, places, likely }
+        Self { labels, base, adapters, texts, cache, places, likely, expected: Vec::new() }
+    }
+
+    /// The log-likelihood of answer `n` to a text, of which the model alone gives `log_likelihood`.
+    fn mixed(&self, text: usize, n: usize, log_likelihood: f64) -> f64 {
+        match self.expected.get(text) {
+            Some((rest, of)) => (rest * log_likelihood.exp() + of[n]).ln(),
+            None => log_likelihood,
+        }
     }
 
     /// Reads the texts, and what all answers begin with.
@@ -373,114 +399,4 @@ impl Choice {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::golden;
-    use crate::lora::Adapter;
-    use crate::loss;
-    use crate::pack::Sequence;
-
-    #[test]
-    fn the_choice_is_that_of_every_answer_scored_alone() {
-        let base = golden::base("llama");
-        let adapter = golden::adapter("peft-r8");
-        // Answers of one to four tokens, many of which begin alike.
-        let answers: Vec<Vec<u32>> =
-            (0..40_u32).map(|n| (0..=n % 4).map(|i| (n / (4 - i) * 7 + i * 13) % 128).collect()).collect();
-        let texts: Vec<Vec<u32>> =
-            (2..12_u32).map(|n| (0..n).map(|i| (i * 11 + n) % 128).collect()).collect();
-        // And such that all begin with the same two.
-        let alike: Vec<Vec<u32>> =
-            answers.iter().map(|answer| [&[5, 9], answer.as_slice()].concat()).collect();
-        for answers in [answers, alike] {
-            check(&base, &adapter, &answers, &texts);
-        }
-    }
-
-    fn check(base: &Base, adapter: &Adapter, answers: &[Vec<u32>], texts: &[Vec<u32>]) {
-        let active = base.activate(&[(adapter, 1.0)]).unwrap();
-        let labels = Labels::new(answers).unwrap();
-        let groups = [(0..40).collect(), (0..40).filter(|n| n % 3 == 0).collect::<Vec<_>>(), vec![7]];
-        let alone = |text: &[u32], answer: &[u32], rule: Rule| {
-            let tokens = [text, answer].concat();
-            let learned = vec![(text.len() as u32, tokens.len() as u32)];
-            let sequence = Sequence { tokens, learned, rehearsed: false };
-            let score = loss::score(base, &[(adapter, 1.0)], &[sequence], 64).unwrap()[0];
-            if rule == Rule::Sum { -score.nll_sum } else { -score.mean() }
-        };
-        for rule in [Rule::Sum, Rule::Mean] {
-            let chosen = labels.likeliest(base, &active, texts, &groups, rule).unwrap();
-            for (text, chosen) in texts.iter().zip(&chosen) {
-                let alone: Vec<f64> = answers.iter().map(|answer| alone(text, answer, rule)).collect();
-                for (group, &(answer, score)) in groups.iter().zip(chosen) {
-                    let best = group.iter().map(|&n| alone[n]).fold(f64::NEG_INFINITY, f64::max);
-                    assert!(
-                        (score - best).abs() < 1e-4 && (alone[answer] - best).abs() < 1e-4,
-                        "{score} for {best}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn only_what_may_be_likelier_is_computed() {
-        let bounds = (0..10).map(|n| Some(-f64::from(n))).collect();
-        let mut choice = Choice { bounds, known: HashMap::new() };
-        let groups = [(0..10).collect::<Vec<_>>(), vec![8, 9]];
-        assert_eq!(choice.next(&groups, true), [0, 1, 2, 3, 4, 5, 8, 9]);
-        choice.known.extend((0..6).chain(8..10).map(|n| (n, -7.5 - n as f64)));
-        assert_eq!(choice.next(&groups, false), [6, 7]);
-        choice.known.extend([(6, -6.0), (7, -7.0)]);
-        assert_eq!((choice.best(&groups[0]), choice.best(&groups[1])), (Some((6, -6.0)), Some((8, -15.5))));
-    }
-
-    #[test]
-    fn answers_open_with_what_they_have_in_common() {
-        let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 2], vec![1, 6]]).unwrap();
-        let opening = |wanted: &[usize]| labels.opening(&wanted.iter().copied().collect()).len();
-        assert_eq!([opening(&[0, 1]), opening(&[0, 2]), opening(&[0, 3]), opening(&[1])], [2, 2, 1, 4]);
-    }
-
-    #[test]
-    fn long_texts_are_few_at_once() {
-        let labels = Labels::new(&[vec![1, 2, 3]]).unwrap();
-        let at_once = |lengths: &[usize]| {
-            let texts: Vec<Vec<u32>> = lengths.iter().map(|&length| vec![1; length]).collect();
-            labels.side_by_side(&texts, &(0..lengths.len()).collect::<Vec<_>>())
-        };
-        assert_eq!(at_once(&[6; 2000]), READ_TOKENS / 8);
-        assert_eq!(at_once(&[6, 6, 4094]), 2);
-        assert_eq!(at_once(&[100_000]), 1);
-    }
-
-    #[test]
-    fn a_text_is_read_once_and_no_node_twice() {
-        let base = golden::base("llama");
-        let none = ActiveAdapters::none();
-        let labels = Labels::new(&[vec![1, 2, 3], vec![1, 2, 4, 5], vec![1, 6, 7]]).unwrap();
-        let mut reading = Reading::new(&labels, &base, &none, vec![&[8, 9, 10], &[11]]);
-        let groups = [vec![0, 1, 2], vec![0, 1]];
-        labels.choose(&mut reading, &groups, Rule::Sum).unwrap();
-        // The longer text with what all answers begin with; then, in both rows, what tells them apart: 2, 4 and 6.
-        assert_eq!(reading.cache.len(), 4 + 3);
-        let all: BTreeSet<usize> = (0..labels.nodes.len()).collect();
-        reading.nodes(&[all.clone(), all]).unwrap();
-        assert_eq!(reading.cache.len(), 4 + 3);
-    }
-
-    #[test]
-    fn what_has_no_tokens_or_does_not_fit_is_refused() {
-        let base = golden::base("llama");
-        let none = ActiveAdapters::none();
-        assert!(Labels::new(&[vec![1], vec![]]).is_err());
-        let labels = Labels::new(&[vec![1, 2]]).unwrap();
-        let of = |text: Vec<u32>| labels.likeliest(&base, &none, &[text], &[vec![0]], Rule::Mean);
-        assert!(of(vec![]).is_err());
-        assert!(of(vec![1; 255]).is_err());
-        assert!(of(vec![1; 254]).is_ok());
-        assert!(labels.likeliest(&base, &none, &[vec![1]], &[vec![]], Rule::Sum).is_err());
-        let nothing = Labels::new(&[]).unwrap().likeliest(&base, &none, &[vec![1]], &[], Rule::Sum);
-        assert_eq!(nothing.unwrap(), [vec![]]);
-    }
-}
+mod tests;

@@ -61,7 +61,7 @@ pub(crate) fn enter(
     let unknown: Vec<Sequence> = missing.iter().map(|&i| sequences[i].clone()).collect();
     if !unknown.is_empty() {
         let apart = pack(base, &unknown, row_tokens)?;
-        let states = base.below(layer, &apart.input(base.device()))?;
+        let states = base.streams(&apart.input(base.device()), &[layer])?.remove(0);
         for (n, (sequence, &i)) in unknown.iter().zip(&missing).enumerate() {
             let state = states.f_narrow(0, apart.start(n), sequence.tokens.len() as i64)?;
             latents.put(layer, &sequence.tokens, &bytes(&state)?);

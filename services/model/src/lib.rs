@@ -45,6 +45,7 @@ mod pieces;
 pub mod pretrain;
 pub mod quant;
 mod recompute;
+pub mod ridge;
 pub mod sampling;
 pub mod selftest;
 pub mod stream;

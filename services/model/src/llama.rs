@@ -96,14 +96,20 @@ impl Base {
         Ok((0, rows.f_view([-1, self.config.hidden_size])?.f_to_kind(self.placement.kind())?))
     }
 
-    /// What enters block `layer`, [batch * length, hidden_size], as the base alone makes it.
-    pub(crate) fn below(&self, layer: usize, input: &Input) -> Result<Tensor> {
+    /// What enters the blocks `depths`, in ascending order, as the base alone makes it; the number of blocks stands for what
+    /// leaves the last one. [batch * length, hidden_size] each.
+    pub(crate) fn streams(&self, input: &Input, depths: &[usize]) -> Result<Vec<Tensor>> {
         let pass = self.prepare(input, None)?;
-        let (from, mut x) = self.enter(input)?;
-        for i in from..layer {
-            x = self.block(i, &x, &pass, &ActiveAdapters::none(), None)?;
+        let (mut at, mut x) = self.enter(input)?;
+        let mut streams = Vec::with_capacity(depths.len());
+        for &depth in depths {
+            while at < depth {
+                x = self.block(at, &x, &pass, &ActiveAdapters::none(), None)?;
+                at += 1;
+            }
+            streams.push(x.shallow_clone());
         }
-        Ok(x)
+        Ok(streams)
     }
 
     /// What block `i` makes of the residual stream `x`, [batch * length, hidden_size].

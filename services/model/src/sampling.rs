@@ -1,6 +1,6 @@
 //! Which token comes next: what a request asks of the choice, and the choice.
 //!
-//! The steps, in vLLM's order: logit bias, repetition penalty, frequency and presence penalty, all on the
+//! First what is expected of the answer joins what the model says. Then the steps, in vLLM's order: logit bias, repetition penalty, frequency and presence penalty, all on the
 //! model's logits; tokens that a grammar does not allow are ruled out. Here log-probabilities are taken. Then temperature, top-k and min-p, top-p over what these
 //! two left, and a draw. A request draws from a stream of random numbers that is its own, so its text depends
 //! on nothing that runs beside it.
@@ -13,6 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::cpu::vector::{self, Level};
 use crate::grammar::Grammar;
+use crate::ridge::Prior;
 
 /// Stop texts that one request may have.
 const STOPS_MAX: usize = 16;
@@ -60,6 +61,8 @@ pub struct Sampling {
     pub stop_ids: Vec<u32>,
     /// What the answer follows; it ends where the grammar does.
     pub grammar: Option<Grammar>,
+    /// What is expected of the answer beside what the model says.
+    pub prior: Prior,
 }
 
 impl Default for Sampling {
@@ -79,6 +82,7 @@ impl Default for Sampling {
             stop: Vec::new(),
             stop_ids: Vec::new(),
             grammar: None,
+            prior: Prior::default(),
         }
     }
 }
@@ -156,6 +160,10 @@ impl Sampler {
     /// # Errors
     /// When the logits are not finite, or the grammar cannot go on.
     pub fn choose(&mut self, mut logits: Vec<f32>) -> Result<Chosen> {
+        let expects = self.sampling.prior.speaks();
+        if expects {
+            self.sampling.prior.mix(&mut logits);
+        }
         self.adjust(&mut logits);
         if let Some(grammar) = &mut self.sampling.grammar {
             grammar.narrow(&mut logits)?;
@@ -166,6 +174,9 @@ impl Sampler {
         } else {
             self.sample(&logits, best)
         };
+        if expects {
+            self.sampling.prior.accept(id);
+        }
         self.seen.insert(id);
         *self.counts.entry(id).or_default() += 1;
         let logprobs = self.sampling.logprobs.map(|top| logprobs(&logits, best, id, top));

@@ -159,6 +159,7 @@ fn kind_of(dtype: Dtype) -> Result<Kind> {
         Dtype::F32 => Kind::Float,
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
+        Dtype::I32 => Kind::Int,
         Dtype::I64 => Kind::Int64,
         other => bail!("type {other:?} is not supported"),
     })
@@ -177,6 +178,7 @@ impl Blob {
             Kind::Float => Dtype::F32,
             Kind::BFloat16 => Dtype::BF16,
             Kind::Half => Dtype::F16,
+            Kind::Int => Dtype::I32,
             Kind::Int64 => Dtype::I64,
             other => bail!("a tensor of kind {other:?} is not written"),
         };
@@ -207,7 +209,7 @@ impl View for &Blob {
 /// One entry only, because the format's writer keeps metadata in a hash map, whose order would vary.
 ///
 /// # Errors
-/// When a tensor has a kind other than f32, f16, bf16 or i64.
+/// When a tensor has a kind other than f32, f16, bf16, i32 or i64.
 pub fn to_bytes(tensors: &[(String, Tensor)], key: &str, value: &str) -> Result<Vec<u8>> {
     let blobs: Vec<(&str, Blob)> = tensors
         .iter()
@@ -241,7 +243,7 @@ pub(crate) fn metadata(bytes: &[u8], key: &str) -> Result<String> {
 /// All tensors of a safetensors file as they are: for data such as token ids, not for weights.
 ///
 /// # Errors
-/// When the file cannot be read or holds a kind other than f32, f16, bf16 and i64.
+/// When the file cannot be read or holds a kind other than f32, f16, bf16, i32 and i64.
 pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let data = map(path)?;
     let file =

@@ -256,8 +256,7 @@ impl Mixer {
         // While documents are still being judged, a short window waits: what a batch holds must not
         // depend on how far intake happened to be. Asked first, so that what is judged meanwhile is in the window.
         let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
-        let documents_max =
-            if at.split_through > at.cursor { at.split_documents.max(1) as usize } else { usize::MAX };
+        let documents_max = at.documents_max().map_or(usize::MAX, |documents| documents as usize);
         let window = self.ledger.fresh(only, at.cursor, self.mixing.batch_examples, documents_max)?;
         let full =
             window.documents as usize >= documents_max || window.examples.len() >= self.mixing.batch_examples;

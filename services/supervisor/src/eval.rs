@@ -1,7 +1,7 @@
 //! `engram eval`: how well a base, or a base with an adapter, knows a file. Needs no server.
 
 use crate::bench::tasks::{self, Line};
-use crate::judge::{Judge, LabelBy};
+use crate::judge::{Judge, LabelBy, Respondent};
 use crate::logits::ModelArgs;
 use anyhow::{Result, ensure};
 use model::lora::Adapter;
@@ -51,7 +51,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let judge = Judge::new(base, Tokenizer::load(&base_dir)?, args.window)?;
     let adapters: Vec<(&Adapter, f64)> = adapter.iter().map(|adapter| (adapter, 1.0)).collect();
     let figures = if args.data.extension().is_some_and(|extension| extension == "jsonl") {
-        task(&judge, &adapters, &args.data, args.label_by)?
+        task(&judge, &Respondent { adapters, heads: Vec::new() }, &args.data, args.label_by)?
     } else {
         text(&judge, &adapters, &args.data)?
     };
@@ -69,7 +69,7 @@ fn text(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path) -> Result<Valu
     }))
 }
 
-fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path, by: LabelBy) -> Result<Value> {
+fn task(judge: &Judge, respondent: &Respondent<'_>, path: &Path, by: LabelBy) -> Result<Value> {
     let lines = tasks::lines(path)?;
     let labels: BTreeSet<&str> = lines.iter().filter_map(Line::label).collect();
     let labels: Vec<&str> = labels.into_iter().collect();
@@ -82,7 +82,7 @@ fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path, by: LabelBy) -
                 truths.push(label);
             }
             Line::Answered { prompt, response } => {
-                let answer = judge.answer(adapters, prompt, response)?;
+                let answer = judge.answer(respondent, prompt, response)?;
                 right += usize::from(answer == response.trim());
                 begins += usize::from(answer.starts_with(response.trim()));
                 asked += 1;
@@ -91,7 +91,7 @@ fn task(judge: &Judge, adapters: &[(&Adapter, f64)], path: &Path, by: LabelBy) -
     }
     if !texts.is_empty() {
         let all = [(0..labels.len()).collect()];
-        let chosen = judge.likeliest(adapters, &texts, &labels, &all, by)?;
+        let chosen = judge.likeliest(respondent, &texts, &labels, &all, by)?;
         right +=
             chosen.iter().zip(truths).filter(|(chosen, truth)| labels[chosen[0]] == truth.as_str()).count();
     }

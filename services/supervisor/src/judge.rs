@@ -8,6 +8,7 @@ use model::llama::Base;
 use model::lora::Adapter;
 use model::loss;
 use model::pack::Sequence;
+use model::ridge::{Features, Head, Prior};
 use model::sampling::Sampling;
 use model::tokenizer::Tokenizer;
 
@@ -21,6 +22,16 @@ pub struct Judge {
     base: Base,
     tokenizer: Tokenizer,
     window: usize,
+    features: Features,
+}
+
+/// Who is asked.
+#[derive(Default)]
+pub struct Respondent<'a> {
+    /// Adapters, each with its weight; none is the base.
+    pub adapters: Vec<(&'a Adapter, f64)>,
+    /// What is known of answers that repeat, with the weights of the adapters.
+    pub heads: Vec<(Option<&'a Head>, f64)>,
 }
 
 /// What makes a label the likeliest to follow a text.
@@ -80,7 +91,8 @@ impl Judge {
         tokenizer.check_vocabulary(base.config().vocab_size)?;
         let window = window.min(usize::try_from(base.config().max_positions)?);
         anyhow::ensure!(window >= 2, "--window has to be at least 2 tokens");
-        Ok(Self { base, tokenizer, window })
+        let features = Features::new(&base)?;
+        Ok(Self { base, tokenizer, window, features })
     }
 
     /// Every token of each document and its end are predicted once, from what precedes them in the
@@ -113,7 +125,7 @@ impl Judge {
     /// For each text the label of each group that is the likeliest to follow it, its end included. A group is of places in `labels`.
     pub fn likeliest<S: AsRef<str>>(
         &self,
-        adapters: &[(&Adapter, f64)],
+        asked: &Respondent<'_>,
         texts: &[S],
         labels: &[&str],
         groups: &[Vec<usize>],
@@ -122,7 +134,7 @@ impl Judge {
         let ids = |label: &&str| Ok(self.ended(self.tokenizer.encode_continuation(&answer(label))?));
         let labels = Labels::new(&labels.iter().map(ids).collect::<Result<Vec<_>>>()?)?;
         let room = self.window.checked_sub(labels.depth() + 1).context("a label is longer than --window")?;
-        let active = self.base.activate(adapters)?;
+        let active = self.base.activate(&asked.adapters)?;
         let bar = bar(texts.len());
         let mut chosen = Vec::with_capacity(texts.len());
         for round in texts.chunks(TEXTS_PER_ROUND) {
@@ -132,7 +144,9 @@ impl Judge {
                 Ok(ids[ids.len().saturating_sub(room.max(1))..].to_vec())
             };
             let texts = round.iter().map(start).collect::<Result<Vec<_>>>()?;
-            let of_round = labels.likeliest(&self.base, &active, &texts, groups, by.into())?;
+            let prompts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+            let priors = self.priors(asked, &prompts)?;
+            let of_round = labels.likeliest(&self.base, &active, &texts, &priors, groups, by.into())?;
             chosen.extend(of_round.into_iter().map(|of_text| of_text.into_iter().map(|(n, _)| n).collect()));
             bar.inc(round.len() as u64);
         }
@@ -141,14 +155,24 @@ impl Judge {
     }
 
     /// The greedy answer, as long as `response` may be and its end.
-    pub fn answer(&self, adapters: &[(&Adapter, f64)], prompt: &str, response: &str) -> Result<String> {
+    pub fn answer(&self, asked: &Respondent<'_>, prompt: &str, response: &str) -> Result<String> {
         // Room for the answer and its end, in the unlikely case of a token for each byte of it.
-        let sampling = Sampling { max_tokens: response.trim().len() + 8, ..Sampling::default() };
+        let max_tokens = response.trim().len() + 8;
         let ids = self.prompt(prompt)?;
-        let room = self.window.saturating_sub(sampling.max_tokens).max(1);
+        let room = self.window.saturating_sub(max_tokens).max(1);
         let ids = &ids[ids.len().saturating_sub(room)..];
-        let answer = generate::generate(&self.base, adapters, &self.tokenizer, ids, sampling)?;
+        let prior = self.priors(asked, &[ids])?.pop().unwrap_or_default();
+        let sampling = Sampling { max_tokens, prior, ..Sampling::default() };
+        let answer = generate::generate(&self.base, &asked.adapters, &self.tokenizer, ids, sampling)?;
         Ok(answer.text.trim().to_owned())
+    }
+
+    /// What is expected of the answer to each prompt; nothing where nobody knows answers that repeat.
+    fn priors(&self, asked: &Respondent<'_>, prompts: &[&[u32]]) -> Result<Vec<Prior>> {
+        if asked.heads.iter().all(|(head, _)| head.is_none()) {
+            return Ok(Vec::new());
+        }
+        Head::prior(&asked.heads, &self.features.of(prompts)?, prompts)
     }
 
     /// A text that something follows, as a server sees it.

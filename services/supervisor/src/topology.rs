@@ -249,10 +249,12 @@ impl Plant {
             row_tokens: s.train.row_tokens,
             share_while_serving: s.train.share_while_serving,
         };
+        let tokenizer = s.consolidate.answer_head.then(|| Arc::clone(&self.text.language().tokenizer));
         Compute::start("consolidate", move || {
             set_threads(threads);
             let anchors = anchors(&base, count, length, GATE_ANCHORS)?;
-            Ok(consolidate::Worker::new(base, gating, anchors, turn, stop))
+            let counting = tokenizer.map(|t| consolidate::Counting::new(&base, t)).transpose()?;
+            Ok(consolidate::Worker::new(base, gating, anchors, counting, turn, stop))
         })
         .await
     }

@@ -275,6 +275,9 @@ fn receipt(generation: &Generation) -> Markup {
     let measured = generation.receipt.probes.iter().filter(|row| row.measure.examples > 0);
     html! {
         p.note { @if generation.report.steps > 0 { (batch(generation)) } @else { "Imported or merged, not trained here." } }
+        @if let Some(head) = &generation.answer_head {
+            p.note { "Knows " (head.answers) " answers that repeat, from " (head.prompts) " prompts" @if !head.trusted { "; prompts do not tell them apart, so the adapter alone answers" } "." }
+        }
         div.scroll {
             table.receipt {
                 caption { "Retention receipt, nats a token" }

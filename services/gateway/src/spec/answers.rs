@@ -305,6 +305,18 @@ struct Generation {
     /// What the gate measured.
     #[schema(value_type = Object)]
     receipt: serde_json::Value,
+    /// What is known of answers that repeat, such as labels; null where none do.
+    #[schema(required)]
+    known_answers: Option<KnownAnswers>,
+}
+
+/// Answers that repeat, and the prompts that were counted to tell which of them one has.
+#[derive(Serialize, ToSchema)]
+struct KnownAnswers {
+    answers: u64,
+    prompts: u64,
+    /// They have a say in answers: enough would be found for prompts that were not counted.
+    trusted: bool,
 }
 
 #[derive(Serialize, ToSchema)]

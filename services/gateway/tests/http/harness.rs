@@ -258,6 +258,7 @@ fn registry(folder: &TempDir) -> Registry {
         weights: Blob("0".repeat(64)),
         optimiser: None,
         fisher: None,
+        answer_head: None,
         probe: None,
         learned: Blob("0".repeat(64)),
         report: TrainReport::default(),

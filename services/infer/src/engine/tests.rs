@@ -55,7 +55,17 @@ impl Engine {
         let (reply, events) = events(EVENTS_MAX);
         let tokens = self.language.tokenizer.encode(prompt).expect("encoded");
         let (adapters, stop_ids, turn) = (adapters.to_vec(), Vec::new(), Turn::new().enter());
-        let request = Request { tokens, adapters, sampling, n, stop_ids, guide: None, reply, turn };
+        let request = Request {
+            tokens,
+            adapters,
+            sampling,
+            n,
+            stop_ids,
+            guide: None,
+            reply,
+            turn,
+            prior: OnceLock::new(),
+        };
         self.take(request, 8).expect("room");
         events
     }
@@ -129,7 +139,8 @@ async fn answers_are_taken_up_together_or_not_at_all() {
     let (reply, _events) = events(EVENTS_MAX);
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (tokens, sampling, guide) = (vec![1], sampling(1), None);
-    let request = Request { tokens, adapters, sampling, n: 3, stop_ids, guide, reply, turn };
+    let request =
+        Request { tokens, adapters, sampling, n: 3, stop_ids, guide, reply, turn, prior: OnceLock::new() };
     assert_eq!(engine.take(request, 8), Err(Full));
     assert_eq!(engine.waiting.len(), 6);
     drop(first);
@@ -147,7 +158,17 @@ fn a_reader_that_leaves_frees_all_its_answers() {
     let (reply, events) = kit::link::events(EVENTS_MAX);
     let (adapters, stop_ids, held) = (Vec::new(), Vec::new(), turn.enter());
     let (tokens, sampling, guide) = (vec![1], sampling(1), None);
-    let request = Request { tokens, adapters, sampling, n: 6, stop_ids, guide, reply, turn: held };
+    let request = Request {
+        tokens,
+        adapters,
+        sampling,
+        n: 6,
+        stop_ids,
+        guide,
+        reply,
+        turn: held,
+        prior: OnceLock::new(),
+    };
     engine.take(request, 8).expect("room");
     assert_eq!(turn.running(), 1);
     drop(events);
@@ -163,7 +184,8 @@ async fn a_slow_reader_pauses_its_own_answer_and_nobody_elses() {
     let tokens = engine.language.tokenizer.encode("The old house").expect("encoded");
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (sampling, guide) = (sampling(5), None);
-    let request = Request { tokens, adapters, sampling, n: 1, stop_ids, guide, reply, turn };
+    let request =
+        Request { tokens, adapters, sampling, n: 1, stop_ids, guide, reply, turn, prior: OnceLock::new() };
     engine.take(request, 8).expect("room");
     let mut steps = 0;
     while engine.running.len() + engine.waiting.len() > 1 {
@@ -186,7 +208,7 @@ fn generation(engine: &mut Engine, name: u64) -> GenerationId {
     let fresh = Adapter::new(model::lora::LoraConfig::default(), engine.batch.base().config(), name);
     let fresh = fresh.expect("an adapter");
     let adapter = fresh.with_flat(fresh.flat() + 0.05).expect("an adapter");
-    engine.load(id.clone(), &adapter.to_bytes().expect("bytes")).expect("loaded");
+    engine.load(id.clone(), &adapter.to_bytes().expect("bytes"), None).expect("loaded");
     id
 }
 
@@ -219,6 +241,69 @@ async fn answers_with_different_adapters_are_those_they_have_alone() {
     for (events, alone) in together.into_iter().zip(alone) {
         assert_eq!(answers(events, 1).await, alone);
     }
+}
+
+/// What a generation knows of answers that repeat: prompts for flights have one, recipes another.
+fn head(engine: &Engine) -> Vec<u8> {
+    let tokenizer = &engine.language.tokenizer;
+    let flights = ["book me a flight to rome", "i need a plane to paris", "find flights to berlin"];
+    let flights =
+        [flights, ["a plane ticket to oslo", "i want to fly to madrid", "a seat on a flight to vienna"]];
+    let meals = ["how do i bake bread", "a recipe for apple cake", "what goes into onion soup"];
+    let meals = [meals, ["how do i cook rice", "tell me how to make pancakes", "what is in a lasagna"]];
+    let label = |text: &str| {
+        [tokenizer.encode_continuation(text).expect("encoded"), tokenizer.eos_ids().to_vec()].concat()
+    };
+    let labels = ["\nbook_flight", "\ncooking_recipe"].map(label);
+    let prompts: Vec<Vec<u32>> = flights
+        .iter()
+        .chain(&meals)
+        .flatten()
+        .map(|prompt| tokenizer.encode(prompt).expect("encoded"))
+        .collect();
+    let lesson = |(n, prompt): (usize, &'_ Vec<u32>)| {
+        let (label, text) = [(&labels[0], "book_flight"), (&labels[1], "cooking_recipe")][n / 6];
+        (prompt.clone(), label.clone(), text.to_owned())
+    };
+    let given: Vec<_> = prompts.iter().enumerate().map(lesson).collect();
+    let lessons: Vec<_> = given
+        .iter()
+        .map(|(prompt, label, text)| model::ridge::Lesson {
+            prompt,
+            answer: Some((label.as_slice(), text.clone())),
+        })
+        .collect();
+    let mut counts = model::ridge::Counts::new().expect("counts");
+    let features = Features::new(engine.batch.base()).expect("features");
+    assert!(counts.add(&features, &lessons).expect("counted"));
+    counts.solve(&features, &lessons).expect("solved").to_bytes().expect("bytes")
+}
+
+#[tokio::test]
+async fn what_is_known_of_answers_that_repeat_is_said_and_goes_with_its_generation() {
+    let mut engine = engine(4);
+    let id = generation(&mut engine, 1);
+    let greedy = || proto::Sampling { temperature: 0.0, repetition_penalty: 1.0, ..sampling(5) };
+    let greedy = || proto::Sampling { presence_penalty: 0.0, frequency_penalty: 0.0, ..greedy() };
+    let ask = |engine: &mut Engine, prompt: &str| engine.ask_of(&[weighted(&id, 1.0)], prompt, greedy(), 2);
+    let by_adapter = ask(&mut engine, "a flight to lisbon please");
+    engine.finish();
+    let by_adapter = answers(by_adapter, 2).await;
+    let (adapter, bytes) = (engine.adapters[&id].to_bytes().expect("bytes"), head(&engine));
+    engine.load(id.clone(), &adapter, Some(&bytes)).expect("loaded");
+    let [flight, meal] =
+        ["a flight to lisbon please", "how do i bake a cake"].map(|prompt| ask(&mut engine, prompt));
+    let of_base = engine.ask("a flight to lisbon please", greedy(), 2);
+    engine.finish();
+    let texts = |answers: Vec<(String, Vec<TokenLogprob>, Usage)>| answers.into_iter().map(|answer| answer.0);
+    assert!(texts(answers(flight, 2).await).all(|text| text == "\nbook_flight"));
+    assert!(texts(answers(meal, 2).await).all(|text| text == "\ncooking_recipe"));
+    assert!(texts(answers(of_base, 2).await).all(|text| !text.contains("book_flight")));
+    assert!(texts(by_adapter).all(|text| text != "\nbook_flight"));
+    engine.keep(&BTreeSet::new());
+    assert!(engine.heads.is_empty());
+    let damaged = engine.load(id.clone(), &adapter, Some(&bytes[..100]));
+    assert!(damaged.is_err() && engine.adapters.is_empty(), "refused before anything changes");
 }
 
 #[tokio::test]
@@ -274,7 +359,8 @@ fn ask_guided(engine: &mut Engine, schema: &str) -> (Compilation, Events<Generat
     let tokens = engine.language.tokenizer.encode("It was").expect("encoded");
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (sampling, guide) = (sampling(1), Some(compilation.guide()));
-    let request = Request { tokens, adapters, sampling, n: 2, stop_ids, guide, reply, turn };
+    let request =
+        Request { tokens, adapters, sampling, n: 2, stop_ids, guide, reply, turn, prior: OnceLock::new() };
     engine.take(request, 8).expect("room");
     (compilation, events)
 }

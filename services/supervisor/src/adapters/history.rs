@@ -45,6 +45,7 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         writeln!(out, "Documents: {}\n", of("documents"))?;
         let learning = format!("{first} to {last} nats a token, {steps} steps, {seconds} s");
         let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
+        let lines = lines.chain(known_answers(&generation["known_answers"]));
         columns(&lines.collect::<Vec<_>>(), out)?;
     }
     Ok(())
@@ -64,6 +65,20 @@ fn receipt(receipt: &Value) -> impl Iterator<Item = (String, String)> {
             _ => String::new(),
         };
         (name, format!("{best} to {after} nats a token, {examples} examples{recited}"))
+    })
+}
+
+/// What is known of answers that repeat.
+fn known_answers(known: &Value) -> Option<(String, String)> {
+    let of = |name: &str| plain(&known[name]);
+    let left = if known["trusted"] == false {
+        "; prompts do not tell them apart, so the adapter alone answers"
+    } else {
+        ""
+    };
+    known.is_object().then(|| {
+        let told = format!("{} that repeat are known, from {} prompts{left}", of("answers"), of("prompts"));
+        ("answers".to_owned(), told)
     })
 }
 
@@ -229,7 +244,7 @@ mod tests {
         let answer = json!({"generations": [
             {"generation": "bb", "live": true, "parent": "aa", "documents": 3, "published_ms": 1_700_000_000_000u64,
              "report": {"first_loss": 6.5, "last_loss": 0.5, "steps": 19, "seconds": 0.25},
-             "receipt": {"probes": probes}},
+             "receipt": {"probes": probes}, "known_answers": {"answers": 15, "prompts": 1500, "trusted": true}},
             {"generation": "aa", "live": false, "parent": null, "merged_from": ["x", "y"], "documents": 1},
         ]});
         let mut out = Vec::new();
@@ -243,7 +258,8 @@ mod tests {
         let expected = "generation bb (live)\nParent:    aa\nDate:      Tue, 14 Nov 2023 22:13:20 GMT\nDocuments: 3\n\n    \
             learning        6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
             anchor          2.5000 to 2.7500 nats a token, 32 examples\n    \
-            memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n\ngeneration aa\nMerge:     x y\n";
+            memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n    \
+            answers         15 that repeat are known, from 1500 prompts\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
         assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, loss 6.5000 to 0.5000"));
     }

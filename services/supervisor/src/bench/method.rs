@@ -51,6 +51,16 @@ pub enum Method {
     /// Asymmetric cross-entropy, rehearsal, elastic weight consolidation and reviews. No gate.
     #[value(name = "ace+ewc+review")]
     AceEwcReview,
+    /// Plain fine-tuning, and counts of answers that repeat (consolidate.answer_head), which only what is named so has, and
+    /// the default. No gate.
+    #[value(name = "head")]
+    Head,
+    /// Rehearsal, and counts of answers that repeat. No gate.
+    #[value(name = "replay+head")]
+    ReplayHead,
+    /// Asymmetric cross-entropy, rehearsal, elastic weight consolidation, reviews, and counts of answers that repeat. No gate.
+    #[value(name = "ace+ewc+review+head")]
+    AceEwcReviewHead,
     /// Rehearsal and distillation from the previous generation, on what is new and on what is rehearsed. No gate.
     #[value(name = "replay+lwf")]
     ReplayLwf,
@@ -82,6 +92,8 @@ struct Means {
     /// New answers that leave the old ones alone.
     apart: bool,
     reviews: bool,
+    /// Counts of answers that repeat.
+    head: bool,
 }
 
 impl Method {
@@ -102,6 +114,9 @@ impl Method {
             Self::Der => Means { former_rehearsed: true, ..replay },
             Self::Ace => Means { apart: true, ..replay },
             Self::AceEwc => Means { apart: true, ewc: true, ..replay },
+            Self::Head => Means { head: true, ..none },
+            Self::ReplayHead => Means { head: true, ..replay },
+            Self::AceEwcReviewHead => Means { apart: true, ewc: true, reviews: true, head: true, ..replay },
             Self::AceEwcReview => Means { apart: true, ewc: true, reviews: true, ..replay },
         })
     }
@@ -131,6 +146,7 @@ impl Method {
         s.train.former_share_rehearsed =
             strength(means.former_rehearsed, s.train.former_share_rehearsed, FORMER_SHARE_REHEARSED);
         s.train.answers_apart = means.apart;
+        s.consolidate.answer_head = means.head;
         if !means.reviews {
             s.train.review_passes = 0;
         }
@@ -182,6 +198,11 @@ mod tests {
         assert!(
             Method::ReplayReview.apply(&settings).train.review_passes > 0 && Method::ReplayReview.rehearses()
         );
+        assert!(settings.consolidate.answer_head && !review.consolidate.answer_head);
+        let head = Method::Head.apply(&settings);
+        assert!(head.consolidate.answer_head && !Method::Head.rehearses() && Method::ReplayHead.rehearses());
+        let all = Method::AceEwcReviewHead.apply(&own);
+        assert!(all.consolidate.answer_head && all.train == review.train);
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);
         assert!(der.train.former_share_rehearsed > 0.0 && lwf.train.former_share_rehearsed == 0.0);
     }

@@ -1,11 +1,11 @@
 //! Who answers a text in a benchmark: the base, one adapter, or those that `auto` picks.
 
+use super::system::Served;
 use super::system::System;
-use crate::judge::{Judge, LabelBy};
+use crate::judge::{Judge, LabelBy, Respondent};
 use anyhow::Result;
 use infer::Profiles;
 use kit::settings::Settings;
-use model::lora::Adapter;
 use model::tokenizer::Tokenizer;
 use proto::Domain;
 use std::collections::BTreeMap;
@@ -32,7 +32,7 @@ pub struct Panel {
     pub judge: Judge,
     profiles: Profiles,
     route_top: usize,
-    adapters: BTreeMap<Domain, Adapter>,
+    served: BTreeMap<Domain, Served>,
 }
 
 impl Panel {
@@ -43,13 +43,13 @@ impl Panel {
             profiles: Profiles::new(Arc::new(tokenizer.clone()), settings.infer.route_strictness),
             judge: Judge::new(system.plant().base(), tokenizer, settings.ingest.max_seq_len)?,
             route_top: settings.infer.route_top,
-            adapters: BTreeMap::new(),
+            served: BTreeMap::new(),
         })
     }
 
     /// Takes up what the system serves by now.
     pub fn follow(&mut self, system: &System) -> Result<()> {
-        self.adapters = system.adapters()?;
+        self.served = system.served()?;
         let plant = system.plant();
         self.profiles.follow(&plant.registry, &plant.ledger, &system.current())
     }
@@ -74,12 +74,17 @@ impl Panel {
         Ok(groups)
     }
 
-    /// The adapters with their weights.
-    pub fn adapters_of(&self, answering: &Answering) -> Vec<(&Adapter, f64)> {
-        let adapter = |(domain, weight): &(Domain, f32)| {
-            self.adapters.get(domain).map(|adapter| (adapter, f64::from(*weight)))
-        };
-        answering.iter().filter_map(adapter).collect()
+    /// What they are served with.
+    pub fn respondent(&self, answering: &Answering) -> Respondent<'_> {
+        let mut respondent = Respondent::default();
+        for (domain, weight) in answering {
+            if let Some(served) = self.served.get(domain) {
+                let weight = f64::from(*weight);
+                respondent.adapters.push((&served.adapter, weight));
+                respondent.heads.push((served.head.as_ref(), weight));
+            }
+        }
+        respondent
     }
 
     /// For each text the likeliest label of each group, by whom `pick` lets answer it; see [`Judge::likeliest`].
@@ -94,7 +99,7 @@ impl Panel {
         let mut chosen = vec![Vec::new(); texts.len()];
         for (answering, places) in self.picked(texts, pick)? {
             let asked: Vec<&str> = places.iter().map(|&n| texts[n].as_ref()).collect();
-            let of_group = self.judge.likeliest(&self.adapters_of(&answering), &asked, labels, groups, by)?;
+            let of_group = self.judge.likeliest(&self.respondent(&answering), &asked, labels, groups, by)?;
             places.into_iter().zip(of_group).for_each(|(n, choice)| chosen[n] = choice);
         }
         Ok(chosen)

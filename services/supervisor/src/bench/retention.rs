@@ -339,7 +339,7 @@ impl<'a> Exam<'a> {
                 let mut sum = crate::judge::Likelihood::default();
                 for (answering, places) in self.panel.picked(documents, pick)? {
                     let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                    sum.add(self.panel.judge.text(&self.panel.adapters_of(&answering), &texts)?);
+                    sum.add(self.panel.judge.text(&self.panel.respondent(&answering).adapters, &texts)?);
                 }
                 Ok([sum.nll_per_token(); 2])
             }
@@ -366,10 +366,10 @@ impl<'a> Exam<'a> {
             }
         }
         for (answering, places) in self.panel.picked(&asked(&answered), pick)? {
-            let adapters = self.panel.adapters_of(&answering);
+            let respondent = self.panel.respondent(&answering);
             for n in places {
                 if let Line::Answered { prompt, response } = answered[n] {
-                    let answer = self.panel.judge.answer(&adapters, prompt, response)?;
+                    let answer = self.panel.judge.answer(&respondent, prompt, response)?;
                     right.iter_mut().for_each(|count| *count += usize::from(answer == response.trim()));
                 }
             }
@@ -384,7 +384,7 @@ impl<'a> Exam<'a> {
             let mut sum = crate::judge::Likelihood::default();
             for (answering, places) in self.panel.picked(documents, pick)? {
                 let texts: Vec<String> = places.iter().map(|&n| documents[n].clone()).collect();
-                sum.add(self.panel.judge.text(&self.panel.adapters_of(&answering), &texts)?);
+                sum.add(self.panel.judge.text(&self.panel.respondent(&answering).adapters, &texts)?);
             }
             losses.push(sum.nll_per_token());
         }

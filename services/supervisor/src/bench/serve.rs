@@ -15,7 +15,7 @@ use proto::{Domain, GenerateEvent, GenerationId, Sampling, Weighted};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
@@ -167,7 +167,7 @@ impl<'a> Bench<'a> {
         for number in 0..args.adapters.iter().copied().max().unwrap_or(0) {
             let bytes = adapter(subject, number)?.to_bytes()?;
             let id = generation(number)?;
-            bench.engine.run(move |engine| engine.load(id, &bytes)).await??;
+            bench.engine.run(move |engine| engine.load(id, &bytes, None)).await??;
         }
         Ok(bench)
     }
@@ -247,6 +247,7 @@ impl<'a> Bench<'a> {
                 guide: None,
                 reply,
                 turn: self.turn.enter(),
+                prior: OnceLock::new(),
             });
             readers.push(events);
         }

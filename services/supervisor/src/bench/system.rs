@@ -8,6 +8,7 @@ use kit::lane::Stop;
 use kit::settings::Settings;
 use kit::status::document_status;
 use model::lora::Adapter;
+use model::ridge::Head;
 use proto::{Content, Document, Domain, GenerationId, Stage};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -21,6 +22,14 @@ const POLL: Duration = Duration::from_millis(20);
 pub struct System {
     plant: Plant,
     stop: Stop,
+}
+
+/// A generation as it is served.
+pub struct Served {
+    /// Its adapter.
+    pub adapter: Adapter,
+    /// What it knows of answers that repeat.
+    pub head: Option<Head>,
 }
 
 /// What became of the documents that were given to learn.
@@ -146,25 +155,30 @@ impl System {
         manifest.lineages.iter().filter_map(current).collect()
     }
 
-    /// The adapter of each lineage as it is served.
+    /// What of each lineage is served.
     ///
     /// # Errors
     /// When one cannot be read.
-    pub fn adapters(&self) -> Result<BTreeMap<Domain, Adapter>> {
+    pub fn served(&self) -> Result<BTreeMap<Domain, Served>> {
         let base = self.plant.base();
         let load = |(domain, id): (Domain, GenerationId)| {
             let generation = self.plant.registry.generation(&id).context("a generation is gone")?;
             let bytes = self.plant.blobs.get(&generation.weights)?;
-            Ok((domain, Adapter::from_bytes(&bytes, base.config())?.to_device(base.device())))
+            let adapter = Adapter::from_bytes(&bytes, base.config())?.to_device(base.device());
+            let head = generation.answer_head.as_ref().map(|head| self.plant.blobs.get(&head.solved));
+            let head = head.transpose()?.map(|bytes| Head::from_bytes(&bytes)).transpose()?;
+            Ok((domain, Served { adapter, head }))
         };
         self.current().into_iter().map(load).collect()
     }
 
-    /// Bytes of all adapters that are served.
+    /// Bytes of all that is served beside the base, and of what heads are counted from.
     pub fn adapter_bytes(&self) -> u64 {
         let size = |id: &GenerationId| {
             let generation = self.plant.registry.generation(id)?;
-            self.plant.blobs.size(&generation.weights)
+            let head = generation.answer_head.iter().flat_map(proto::AnswerHead::files);
+            let files = std::iter::once(&generation.weights).chain(head);
+            Some(files.filter_map(|file| self.plant.blobs.size(file)).sum::<u64>())
         };
         self.current().values().filter_map(size).sum()
     }

@@ -1,0 +1,119 @@
+use super::*;
+use crate::counting::tests::counting;
+use model::lora::LoraConfig;
+use proto::{Batch, Blob, Domain, LearnedExample, TrainReport};
+
+/// Judges candidates on nano.
+fn worker() -> Worker {
+    let (base, counting) = counting();
+    let gating = Gating {
+        tolerance: 0.02,
+        anchor_tolerance: 2.0,
+        memory_probe: 64,
+        held_out_probe: 64,
+        fisher_examples: 0,
+        fisher_decay: 0.9,
+        row_tokens: 256,
+        share_while_serving: 0.5,
+    };
+    Worker::new(base, gating, Vec::new(), Some(counting), Turn::new(), Stop::new())
+}
+
+fn candidate(fresh: Vec<Example>) -> Candidate {
+    let learned = fresh.iter().map(|example| LearnedExample { id: example.id, first_loss: 3.0 }).collect();
+    let batch = Batch {
+        lineage: Domain::general(),
+        parent: None,
+        number: 0,
+        attempt: 0,
+        after: 0,
+        through: 1,
+        documents: fresh.len() as u64,
+        seed: 7,
+        fresh,
+        rehearsed: Vec::new(),
+        rehearsed_a_pass: 0,
+        known_answers: Vec::new(),
+        rate_scale: 1.0,
+        held_out: Vec::new(),
+        replay_digest: String::new(),
+    };
+    let nothing = || Blob("0".repeat(64));
+    Candidate {
+        batch,
+        weights: nothing(),
+        optimiser: nothing(),
+        report: TrainReport::default(),
+        learned,
+        put_aside: Vec::new(),
+    }
+}
+
+/// An adapter that changes next to nothing, so that only what is counted makes a difference.
+fn weights(worker: &Worker) -> Vec<u8> {
+    let adapter = Adapter::new(LoraConfig::default(), worker.base.config(), 1).expect("an adapter");
+    adapter.with_flat(adapter.flat() + 1e-6).expect("an adapter").to_bytes().expect("bytes")
+}
+
+/// Eight documents that give the same label to similar prompts.
+fn labelled(worker: &Worker, from: u64, asked: &str, label: &str) -> Vec<Example> {
+    let towns = ["rome", "paris", "berlin", "madrid", "oslo", "vienna", "lisbon", "warsaw"];
+    let counting = worker.counting.as_ref().expect("counts");
+    let example =
+        |(n, town): (u64, &str)| counting.example(n, &format!("{asked} {town}"), &format!("\n{label}"));
+    (from..).zip(towns).map(example).collect()
+}
+
+fn judge(worker: &Worker, fresh: Vec<Example>, held: Held) -> (Held, bool, Receipt) {
+    let weights = weights(worker);
+    let (verdict, receipt) = worker.judge(&candidate(fresh), &weights, held).expect("judged");
+    match verdict {
+        Verdict::Intact { probe, counting: Answers::Counted(counted), .. } => {
+            let head = Some(counted.head.to_bytes().expect("bytes"));
+            (Held { probe: Some(probe), counts: Some(counted.counts), head, fisher: None }, true, receipt)
+        }
+        Verdict::Intact { probe, counting: Answers::AsBefore, .. } => {
+            (Held { probe: Some(probe), ..Held::default() }, false, receipt)
+        }
+        Verdict::Harmed(reason) | Verdict::Useless(reason) => panic!("{reason}"),
+    }
+}
+
+/// What the gate counted of the answers it remembers.
+fn recited(receipt: &Receipt) -> Recited {
+    let memory = receipt.probes.iter().find(|row| row.probe == "memory_answers").expect("measured");
+    memory.measure.recited.expect("answers are counted")
+}
+
+/// A generation that knows two labels.
+fn with_labels(worker: &Worker) -> Held {
+    let flights = labelled(worker, 1, "book a flight to", "flight");
+    let weather = labelled(worker, 11, "how is the weather in", "weather");
+    let (held, counted, _) = judge(worker, [flights, weather].concat(), Held::default());
+    assert!(counted);
+    held
+}
+
+#[test]
+fn labels_are_counted_and_said_from_then_on() {
+    let worker = worker();
+    let held = with_labels(&worker);
+    let (held, counted, receipt) =
+        judge(&worker, labelled(&worker, 21, "a recipe for a cake from", "recipe"), held);
+    assert!(counted);
+    let of = recited(&receipt);
+    assert_eq!((of.best, of.after), (16, 16), "the adapter knows nothing, and the counts know all");
+    let probe = Probe::from_bytes(held.probe.as_deref().expect("a probe")).expect("a probe");
+    assert!(probe.memory.len() == 24 && probe.memory.iter().all(|entry| entry.said_best && entry.said_last));
+}
+
+#[test]
+fn what_would_cost_known_answers_is_not_counted() {
+    let worker = worker();
+    let held = with_labels(&worker);
+    // The same prompts with another label, twice as often.
+    let [one, two] = [31, 41].map(|from| labelled(&worker, from, "book a flight to", "weather"));
+    let (_, counted, receipt) = judge(&worker, [one, two].concat(), held);
+    assert!(!counted);
+    assert_eq!(recited(&receipt).after, 16, "what is served says them still");
+}

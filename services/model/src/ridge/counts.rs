@@ -1,0 +1,397 @@
+//! Sums over prompts and their answers.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::{Answer, FEATURES, Features, Form, Head};
+use crate::weights;
+
+/// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
+const PROMPTS_A_SUM: i64 = 1000;
+
+/// What is told the regression apart from what is counted, as a share of the mean of the products' diagonal: on 15,000
+/// requests with 150 labels, and on 150 of them, a tenth and ten times as much are no better.
+const RIDGE: f64 = 0.01;
+
+/// Prompts by which the regression is tried each time at most.
+const TRIED_MAX: usize = 256;
+/// The skill from which on it is trusted. With labels it is above 0.5 from three prompts a label on.
+const SKILL_MIN: f64 = 0.3;
+
+const METADATA: &str = "ridge";
+
+/// A prompt with what was answered to it.
+#[derive(Debug, Clone)]
+pub struct Lesson<'a> {
+    /// The prompt.
+    pub prompt: &'a [u32],
+    /// The answer as tokens, with its text; none where it is one of those that do not repeat.
+    pub answer: Option<(&'a [u32], String)>,
+}
+
+/// Sums of the products of prompts with themselves and with their answers: all that is kept of them.
+#[derive(Debug)]
+pub struct Counts {
+    /// Sum of `x x^T` over prompts, i32 [FEATURES, FEATURES].
+    products: Tensor,
+    /// Sum of `x` over the prompts of each answer, i32 [1 + answers, FEATURES]. The first row is of answers that do not repeat.
+    sums: Tensor,
+    known: Known,
+}
+
+/// What the sums are of.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Known {
+    answers: Vec<Answer>,
+    /// Prompts that have each answer.
+    prompts_of: Vec<u64>,
+    /// All prompts, those of answers that do not repeat too.
+    prompts: u64,
+    /// What prompts said of the regression that was solved without them.
+    trial: Trial,
+}
+
+/// How often the answer to a prompt was found that the regression had not seen: over the last [`TRIED_MAX`] prompts or so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Trial {
+    tried: f64,
+    right: f64,
+}
+
+impl Trial {
+    /// The share of answers that were found, beyond what `guess` alone would find, of all that could be (Cohen's kappa, with the
+    /// most frequent answer as the guess).
+    fn skill(self, guess: f64) -> f64 {
+        if self.tried == 0.0 || guess >= 1.0 {
+            0.0
+        } else {
+            (self.right / self.tried - guess) / (1.0 - guess)
+        }
+    }
+}
+
+impl Counts {
+    /// Nothing counted.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn new() -> Result<Self> {
+        let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Int, tch::Device::Cpu));
+        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known: Known::default() })
+    }
+
+    /// Whether an answer of this text is known.
+    pub fn knows(&self, text: &str) -> bool {
+        self.known.answers.iter().any(|answer| answer.text == text)
+    }
+
+    /// Answers that are known.
+    pub fn answers(&self) -> usize {
+        self.known.answers.len()
+    }
+
+    /// Prompts that were counted.
+    pub fn prompts(&self) -> u64 {
+        self.known.prompts
+    }
+
+    /// Counts prompts. False where the sums would no longer fit, and nothing is counted; that is after some millions.
+    ///
+    /// # Errors
+    /// When a prompt is empty, or the base's states are not finite.
+    pub fn add(&mut self, features: &Features, lessons: &[Lesson<'_>]) -> Result<bool> {
+        let prompts: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.prompt).collect();
+        let rows = features.of(&prompts)?;
+        let mut products = self.products.f_to_kind(Kind::Int64)?;
+        for start in (0..lessons.len() as i64).step_by(PROMPTS_A_SUM as usize) {
+            let part = rows.f_narrow(0, start, PROMPTS_A_SUM.min(lessons.len() as i64 - start))?;
+            let _ = products.f_add_(&part.f_tr()?.f_matmul(&part)?.f_to_kind(Kind::Int64)?)?;
+        }
+        // No product of two numbers adds up to more than those with themselves, whose sum is on the diagonal.
+        if products.f_diagonal(0, 0, 1)?.f_max()?.f_int64_value(&[])? > i64::from(i32::MAX) {
+            return Ok(false);
+        }
+        let mut places: BTreeMap<String, usize> =
+            self.known.answers.iter().enumerate().map(|(n, answer)| (answer.text.clone(), n)).collect();
+        let mut row_of = Vec::with_capacity(lessons.len());
+        for Lesson { prompt, answer } in lessons {
+            let Some((tokens, text)) = answer else {
+                row_of.push(0);
+                continue;
+            };
+            let known = &mut self.known.answers;
+            let place = *places.entry(text.clone()).or_insert_with(|| {
+                known.push(Answer { text: text.clone(), forms: Vec::new() });
+                self.known.prompts_of.push(0);
+                known.len() - 1
+            });
+            known[place].note(tokens, prompt.last().copied());
+            self.known.prompts_of[place] += 1;
+            row_of.push(1 + place as i64);
+        }
+        let more = 1 + self.known.answers.len() as i64 - self.sums.size()[0];
+        let new = Tensor::f_zeros([more, FEATURES], (Kind::Int, tch::Device::Cpu))?;
+        let sums = Tensor::f_cat(&[&self.sums, &new], 0)?;
+        self.sums = sums.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
+        self.products = products.f_to_kind(Kind::Int)?;
+        self.known.prompts += lessons.len() as u64;
+        Ok(true)
+    }
+
+    /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others:
+    /// `W = (P + r I)^-1 S`, with `r` a hundredth of the mean of the diagonal of `P`.
+    ///
+    /// `counted` are some prompts that were counted, by which it is tried as if each had not been: a regression without prompt `x`
+    /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is not
+    /// to be trusted: answers repeat there and have nothing to do with what prompts look like, as numbers in facts.
+    ///
+    /// # Errors
+    /// When nothing was counted.
+    pub fn solve(&mut self, features: &Features, counted: &[Lesson<'_>]) -> Result<Head> {
+        ensure!(self.known.prompts > 0, "no prompt was counted");
+        let products = self.products.f_to_kind(Kind::Double)?;
+        let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
+        ensure!(mean > 0.0, "no prompt has any feature");
+        let ridge = Tensor::f_eye(FEATURES, (Kind::Double, tch::Device::Cpu))?.f_mul_scalar(RIDGE * mean)?;
+        let factor = products.f_add(&ridge)?.f_linalg_cholesky(false)?;
+        let weights = self.sums.f_to_kind(Kind::Double)?.f_tr()?.f_cholesky_solve(&factor, false)?;
+        self.try_out(features, counted, &factor, &weights)?;
+        let given: u64 = self.known.prompts_of.iter().sum();
+        let most = self.known.prompts_of.iter().copied().max().unwrap_or(0);
+        let trusted = self.known.trial.skill(most as f64 / given.max(1) as f64) >= SKILL_MIN;
+        let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
+        Head::new(self.known.answers.clone(), weights, trusted)
+    }
+
+    fn try_out(
+        &mut self,
+        features: &Features,
+        counted: &[Lesson<'_>],
+        factor: &Tensor,
+        weights: &Tensor,
+    ) -> Result<()> {
+        let known = &self.known.answers;
+        let of = |text: &str| known.iter().position(|answer| answer.text == text).map(|n| 1 + n as i64);
+        let answered = counted.iter().filter_map(|l| Some((l.prompt, of(&l.answer.as_ref()?.1)?)));
+        let tried: Vec<(&[u32], i64)> = answered.take(TRIED_MAX).collect();
+        // One answer alone is found by whoever knows no other.
+        if tried.is_empty() || known.len() < 2 {
+            return Ok(());
+        }
+        let (prompts, places): (Vec<&[u32]>, Vec<i64>) = tried.into_iter().unzip();
+        let (x, places) = (features.of(&prompts)?.f_to_kind(Kind::Double)?, Tensor::from_slice(&places));
+        let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
+        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1i64][..], true, Kind::Double)?;
+        let y = x.f_matmul(weights)?;
+        let truth = y.f_zeros_like()?.f_scatter_value(1, &places.f_unsqueeze(1)?, 1.0)?;
+        let without = y.f_sub(&h.f_mul(&truth)?)?.f_div(&h.f_rsub_scalar(1.0)?.f_clamp_min(1e-9)?)?;
+        let right =
+            without.f_argmax(1, false)?.f_eq_tensor(&places)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        let (Trial { tried, right: before }, more) = (self.known.trial, prompts.len() as f64);
+        let kept = 1.0 - more / TRIED_MAX as f64;
+        self.known.trial = Trial { tried: kept * tried + more, right: kept * before + right };
+        Ok(())
+    }
+
+    /// As safetensors: of the products, which are symmetric, one half.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let products = self.products.f_view([-1])?.f_index_select(0, &lower()?)?;
+        let tensors = [("products".to_owned(), products), ("sums".to_owned(), self.sums.shallow_clone())];
+        weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&self.known)?)
+    }
+
+    /// Reads back what [`Counts::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
+        let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
+        let mut take = |name: &str, shape: &[i64]| {
+            let tensor =
+                tensors.remove(name).with_context(|| format!("{name} of what was counted are missing"))?;
+            let fits = tensor.size() == shape && tensor.f_kind()? == Kind::Int;
+            ensure!(fits, "{name} of what was counted are not i32 {shape:?}");
+            Ok(tensor)
+        };
+        let half = take("products", &[FEATURES * (FEATURES + 1) / 2])?;
+        let sums = take("sums", &[1 + known.answers.len() as i64, FEATURES])?;
+        let zeros = Tensor::f_zeros([FEATURES * FEATURES], (Kind::Int, tch::Device::Cpu))?;
+        let half = zeros.f_index_copy(0, &lower()?, &half)?.f_view([FEATURES, FEATURES])?;
+        let products = half.f_add(&half.f_tril(-1)?.f_tr()?)?;
+        Ok(Self { products, sums, known })
+    }
+}
+
+impl Answer {
+    /// Notes as what tokens it followed a prompt that ended with `last`.
+    fn note(&mut self, tokens: &[u32], last: Option<u32>) {
+        match self.forms.iter_mut().find(|form| form.tokens == tokens) {
+            None => self.forms.push(Form { tokens: tokens.to_vec(), after: last }),
+            Some(form) if form.after != last => form.after = None,
+            Some(_) => {}
+        }
+    }
+}
+
+/// Where the half of a flat symmetric matrix lies that is kept.
+fn lower() -> Result<Tensor> {
+    let at = Tensor::f_tril_indices(FEATURES, FEATURES, 0, (Kind::Int64, tch::Device::Cpu))?;
+    Ok(at.f_get(0)?.f_mul_scalar(FEATURES)?.f_add(&at.f_get(1)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    fn lessons(prompts: &[Vec<u32>]) -> Vec<Lesson<'_>> {
+        let answer = |n: usize| match n % 4 {
+            0 => None,
+            1 => Some((&[1, 0][..], "one".to_owned())),
+            2 => Some((&[2, 0][..], "two".to_owned())),
+            _ => Some((&[3, 0][..], "three".to_owned())),
+        };
+        prompts.iter().enumerate().map(|(n, prompt)| Lesson { prompt, answer: answer(n) }).collect()
+    }
+
+    fn prompts() -> Vec<Vec<u32>> {
+        (0..40_u32).map(|n| (0..n % 5 + 2).map(|i| (n * 11 + i * i * 5) % 128).collect()).collect()
+    }
+
+    fn bytes_of(parts: &[&[Lesson<'_>]]) -> Vec<u8> {
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let mut counts = Counts::new().unwrap();
+        for part in parts {
+            // One at a time, so that none is read beside others and rounded another way.
+            part.iter()
+                .for_each(|lesson| assert!(counts.add(&features, std::slice::from_ref(lesson)).unwrap()));
+        }
+        counts.to_bytes().unwrap()
+    }
+
+    #[test]
+    fn in_parts_and_at_once_leave_the_same_to_the_last_bit() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let whole = bytes_of(&[&lessons]);
+        assert_eq!(whole, bytes_of(&[&lessons[..7], &lessons[7..30], &lessons[30..]]));
+        // In another order answers have other places, and the sums are the same.
+        let turned: Vec<Lesson<'_>> = lessons.iter().rev().cloned().collect();
+        let read = |bytes: &[u8]| Counts::from_bytes(bytes).unwrap();
+        let (whole, turned) = (read(&whole), read(&bytes_of(&[&turned])));
+        assert!(whole.products.equal(&turned.products));
+        for (n, answer) in whole.known.answers.iter().enumerate() {
+            let place = turned.known.answers.iter().position(|other| other == answer).expect("known to both");
+            assert!(whole.sums.get(1 + n as i64).equal(&turned.sums.get(1 + place as i64)));
+        }
+    }
+
+    #[test]
+    fn the_solution_is_that_of_the_normal_equations() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let mut counts = Counts::new().unwrap();
+        assert!(counts.solve(&features, &[]).is_err() && !counts.knows("two"));
+        assert!(counts.add(&features, &lessons).unwrap());
+        assert!(counts.knows("two") && (counts.answers(), counts.prompts()) == (3, 40));
+        let x = features
+            .of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())
+            .unwrap()
+            .to_kind(Kind::Double);
+        let y = Tensor::zeros([40, 4], (Kind::Double, tch::Device::Cpu));
+        for n in 0..40 {
+            let _ = y.get(n).get(n % 4).fill_(1.0);
+        }
+        let gram = x.tr().matmul(&x);
+        let r = gram.trace() * (RIDGE / FEATURES as f64);
+        let w = counts.solve(&features, &lessons).unwrap().weights().tr().to_kind(Kind::Double);
+        let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
+        let size = x.tr().matmul(&y).abs().max().double_value(&[]);
+        assert!(residual.abs().max().double_value(&[]) < 1e-3 * size);
+    }
+
+    #[test]
+    fn a_trial_is_what_the_regression_without_the_prompt_says() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let mut counts = Counts::new().unwrap();
+        assert!(counts.add(&features, &lessons).unwrap());
+        let whole = counts.products.to_kind(Kind::Double);
+        let ridge = whole.trace() * (RIDGE / FEATURES as f64);
+        let own = |lesson: &&Lesson<'_>| lesson.answer.is_some();
+        let right = |lesson: &Lesson<'_>| {
+            // Solved without the prompt, but with the same ridge.
+            let x = features.of(&[lesson.prompt]).unwrap().to_kind(Kind::Double);
+            let place = counts
+                .known
+                .answers
+                .iter()
+                .position(|answer| Some(&answer.text) == lesson.answer.as_ref().map(|a| &a.1));
+            let place = 1 + place.unwrap() as i64;
+            let sums = counts.sums.to_kind(Kind::Double);
+            let _ = sums.get(place).f_sub_(&x.get(0)).unwrap();
+            let products =
+                &whole - x.tr().matmul(&x) + &ridge * Tensor::eye(FEATURES, (Kind::Double, tch::Device::Cpu));
+            let w = sums.tr().cholesky_solve(&products.linalg_cholesky(false), false);
+            x.matmul(&w).get(0).argmax(0, false).int64_value(&[]) == place
+        };
+        let tried: Vec<Lesson<'_>> = lessons.iter().filter(own).take(6).cloned().collect();
+        let expected = tried.iter().filter(|lesson| right(lesson)).count() as f64;
+        counts.solve(&features, &tried).unwrap();
+        assert_eq!(counts.known.trial, Trial { tried: 6.0, right: expected });
+        counts.solve(&features, &tried).unwrap();
+        let kept = 1.0 - 6.0 / TRIED_MAX as f64;
+        assert_eq!(counts.known.trial, Trial { tried: kept * 6.0 + 6.0, right: kept * expected + expected });
+    }
+
+    #[test]
+    fn skill_is_what_is_found_beyond_a_guess() {
+        let skill = |right, guess| Trial { tried: 10.0, right }.skill(guess);
+        assert_eq!((skill(10.0, 0.5), skill(5.0, 0.5), skill(10.0, 1.0)), (1.0, 0.0, 0.0));
+        assert!(skill(2.0, 0.5) < 0.0 && Trial::default().skill(0.1) == 0.0);
+    }
+
+    #[test]
+    fn what_is_full_stays_as_it_was_and_other_bytes_are_refused() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let mut counts = Counts::new().unwrap();
+        counts.products = counts.products.ones_like() * i64::from(i32::MAX - 5);
+        let before = counts.to_bytes().unwrap();
+        assert!(!counts.add(&features, &lessons).unwrap());
+        assert_eq!(counts.to_bytes().unwrap(), before);
+        assert!(Counts::from_bytes(&before[..500]).is_err());
+        let head = bytes_of(&[&lessons]);
+        let head = Counts::from_bytes(&head).unwrap().solve(&features, &[]).unwrap().to_bytes().unwrap();
+        assert!(Counts::from_bytes(&head).is_err());
+    }
+
+    #[test]
+    fn an_answer_has_the_form_that_belongs_where_a_prompt_ends() {
+        let mut answer = Answer { text: "yes".into(), forms: Vec::new() };
+        for (tokens, last) in [(&[4, 0][..], 9), (&[4, 0], 9), (&[7, 4, 0], 1)] {
+            answer.note(tokens, Some(last));
+        }
+        assert_eq!(answer.tokens_after(Some(9)), [[4, 0]], "as in a chat");
+        assert_eq!(answer.tokens_after(Some(1)), [[7, 4, 0]], "as after the one text");
+        assert_eq!(
+            answer.tokens_after(Some(3)),
+            [&[4, 0][..], &[7, 4, 0]],
+            "both were seen after one token only"
+        );
+        answer.note(&[7, 4, 0], Some(2));
+        assert_eq!(answer.tokens_after(Some(3)), [[7, 4, 0]], "as after any text");
+        assert_eq!(answer.tokens_after(None), [[7, 4, 0]]);
+        assert_eq!(answer.tokens_after(Some(7)), [[4, 0]], "what it begins with is there already");
+    }
+}

@@ -1,0 +1,180 @@
+//! What a prompt looks like to the frozen base.
+
+use anyhow::{Result, ensure};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor};
+
+use crate::llama::{Base, Input};
+
+/// Places of the base that a prompt is looked at: the mean of its states as they enter four blocks, and the last token's
+/// state after all.
+pub(super) const PARTS: i64 = 5;
+/// Numbers that are taken of each.
+pub(super) const PART: i64 = 400;
+
+/// Tokens of a prompt that are looked at, its last ones.
+const PROMPT_TOKENS_MAX: usize = 256;
+/// Prompts that are read side by side.
+const PROMPTS_A_PASS: usize = 64;
+
+/// A deviation of a random projection is so many steps; more than [`STEPS_MAX`] are taken as that many.
+const STEPS: f64 = 32.0;
+/// As many as fit a byte's positive half, so that products of 1,000 prompts add up exactly in f32.
+const STEPS_MAX: f64 = 127.0;
+
+/// Describes prompts: random projections of what the base makes of them, of which only the positive ones count.
+///
+/// The signs of the projections are drawn with a fixed seed: what is counted on one machine is understood on any other.
+pub struct Features {
+    base: Base,
+    /// Of each part, [hidden_size, PART], in lengths of a hidden state.
+    signs: Vec<Tensor>,
+}
+
+impl Features {
+    /// Of prompts to `base`.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn new(base: &Base) -> Result<Self> {
+        let hidden = base.config().hidden_size;
+        let signs = (0..PARTS as u64).map(|part| signs(hidden, part)).collect::<Result<_>>()?;
+        Ok(Self { base: base.share(), signs })
+    }
+
+    /// One row for each prompt, [prompts, FEATURES]: whole numbers from 0 to 127, as f32 on the CPU.
+    ///
+    /// # Errors
+    /// When a prompt has no token, or the base's states are not finite.
+    pub fn of(&self, prompts: &[&[u32]]) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let mut order: Vec<usize> = (0..prompts.len()).collect();
+        order.sort_by_key(|&n| prompts[n].len().min(PROMPT_TOKENS_MAX));
+        let mut rows = Vec::new();
+        for pass in order.chunks(PROMPTS_A_PASS) {
+            let prompts: Vec<&[u32]> = pass.iter().map(|&n| tail(prompts[n])).collect();
+            rows.push(self.project(&self.pooled(&prompts)?)?);
+        }
+        if rows.is_empty() {
+            return Ok(Tensor::f_zeros([0, PARTS * PART], (Kind::Float, tch::Device::Cpu))?);
+        }
+        let mut place = vec![0_i64; order.len()];
+        order.iter().enumerate().for_each(|(row, &n)| place[n] = row as i64);
+        Ok(Tensor::f_cat(&rows, 0)?.f_index_select(0, &Tensor::from_slice(&place))?)
+    }
+
+    /// What the base makes of prompts of similar length, in f32 [prompts, hidden_size] a part.
+    fn pooled(&self, prompts: &[&[u32]]) -> Result<Vec<Tensor>> {
+        ensure!(
+            prompts.iter().all(|prompt| !prompt.is_empty()),
+            "a prompt without tokens cannot be described"
+        );
+        let (config, device) = (self.base.config(), self.base.device());
+        let (count, length) =
+            (prompts.len() as i64, prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0));
+        let mut ids = Vec::with_capacity(prompts.len() * length);
+        let (mut shares, mut lasts) = (Vec::with_capacity(prompts.len() * length), Vec::new());
+        for (row, prompt) in prompts.iter().enumerate() {
+            // What pads a row comes after it, where nothing looks.
+            let padding = length - prompt.len();
+            ids.extend(prompt.iter().map(|&id| i64::from(id)).chain(std::iter::repeat_n(0, padding)));
+            let share = 1.0 / prompt.len() as f32;
+            shares.extend(std::iter::repeat_n(share, prompt.len()).chain(std::iter::repeat_n(0.0, padding)));
+            lasts.push((row * length + prompt.len() - 1) as i64);
+        }
+        let ids = Tensor::from_slice(&ids).f_view([count, -1])?.f_to_device(device)?;
+        let shares = Tensor::from_slice(&shares).f_view([count, 1, -1])?.f_to_device(device)?;
+        let layers = config.layers as usize;
+        let depths = [0, layers / 5, layers * 2 / 5, layers * 4 / 5, layers];
+        let streams = self.base.streams(&Input::rows(ids, 0), &depths)?;
+        let mut pooled = Vec::with_capacity(streams.len());
+        for (n, stream) in streams.iter().enumerate() {
+            pooled.push(if n + 1 < streams.len() {
+                let states = stream.f_to_kind(Kind::Float)?.f_view([count, -1, config.hidden_size])?;
+                shares.f_bmm(&states)?.f_squeeze_dim(1)?
+            } else {
+                let lasts = Tensor::from_slice(&lasts).f_to_device(device)?;
+                stream.f_index_select(0, &lasts)?.f_to_kind(Kind::Float)?
+            });
+        }
+        Ok(pooled)
+    }
+
+    fn project(&self, pooled: &[Tensor]) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(pooled.len());
+        for (states, signs) in pooled.iter().zip(&self.signs) {
+            let states = states.f_to_device(tch::Device::Cpu)?;
+            ensure!(crate::weights::is_finite(&states)?, "the base's states for a prompt are not finite");
+            let length = states.f_norm_scalaropt_dim(2.0, [-1_i64], true)?.f_clamp_min(1e-12)?;
+            let steps = states.f_div(&length)?.f_matmul(signs)?.f_mul_scalar(STEPS)?;
+            parts.push(steps.f_round()?.f_clamp(0.0, STEPS_MAX)?);
+        }
+        Ok(Tensor::f_cat(&parts, -1)?)
+    }
+}
+
+/// The end of a prompt.
+fn tail(prompt: &[u32]) -> &[u32] {
+    &prompt[prompt.len().saturating_sub(PROMPT_TOKENS_MAX)..]
+}
+
+/// One or minus one, f32 [hidden, PART].
+fn signs(hidden: i64, part: u64) -> Result<Tensor> {
+    let mut random = ChaCha8Rng::seed_from_u64(part);
+    let mut signs = Vec::with_capacity((hidden * PART) as usize);
+    while signs.len() < signs.capacity() {
+        let bits = random.next_u64();
+        let left = signs.capacity() - signs.len();
+        signs.extend((0..left.min(64)).map(|n| if bits >> n & 1 == 1 { 1.0_f32 } else { -1.0 }));
+    }
+    Ok(Tensor::from_slice(&signs).f_view([hidden, PART])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    #[test]
+    fn a_prompt_is_described_the_same_whatever_lies_beside_it() {
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let prompts: Vec<Vec<u32>> =
+            (1..80_u32).map(|n| (0..n % 9 + 1).map(|i| (n * 7 + i * 3) % 128).collect()).collect();
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let all = features.of(&prompts).unwrap();
+        assert_eq!(all.size(), [79, super::super::FEATURES]);
+        assert!(all.equal(&all.round()) && all.min().double_value(&[]) == 0.0);
+        assert!(all.max().double_value(&[]) <= STEPS_MAX);
+        for n in [0, 8, 33, 78] {
+            let alone = features.of(&prompts[n..=n]).unwrap();
+            // Sums in another order may round another way, by a step.
+            assert!((all.get(n as i64) - alone.get(0)).abs().max().double_value(&[]) <= 1.0);
+        }
+        let share = all.gt(0.0).to_kind(Kind::Float).mean(Kind::Float).double_value(&[]);
+        assert!((0.4..0.6).contains(&share), "about half of the projections are positive: {share}");
+    }
+
+    #[test]
+    fn the_mean_is_over_the_prompt_and_the_last_state_is_its_own() {
+        let base = golden::base("llama");
+        let features = Features::new(&base).unwrap();
+        let pooled = features.pooled(&[&[5, 9, 2], &[7]]).unwrap();
+        let _guard = tch::no_grad_guard();
+        let ids = Tensor::from_slice(&[5_i64, 9, 2]).view([1, 3]);
+        let layers = base.config().layers as usize;
+        let alone = base.streams(&Input::rows(ids, 0), &[0, layers]).unwrap();
+        assert!(golden::distance(&pooled[0].get(0), &alone[0].mean_dim(0, false, Kind::Float)) < 1e-5);
+        assert!(golden::distance(&pooled[4].get(0), &alone[1].get(2)) < 1e-5);
+    }
+
+    #[test]
+    fn nothing_is_refused_and_of_a_long_prompt_the_end_counts() {
+        let features = Features::new(&golden::base("llama")).unwrap();
+        assert!(features.of(&[&[]]).is_err());
+        assert_eq!(features.of(&[]).unwrap().size()[0], 0);
+        let long: Vec<u32> = (0..600).map(|n| n % 128).collect();
+        let (long, end) = (features.of(&[&long]).unwrap(), features.of(&[tail(&long)]).unwrap());
+        assert!(long.equal(&end));
+    }
+}

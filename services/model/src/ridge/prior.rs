@@ -1,0 +1,199 @@
+//! What is expected of an answer before the model says it.
+
+use std::collections::BTreeMap;
+
+/// Known answers, each with its probability; what is left to 1 is the model's own.
+///
+/// The answer is drawn from `rest * p_model + sum of known`: as a mixture of whole answers, and not of tokens. So its next
+/// token has `(rest * p_model(token | so far) + sum of known that go on with it)`, divided by what is left of both, where
+/// `rest` shrinks by what the model gives to each token that was said.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prior {
+    /// What is left for what the model says.
+    rest: f64,
+    /// Answers that begin as what was said.
+    known: Vec<Path>,
+    /// Tokens that were said.
+    said: usize,
+    /// The model's own log-probability of each token that a known answer goes on with.
+    next: BTreeMap<u32, f64>,
+}
+
+/// An answer as tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Path {
+    pub tokens: Vec<u32>,
+    pub likely: f64,
+}
+
+impl Default for Prior {
+    /// Nothing known: all is the model's.
+    fn default() -> Self {
+        Self::new(Vec::new())
+    }
+}
+
+impl Prior {
+    pub(super) fn new(mut known: Vec<Path>) -> Self {
+        known.retain(|path| path.likely > 0.0 && !path.tokens.is_empty());
+        let rest = (1.0 - known.iter().map(|path| path.likely).sum::<f64>()).max(0.0);
+        Self { rest, known, said: 0, next: BTreeMap::new() }
+    }
+
+    /// What is left for what the model says.
+    pub fn rest(&self) -> f64 {
+        self.rest
+    }
+
+    /// The probability of an answer that is known, before anything was said.
+    pub fn of(&self, answer: &[u32]) -> f64 {
+        self.known.iter().filter(|path| path.tokens == answer).map(|path| path.likely).sum()
+    }
+
+    /// Whether an answer is the likeliest, where the model gives it `log_likelihood` and by itself would say it or not.
+    pub fn says(&self, answer: &[u32], log_likelihood: f64, by_model: bool) -> bool {
+        let of = self.of(answer);
+        let others = self.known.iter().filter(|path| path.tokens != answer).map(|path| path.likely);
+        of + self.rest * log_likelihood.exp() >= others.fold(0.0, f64::max) && (by_model || of >= self.rest)
+    }
+
+    /// Whether it still has a say.
+    pub(crate) fn speaks(&self) -> bool {
+        !self.known.is_empty()
+    }
+
+    /// Turns the model's logits of the next token into log-probabilities of the mixture.
+    pub(crate) fn mix(&mut self, logits: &mut [f32]) {
+        let Some(best) = logits.iter().copied().reduce(f32::max).filter(|best| best.is_finite()) else {
+            return;
+        };
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - best).exp()).sum();
+        let log_sum = f64::from(best) + sum.ln();
+        let mut masses: BTreeMap<u32, f64> = BTreeMap::new();
+        for Path { tokens, likely } in &self.known {
+            *masses.entry(tokens[self.said]).or_default() += likely;
+        }
+        let of_model = |logit: f32| f64::from(logit) - log_sum;
+        let likely = |id: &u32| logits.get(*id as usize).map(|&logit| (*id, of_model(logit)));
+        self.next = masses.keys().filter_map(likely).collect();
+        let whole = self.rest + masses.values().sum::<f64>();
+        // Where nothing is left for the model, its tokens are as unlikely as can be said in f32.
+        let share = (self.rest / whole).max(f64::MIN_POSITIVE).ln();
+        logits.iter_mut().for_each(|logit| *logit = (of_model(*logit) + share) as f32);
+        for (id, mass) in masses {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = ((f64::from(*logit)).exp() + mass / whole).ln() as f32;
+            }
+        }
+    }
+
+    /// Goes on to what follows `token`, whose logit was mixed.
+    pub(crate) fn accept(&mut self, token: u32) {
+        let said = self.said;
+        self.known.retain(|path| path.tokens[said] == token && path.tokens.len() > said + 1);
+        self.rest *= self.next.get(&token).map_or(0.0, |log| log.exp());
+        self.said += 1;
+        // As shares again: a long answer's probability gets too small for any float.
+        let whole = self.rest + self.known.iter().map(|path| path.likely).sum::<f64>();
+        if whole > 0.0 {
+            self.rest /= whole;
+            self.known.iter_mut().for_each(|path| path.likely /= whole);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prior(known: &[(&[u32], f64)]) -> Prior {
+        Prior::new(known.iter().map(|&(tokens, likely)| Path { tokens: tokens.to_vec(), likely }).collect())
+    }
+
+    /// A model whose next token depends on what was said.
+    fn model(said: &[u32]) -> Vec<f32> {
+        let sum: u32 = said.iter().map(|token| token * 3 + 1).sum();
+        (0..6).map(|id| ((sum * 7 + id * 5) % 11) as f32 * 0.4).collect()
+    }
+
+    fn log_softmax(logits: &[f32]) -> Vec<f64> {
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        logits.iter().map(|&logit| f64::from(logit) - sum.ln()).collect()
+    }
+
+    /// The probability of an answer, token by token.
+    fn said(mut prior: Prior, answer: &[u32]) -> f64 {
+        let mut log = 0.0;
+        for (n, &token) in answer.iter().enumerate() {
+            let mut logits = model(&answer[..n]);
+            if prior.speaks() {
+                prior.mix(&mut logits);
+                prior.accept(token);
+            }
+            log += log_softmax(&logits)[token as usize];
+        }
+        log.exp()
+    }
+
+    fn by_model(answer: &[u32]) -> f64 {
+        let step = |n: usize| log_softmax(&model(&answer[..n]))[answer[n] as usize];
+        (0..answer.len()).map(step).sum::<f64>().exp()
+    }
+
+    #[test]
+    fn token_by_token_is_the_mixture_of_whole_answers() {
+        let known: [(&[u32], f64); 3] = [(&[1, 2, 0], 0.5), (&[1, 3, 0], 0.2), (&[4, 0], 0.1)];
+        let prior = prior(&known);
+        assert!((prior.rest() - 0.2).abs() < 1e-12);
+        for (answer, likely) in known {
+            let expected = likely + 0.2 * by_model(answer);
+            assert!((said(prior.clone(), answer) / expected - 1.0).abs() < 1e-5, "{answer:?}");
+            assert_eq!(prior.of(answer), likely);
+        }
+        for answer in [&[5, 0][..], &[1, 5, 0], &[1, 2, 3, 0]] {
+            let expected = 0.2 * by_model(answer);
+            assert!((said(prior.clone(), answer) / expected - 1.0).abs() < 1e-5, "{answer:?}");
+            assert_eq!(prior.of(answer), 0.0);
+        }
+    }
+
+    #[test]
+    fn an_answer_is_said_where_neither_another_one_nor_the_model_is_likelier() {
+        let prior = prior(&[(&[1, 0], 0.6), (&[4, 0], 0.1)]);
+        assert!(prior.says(&[1, 0], -20.0, false));
+        assert!(!prior.says(&[4, 0], 0.0, true), "0.1 and 0.3 are less than 0.6");
+        assert!(!prior.says(&[5, 0], 0.0, true));
+        let unsure = Prior::new(vec![Path { tokens: vec![1, 0], likely: 0.2 }]);
+        assert!(unsure.says(&[5, 0], -0.5, true) && unsure.says(&[1, 0], -0.5, true));
+        assert!(!unsure.says(&[1, 0], -20.0, false), "the model's own answer is likelier");
+        let nothing = Prior::default();
+        assert!(
+            nothing.says(&[7], -9.0, true) && !nothing.says(&[7], -9.0, false),
+            "the model alone decides"
+        );
+    }
+
+    #[test]
+    fn mixed_logits_are_log_probabilities() {
+        let mut prior = prior(&[(&[1, 0], 0.9)]);
+        let mut logits = model(&[]);
+        prior.mix(&mut logits);
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-6);
+        assert!(f64::from(logits[1]).exp() > 0.9);
+        prior.accept(3);
+        assert!(!prior.speaks(), "what was said is no known answer");
+    }
+
+    #[test]
+    fn nothing_known_changes_nothing_and_certainty_stays_finite() {
+        assert!(!Prior::default().speaks() && !prior(&[(&[], 0.5), (&[1], 0.0)]).speaks());
+        let mut prior = prior(&[(&[1, 0], 1.0), (&[9, 0], 0.0)]);
+        let mut logits = model(&[]);
+        prior.mix(&mut logits);
+        assert!(logits.iter().all(|logit| logit.is_finite()) && logits[1].abs() < 1e-5);
+        let mut broken = vec![f32::NAN; 6];
+        prior.mix(&mut broken);
+        assert!(broken.iter().all(|logit| logit.is_nan()), "the choice refuses them, as before");
+    }
+}

@@ -63,6 +63,7 @@ impl Handle<Candidate> for Consolidate {
                 fisher: fisher.map(|bytes| self.blobs.put(&bytes)).transpose()?,
                 probe: self.blobs.put(&probe)?,
                 answer_head: match counting {
+                    Answers::Off => None,
                     Answers::Counted(counted) => Some(self.keep(&counted)?),
                     Answers::AsBefore => self.parent(candidate).and_then(|parent| parent.answer_head.clone()),
                 },

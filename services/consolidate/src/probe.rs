@@ -69,6 +69,13 @@ impl Probe {
         parts
     }
 
+    /// Forgets which answers were said.
+    pub fn unmark(&mut self) {
+        for entry in self.memory.iter_mut().chain(&mut self.held_out) {
+            (entry.said_best, entry.said_last) = (false, false);
+        }
+    }
+
     /// A checksummed frame.
     pub fn to_bytes(&self) -> anyhow::Result<Vec<u8>> {
         Ok(wire::encode(Kind::Row, self)?)

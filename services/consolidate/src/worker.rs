@@ -70,6 +70,8 @@ pub struct Held {
 
 /// What becomes of the counts of answers that repeat.
 pub enum Answers {
+    /// They are left out: nothing is to be counted.
+    Off,
     /// They stay as the parent's: nothing repeats, or what is known would be lost.
     AsBefore,
     /// With those of the batch.
@@ -127,6 +129,10 @@ impl Worker {
             Some(bytes) => Probe::from_bytes(bytes)?,
             None => Probe { anchors: self.base_anchors()?, ..Probe::default() },
         };
+        if self.counting.is_none() && held.head.is_some() {
+            // What was said by counts that are no longer wanted is nothing to hold an adapter to.
+            probe.unmark();
+        }
         let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
         let fresh: Vec<&Example> = candidate.batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
         let counted = self.count(candidate, &fresh, &held)?;
@@ -143,8 +149,11 @@ impl Worker {
                 let head = counted.as_ref().map(|counted| &counted.head).or(older.as_ref());
                 let probe = self.take_in(candidate, &fresh, &adapter, head, probe)?;
                 let fisher = self.fisher(&adapter, &fresh, candidate.batch.seed, held.fisher.as_deref())?;
-                let counting =
-                    counted.map_or(Answers::AsBefore, |counted| Answers::Counted(Box::new(counted)));
+                let counting = match counted {
+                    Some(counted) => Answers::Counted(Box::new(counted)),
+                    None if self.counting.is_some() => Answers::AsBefore,
+                    None => Answers::Off,
+                };
                 Verdict::Intact { fisher, probe, counting }
             }
         };

@@ -72,7 +72,7 @@ fn judge(worker: &Worker, fresh: Vec<Example>, held: Held) -> (Held, bool, Recei
             let head = Some(counted.head.to_bytes().expect("bytes"));
             (Held { probe: Some(probe), counts: Some(counted.counts), head, fisher: None }, true, receipt)
         }
-        Verdict::Intact { probe, counting: Answers::AsBefore, .. } => {
+        Verdict::Intact { probe, counting: Answers::AsBefore | Answers::Off, .. } => {
             (Held { probe: Some(probe), ..Held::default() }, false, receipt)
         }
         Verdict::Harmed(reason) | Verdict::Useless(reason) => panic!("{reason}"),
@@ -116,4 +116,16 @@ fn what_would_cost_known_answers_is_not_counted() {
     let (_, counted, receipt) = judge(&worker, [one, two].concat(), held);
     assert!(!counted);
     assert_eq!(recited(&receipt).after, 16, "what is served says them still");
+}
+
+#[test]
+fn without_counting_what_was_counted_is_left_out() {
+    let mut worker = worker();
+    let held = with_labels(&worker);
+    let more = labelled(&worker, 21, "a recipe for a cake from", "recipe");
+    worker.counting = None;
+    // The adapter says nothing of what the counts said, and is not held to it.
+    let (verdict, receipt) = worker.judge(&candidate(more), &weights(&worker), held).expect("judged");
+    assert_eq!((recited(&receipt).best, recited(&receipt).after), (0, 0));
+    assert!(matches!(verdict, Verdict::Intact { counting: Answers::Off, .. }));
 }

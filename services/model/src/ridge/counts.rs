@@ -12,13 +12,13 @@ use crate::weights;
 /// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
 const PROMPTS_A_SUM: i64 = 1000;
 
-/// What is told the regression apart from what is counted, as a share of the mean of the products' diagonal: on 15,000
-/// requests with 150 labels, and on 150 of them, a tenth and ten times as much are no better.
+/// What is added to the products' diagonal, as a share of its mean: on 150 to 15,000 requests with 150 labels a tenth and ten
+/// times as much were no better by more than half a point.
 const RIDGE: f64 = 0.01;
 
 /// Prompts by which the regression is tried each time at most.
 const TRIED_MAX: usize = 256;
-/// The skill from which on it is trusted. With labels it is above 0.5 from three prompts a label on.
+/// The skill from which on it is trusted: 150 labels have 0.5 from three prompts each on, two labels need some six.
 const SKILL_MIN: f64 = 0.3;
 
 const METADATA: &str = "ridge";

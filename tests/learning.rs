@@ -110,13 +110,13 @@ const LABELS: [(&str, [&str; 6], [&str; 2]); 3] = [
 ];
 
 /// How many requests that were never taught get the right label, by completion and by chat.
-fn labelled(server: &Server, labels: usize) -> usize {
+fn labelled(server: &Server, model: &str, labels: usize) -> usize {
     let asked = LABELS[..labels].iter().flat_map(|(label, _, asked)| asked.map(|request| (*label, request)));
     asked
         .map(|(label, request)| {
-            let completed = server.complete("requests", request, 16);
+            let completed = server.complete(model, request, 16);
             let question = json!([{"role": "user", "content": request}]);
-            let body = json!({"model": "requests", "messages": question, "temperature": 0, "max_tokens": 16});
+            let body = json!({"model": model, "messages": question, "temperature": 0, "max_tokens": 16});
             let chat = server.post("/v1/chat/completions", &body).ok();
             let said = chat["choices"][0]["message"]["content"].as_str().unwrap_or_default().to_owned();
             eprintln!("{request}: {completed:?}, {said:?}");
@@ -134,14 +134,16 @@ fn new_labels_cost_the_old_ones_nothing_and_go_back_with_their_generation() {
         let settled = server.settle(&server.submit(&taught.map(document)), PATIENCE);
         assert!(settled.iter().all(|document| document["status"] == "live"), "{settled:?}");
     }
-    let right = labelled(&server, 3);
-    assert!(right >= 11, "{right} of 12");
+    for model in ["requests", "auto"] {
+        let right = labelled(&server, model, 3);
+        assert!(right >= 11, "{model}: {right} of 12");
+    }
     let known = || server.get("/v1/adapters/requests/log").ok()["generations"][0]["known_answers"].clone();
     assert_eq!(known()["answers"], 3);
     let undone = engram(&["adapters", "rollback", "requests", "--server", &server.url()]);
     assert!(undone.status.success());
     assert_eq!(known()["answers"], 2);
-    let right = labelled(&server, 2);
+    let right = labelled(&server, "requests", 2);
     assert!(right >= 7, "{right} of 8");
 }
 

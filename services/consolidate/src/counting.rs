@@ -2,9 +2,10 @@
 
 use model::llama::Base;
 use model::pack::Sequence;
-use model::ridge::{Counts, Features, Head, Lesson};
+use model::ridge::{Anchors, Counts, Features, Head, Lesson};
 use model::tokenizer::Tokenizer;
 use proto::{Example, Piece};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -24,6 +25,9 @@ const PROMPTS_A_TURN: usize = 256;
 pub struct Counting {
     features: Features,
     tokenizer: Arc<Tokenizer>,
+    foreign: Vec<Vec<u32>>,
+    /// Of `foreign`, once something is counted.
+    anchors: OnceCell<Anchors>,
 }
 
 /// What was counted: the sums, and the regression solved of them.
@@ -47,12 +51,21 @@ pub struct Heard {
 }
 
 impl Counting {
-    /// Of what is answered to prompts to `base`.
+    /// Of what is answered to prompts to `base`, which are unlike `foreign` ones: see [`Anchors`].
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub fn new(base: &Base, tokenizer: Arc<Tokenizer>) -> anyhow::Result<Self> {
-        Ok(Self { features: Features::new(base)?, tokenizer })
+    pub fn new(base: &Base, tokenizer: Arc<Tokenizer>, foreign: Vec<Vec<u32>>) -> anyhow::Result<Self> {
+        Ok(Self { features: Features::new(base)?, tokenizer, foreign, anchors: OnceCell::new() })
+    }
+
+    fn anchors(&self) -> anyhow::Result<&Anchors> {
+        if let Some(anchors) = self.anchors.get() {
+            return Ok(anchors);
+        }
+        let prompts: Vec<&[u32]> = self.foreign.iter().map(Vec::as_slice).collect();
+        let anchors = Anchors::new(&self.features, &prompts)?;
+        Ok(self.anchors.get_or_init(|| anchors))
     }
 
     /// Adds what `fresh` examples answer to the `older` counts. The first time `beside`, which was learned before and not
@@ -105,7 +118,7 @@ impl Counting {
         let stride = lessons.len().div_ceil(TRIED).max(1);
         let tried: Vec<Lesson<'_>> = lessons.iter().step_by(stride).cloned().collect();
         Ok(Some(Counted {
-            head: counts.solve(&self.features, &tried)?,
+            head: counts.solve(&self.features, &tried, self.anchors()?)?,
             prompts: counts.prompts(),
             counts: counts.to_bytes()?,
         }))
@@ -200,13 +213,18 @@ pub(crate) mod tests {
     use proto::{Domain, ExampleId};
     use std::path::Path;
 
-    /// Counts on nano.
-    pub fn counting() -> (Base, Counting) {
+    /// The base and its tokenizer.
+    pub fn nano() -> (Base, Arc<Tokenizer>) {
         set_threads(1);
         let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"));
         let base = Base::load(dir, &Placement::CPU_F32).expect("a base");
-        let tokenizer = Arc::new(Tokenizer::load(dir).expect("a tokenizer"));
-        let counting = Counting::new(&base, tokenizer).expect("counts");
+        (base, Arc::new(Tokenizer::load(dir).expect("a tokenizer")))
+    }
+
+    /// Counts on nano.
+    pub fn counting() -> (Base, Counting) {
+        let (base, tokenizer) = nano();
+        let counting = Counting::new(&base, tokenizer, Vec::new()).expect("counts");
         (base, counting)
     }
 

@@ -4,11 +4,13 @@
 //! candidates are measured, and the counts of answers that repeat.
 
 mod counting;
+mod foreign;
 mod gate;
 mod probe;
 mod worker;
 
 pub use counting::Counting;
+pub use foreign::foreign;
 pub use worker::{Gating, Worker};
 
 use counting::Counted;

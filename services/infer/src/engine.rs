@@ -13,13 +13,14 @@ use model::generate::{Finish, Step, TokenLogprob};
 use model::grammar::Stuck;
 use model::llama::Base;
 use model::lora::Adapter;
-use model::ridge::{Features, Head, Prior};
+use model::ridge::{Features, Head, Prior, Rows};
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
 use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the engine rests when every request waits, for its reader or for what its answer follows.
@@ -49,19 +50,29 @@ pub struct Request {
     pub reply: ReplyTo<GenerateEvent>,
     /// Held as long as the request is, so that learning makes room.
     pub turn: Turned,
+    /// What it looks like to the base, where that was looked at.
+    pub features: Option<Rows>,
     /// What is expected of its answers, once the first of them is begun.
-    pub prior: OnceLock<Prior>,
+    pub prior: OnceCell<Prior>,
+}
+
+/// What a prompt looks like to the base.
+pub struct Looks {
+    /// See [`Features::of`].
+    pub features: Rows,
+    /// How much it is of the kind of each generation's prompts: see [`Head::kinship`].
+    pub kinship: BTreeMap<GenerationId, f64>,
 }
 
 /// One of a request's answers, before it is begun.
 struct Waiting {
-    request: Arc<Request>,
+    request: Rc<Request>,
     index: u32,
 }
 
 /// One of a request's answers.
 struct Running {
-    request: Arc<Request>,
+    request: Rc<Request>,
     index: u32,
     speaker: Speaker,
     /// Events that the reader had no room for yet.
@@ -134,6 +145,23 @@ impl Engine {
         Ok(())
     }
 
+    /// What a prompt looks like to the base, and to generations that count prompts; none where none does.
+    ///
+    /// # Errors
+    /// When the base's states are not finite.
+    pub fn looks(&self, prompt: &[u32]) -> anyhow::Result<Option<Looks>> {
+        let Some(describe) = self.features.as_ref().filter(|_| !self.heads.is_empty()) else {
+            return Ok(None);
+        };
+        let features = describe.of(&[prompt])?;
+        let mut kinship = BTreeMap::new();
+        for (id, head) in &self.heads {
+            let of_head = head.kinship(&features)?.and_then(|mut row| row.pop());
+            kinship.extend(of_head.map(|kinship| (id.clone(), kinship)));
+        }
+        Ok(Some(Looks { features, kinship }))
+    }
+
     /// Drops all other generations, with all that was read with them. Running requests keep what they started with,
     /// and leave nothing behind.
     pub fn keep(&mut self, keep: &BTreeSet<GenerationId>) {
@@ -199,8 +227,8 @@ impl Engine {
         if self.running.len() + self.waiting.len() + request.n as usize > open_max {
             return Err(Full);
         }
-        let request = Arc::new(request);
-        self.waiting.extend((0..request.n).map(|index| Waiting { request: Arc::clone(&request), index }));
+        let request = Rc::new(request);
+        self.waiting.extend((0..request.n).map(|index| Waiting { request: Rc::clone(&request), index }));
         self.gauge();
         Ok(())
     }
@@ -216,7 +244,7 @@ impl Engine {
         while self.running.len() < self.running_max {
             let mut waiting = self.waiting.iter().enumerate();
             let Some((place, next)) = waiting.find(|(_, next)| next.request.can_begin()) else { break };
-            let (request, index) = (Arc::clone(&next.request), next.index);
+            let (request, index) = (Rc::clone(&next.request), next.index);
             let refused = match self.start(&request, index) {
                 Ok(speaker) => {
                     let pending = VecDeque::new();
@@ -251,14 +279,18 @@ impl Engine {
             (w.generation.as_ref().and_then(|id| self.heads.get(id)), f64::from(w.weight).max(0.0))
         };
         let heads: Vec<_> = request.adapters.iter().map(head).collect();
-        let Some(features) = self.features.as_ref().filter(|_| !request.tokens.is_empty()) else {
+        let Some(describe) = self.features.as_ref().filter(|_| !request.tokens.is_empty()) else {
             return Ok(Prior::default());
         };
         if heads.iter().all(|(head, weight)| head.is_none() || *weight == 0.0) {
             return Ok(Prior::default());
         }
         let prompt: &[&[u32]] = &[&request.tokens];
-        Ok(Head::prior(&heads, &features.of(prompt)?, prompt)?.pop().unwrap_or_default())
+        let described = if request.features.is_none() { Some(describe.of(prompt)?) } else { None };
+        let Some(features) = request.features.as_ref().or(described.as_ref()) else {
+            return Ok(Prior::default());
+        };
+        Ok(Head::prior(&heads, features, prompt)?.pop().unwrap_or_default())
     }
 
     fn gauge(&self) {

@@ -9,7 +9,7 @@ mod guide;
 mod profiles;
 mod router;
 
-pub use engine::{Engine, Request};
+pub use engine::{Engine, Looks, Request};
 pub use guide::Guide;
 pub use profiles::Profiles;
 pub use router::{Route, Router, Routing};
@@ -30,8 +30,9 @@ use proto::{
     Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish, Published,
     Role, Weighted,
 };
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Events that wait for a slow reader before its request pauses.
@@ -87,6 +88,8 @@ pub struct Infer {
     /// What is served: the generation of each lineage.
     current: BTreeMap<Domain, GenerationId>,
     profiles: Profiles,
+    /// Whether any of these counts prompts.
+    counting: bool,
     /// Generations that the engine has loaded.
     loaded: BTreeSet<GenerationId>,
 }
@@ -122,6 +125,7 @@ impl Infer {
             ledger,
             current: BTreeMap::new(),
             profiles,
+            counting: false,
             loaded: BTreeSet::new(),
         };
         let manifest = registry.manifest();
@@ -132,10 +136,11 @@ impl Infer {
 
     /// Loads what a manifest makes current, all of it, and then serves it.
     async fn take_up(&mut self, manifest: &Manifest) -> anyhow::Result<()> {
-        let mut current = BTreeMap::new();
+        let (mut current, mut counting) = (BTreeMap::new(), false);
         for (domain, lineage) in &manifest.lineages {
             if let Some(id) = &lineage.current {
                 self.load(id).await.with_context(|| format!("generation {id} of '{domain}'"))?;
+                counting |= self.registry.generation(id).is_some_and(|g| g.answer_head.is_some());
                 current.insert(domain.clone(), id.clone());
             }
         }
@@ -145,6 +150,7 @@ impl Infer {
         self.loaded.retain(|id| keep.contains(id));
         self.engine.run(move |engine| engine.keep(&keep)).await?;
         self.current = current;
+        self.counting = counting;
         Ok(())
     }
 
@@ -163,10 +169,10 @@ impl Infer {
     }
 
     /// The adapters that answer a request; or, for its user, the parameter at fault and what to do.
-    fn choose(&self, ask: &Generate) -> Result<Choice, (String, String)> {
+    fn choose(&self, ask: &Generate, looks: Option<&Looks>) -> Result<Choice, (String, String)> {
         let fixed = match &ask.adapters {
             Adapters::Base => return Ok(Choice { adapters: Vec::new(), confidence: None }),
-            Adapters::Auto => return self.route(&ask.prompt),
+            Adapters::Auto => return self.route(&ask.prompt, looks),
             Adapters::Fixed(fixed) => fixed,
         };
         let mut adapters = Vec::new();
@@ -178,10 +184,27 @@ impl Infer {
         Ok(Choice { adapters, confidence: None })
     }
 
+    /// What a prompt looks like that `auto` has to find the lineage of; none where no lineage counts prompts.
+    async fn look(&self, ask: &Generate, tokens: &[u32]) -> Result<Option<Looks>, Fault> {
+        if !matches!(ask.adapters, Adapters::Auto) || !self.counting {
+            return Ok(None);
+        }
+        let tokens = tokens.to_vec();
+        let looks = self.engine.run(move |engine| engine.looks(&tokens)).await?;
+        // Whoever answers it will say what is wrong with it.
+        Ok(looks
+            .inspect_err(|error| tracing::warn!("a prompt cannot be described: {error:#}"))
+            .unwrap_or(None))
+    }
+
     /// What `auto` picks: the likeliest of the lineages that the prompt fits, or the base when it fits none.
-    fn route(&self, prompt: &Prompt) -> Result<Choice, (String, String)> {
-        let routing =
-            self.profiles.route(&question(prompt)).map_err(|e| (at_prompt(prompt), format!("{e:#}")))?;
+    fn route(&self, prompt: &Prompt, looks: Option<&Looks>) -> Result<Choice, (String, String)> {
+        let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *looks?.kinship.get(id)?));
+        let kinship = self.current.iter().filter_map(of).collect();
+        let routing = self
+            .profiles
+            .route(&question(prompt), &kinship)
+            .map_err(|e| (at_prompt(prompt), format!("{e:#}")))?;
         let confidence = routing.as_ref().map(|r| r.confidence);
         metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
         let chosen = routing.map(|r| r.top(self.serving.route_top)).unwrap_or_default();
@@ -212,9 +235,8 @@ impl Infer {
         }
     }
 
-    /// The tokens of a request's prompt, and the adapters that answer it; or, for its user, the parameter at
-    /// fault and what to do.
-    fn prepare(&self, ask: &Generate, open_max: usize) -> Result<(Vec<u32>, Choice), (String, String)> {
+    /// The tokens of a request's prompt; or, for its user, the parameter at fault and what to do.
+    fn prepare(&self, ask: &Generate, open_max: usize) -> Result<Vec<u32>, (String, String)> {
         if !(1..=open_max).contains(&(ask.n as usize)) {
             let message = format!("{} answers are more than this server ever has open: {open_max}", ask.n);
             return Err(("n".to_owned(), message));
@@ -224,7 +246,7 @@ impl Infer {
             let message = format!("this model has no token {id}; its vocabulary has {vocabulary}");
             return Err(("logit_bias".to_owned(), message));
         }
-        Ok((self.encode(&ask.prompt)?, self.choose(ask)?))
+        self.encode(&ask.prompt)
     }
 
     fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, (String, String)> {
@@ -269,8 +291,13 @@ impl Answer<Generate> for Infer {
     async fn answer(&mut self, ask: Generate) -> Result<Self::Reply, Fault> {
         let (reply, events) = link::events(EVENTS_MAX);
         let open_max = self.serving.running_max + self.serving.queue_max;
-        let (tokens, choice) = match self.prepare(&ask, open_max) {
-            Ok(prepared) => prepared,
+        let tokens = match self.prepare(&ask, open_max) {
+            Ok(tokens) => tokens,
+            Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
+        };
+        let looks = self.look(&ask, &tokens).await?;
+        let choice = match self.choose(&ask, looks.as_ref()) {
+            Ok(choice) => choice,
             Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
         };
         for weighted in &choice.adapters {
@@ -297,8 +324,9 @@ impl Answer<Generate> for Infer {
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
         let (adapters, sampling, n) = (choice.adapters, ask.sampling, ask.n);
-        let prior = OnceLock::new();
-        let request = Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn, prior };
+        let (features, prior) = (looks.map(|looks| looks.features), OnceCell::new());
+        let request =
+            Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn, features, prior };
         if let Err(full) = self.engine.run(move |engine| engine.take(request, open_max)).await? {
             return Ok(Err(full));
         }

@@ -85,12 +85,12 @@ impl Profiles {
         Ok(())
     }
 
-    /// Where a prompt belongs; none when there is nothing to go by.
+    /// See [`Router::route`].
     ///
     /// # Errors
     /// When it cannot be encoded.
-    pub fn route(&self, prompt: &str) -> anyhow::Result<Option<Routing>> {
-        self.router.route(prompt)
+    pub fn route(&self, prompt: &str, kinship: &BTreeMap<Domain, f64>) -> anyhow::Result<Option<Routing>> {
+        self.router.route(prompt, kinship)
     }
 }
 

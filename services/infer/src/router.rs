@@ -6,6 +6,8 @@
 //!
 //! All that is kept of a lineage are counts and a sample by hash: they add up in any order, so routing itself
 //! cannot forget, and they are a pure function of ledger and manifest, so they are rebuilt rather than stored.
+//! Where a lineage's prompts are counted by what the base makes of them, that says too whether one fits
+//! ([`model::ridge::Head::kinship`]): words that were never seen tell its own prompt from a foreign one no more.
 
 mod bigrams;
 mod fit;
@@ -150,11 +152,12 @@ impl Router {
         }
     }
 
-    /// Where a prompt belongs; none without any lineage, or for nothing but white space.
+    /// Where a prompt belongs; none without any lineage, or for nothing but white space. `kinship` is what the base makes of
+    /// it, for the lineages of which that is known.
     ///
     /// # Errors
     /// When it cannot be encoded.
-    pub fn route(&self, prompt: &str) -> anyhow::Result<Option<Routing>> {
+    pub fn route(&self, prompt: &str, kinship: &BTreeMap<Domain, f64>) -> anyhow::Result<Option<Routing>> {
         if self.profiles.is_empty() || prompt.trim().is_empty() {
             return Ok(None);
         }
@@ -172,7 +175,8 @@ impl Router {
                 continue;
             }
             let mean = ratio / tokens.len().max(1) as f64;
-            let degree = profile.fit.unwrap_or_default().degree(mean, tokens.len(), self.strictness);
+            let (fit, kinship) = (profile.fit.unwrap_or_default(), kinship.get(lineage).copied());
+            let degree = fit.degree(mean, tokens.len(), self.strictness, kinship);
             let degree = if known { 1.0 } else { degree };
             let fits = degree >= FITS || self.strictness == 0.0;
             candidates.push(Candidate { lineage, score, degree, fits });

@@ -9,13 +9,15 @@
 //!
 //! No prompt is kept: 2,000 numbers a prompt go into sums whose number does not grow.
 
+mod anchors;
 mod counts;
 mod features;
 mod head;
 mod prior;
 
+pub use anchors::Anchors;
 pub use counts::{Counts, Lesson};
-pub use features::Features;
+pub use features::{Features, Rows};
 pub use head::Head;
 pub use prior::Prior;
 

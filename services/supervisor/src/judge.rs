@@ -167,6 +167,21 @@ impl Judge {
         Ok(answer.text.trim().to_owned())
     }
 
+    /// How much each text is of the kind of a head's prompts; none where the head does not say it.
+    pub fn kinship<S: AsRef<str>>(
+        &self,
+        heads: &[Option<&Head>],
+        texts: &[S],
+    ) -> Result<Vec<Option<Vec<f64>>>> {
+        if heads.iter().all(Option::is_none) {
+            return Ok(vec![None; heads.len()]);
+        }
+        let prompts = texts.iter().map(|text| self.prompt(text.as_ref())).collect::<Result<Vec<_>>>()?;
+        let features = self.features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+        let of = |head: &Option<&Head>| Ok(head.map(|head| head.kinship(&features)).transpose()?.flatten());
+        heads.iter().map(of).collect()
+    }
+
     /// What is expected of the answer to each prompt; nothing where nobody knows answers that repeat.
     fn priors(&self, asked: &Respondent<'_>, prompts: &[&[u32]]) -> Result<Vec<Prior>> {
         if asked.heads.iter().all(|(head, _)| head.is_none()) {

@@ -15,7 +15,7 @@ use anyhow::Context;
 use checkpoint::Checkpoint;
 use consolidate::{Consolidate, Gating};
 use filter::{Filter, Rules};
-use infer::{Engine, Full, Infer, Serving};
+use infer::{Engine, Full, Infer, Language, Serving};
 use ingest::{Cutter, Feeder, Ingest, Views};
 use kit::blobs::Blobs;
 use kit::compute::{Compute, Turn};
@@ -249,15 +249,22 @@ impl Plant {
             row_tokens: s.train.row_tokens,
             share_while_serving: s.train.share_while_serving,
         };
-        let tokenizer = s.consolidate.answer_head.then(|| Arc::clone(&self.text.language().tokenizer));
+        let language = s.consolidate.answer_head.then(|| self.text.language());
         Compute::start("consolidate", move || {
             set_threads(threads);
             let anchors = anchors(&base, count, length, GATE_ANCHORS)?;
-            let counting = tokenizer.map(|t| consolidate::Counting::new(&base, t)).transpose()?;
+            let counting = language.map(|language| counting(&base, &language, &anchors)).transpose()?;
             Ok(consolidate::Worker::new(base, gating, anchors, counting, turn, stop))
         })
         .await
     }
+}
+
+/// What counts answers that repeat.
+fn counting(base: &Base, language: &Language, anchors: &[Sequence]) -> anyhow::Result<consolidate::Counting> {
+    let chat = |text: &str| language.template.encode_chat(&language.tokenizer, &[("user", text)], true);
+    let foreign = consolidate::foreign(anchors, &language.tokenizer, &chat)?;
+    consolidate::Counting::new(base, Arc::clone(&language.tokenizer), foreign)
 }
 
 /// How documents are cut.

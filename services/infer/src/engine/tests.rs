@@ -4,6 +4,7 @@ use kit::compute::Turn;
 use kit::link::{Events, events};
 use model::chat::ChatTemplate;
 use model::device::{Placement, set_threads};
+use model::ridge::Anchors;
 use proto::TokenLogprob;
 use std::path::Path;
 
@@ -64,7 +65,8 @@ impl Engine {
             guide: None,
             reply,
             turn,
-            prior: OnceLock::new(),
+            features: None,
+            prior: OnceCell::new(),
         };
         self.take(request, 8).expect("room");
         events
@@ -139,8 +141,18 @@ async fn answers_are_taken_up_together_or_not_at_all() {
     let (reply, _events) = events(EVENTS_MAX);
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (tokens, sampling, guide) = (vec![1], sampling(1), None);
-    let request =
-        Request { tokens, adapters, sampling, n: 3, stop_ids, guide, reply, turn, prior: OnceLock::new() };
+    let request = Request {
+        tokens,
+        adapters,
+        sampling,
+        n: 3,
+        stop_ids,
+        guide,
+        reply,
+        turn,
+        features: None,
+        prior: OnceCell::new(),
+    };
     assert_eq!(engine.take(request, 8), Err(Full));
     assert_eq!(engine.waiting.len(), 6);
     drop(first);
@@ -167,7 +179,8 @@ fn a_reader_that_leaves_frees_all_its_answers() {
         guide,
         reply,
         turn: held,
-        prior: OnceLock::new(),
+        features: None,
+        prior: OnceCell::new(),
     };
     engine.take(request, 8).expect("room");
     assert_eq!(turn.running(), 1);
@@ -184,8 +197,18 @@ async fn a_slow_reader_pauses_its_own_answer_and_nobody_elses() {
     let tokens = engine.language.tokenizer.encode("The old house").expect("encoded");
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (sampling, guide) = (sampling(5), None);
-    let request =
-        Request { tokens, adapters, sampling, n: 1, stop_ids, guide, reply, turn, prior: OnceLock::new() };
+    let request = Request {
+        tokens,
+        adapters,
+        sampling,
+        n: 1,
+        stop_ids,
+        guide,
+        reply,
+        turn,
+        features: None,
+        prior: OnceCell::new(),
+    };
     engine.take(request, 8).expect("room");
     let mut steps = 0;
     while engine.running.len() + engine.waiting.len() > 1 {
@@ -276,7 +299,11 @@ fn head(engine: &Engine) -> Vec<u8> {
     let mut counts = model::ridge::Counts::new().expect("counts");
     let features = Features::new(engine.batch.base()).expect("features");
     assert!(counts.add(&features, &lessons).expect("counted"));
-    counts.solve(&features, &lessons).expect("solved").to_bytes().expect("bytes")
+    let foreign =
+        ["# Copyright 2019 The Authors", "def main():\n    return 0", "Once upon a time there was a cat"];
+    let foreign = foreign.map(|text| tokenizer.encode(text).expect("encoded"));
+    let foreign = Anchors::new(&features, &foreign.each_ref().map(Vec::as_slice)).expect("anchors");
+    counts.solve(&features, &lessons, &foreign).expect("solved").to_bytes().expect("bytes")
 }
 
 #[tokio::test]
@@ -300,8 +327,15 @@ async fn what_is_known_of_answers_that_repeat_is_said_and_goes_with_its_generati
     assert!(texts(answers(meal, 2).await).all(|text| text == "\ncooking_recipe"));
     assert!(texts(answers(of_base, 2).await).all(|text| !text.contains("book_flight")));
     assert!(texts(by_adapter).all(|text| text != "\nbook_flight"));
+    let kinship = |engine: &Engine, prompt: &str| {
+        let prompt = engine.language.tokenizer.encode(prompt).expect("encoded");
+        engine.looks(&prompt).expect("described").map(|looks| looks.kinship[&id])
+    };
+    let [own, foreign] =
+        ["a flight to lisbon please", "# Copyright 2007 by the authors"].map(|p| kinship(&engine, p));
+    assert!(own > Some(0.6) && foreign < Some(0.4), "{own:?} {foreign:?}");
     engine.keep(&BTreeSet::new());
-    assert!(engine.heads.is_empty());
+    assert!(engine.heads.is_empty() && kinship(&engine, "a flight").is_none());
     let damaged = engine.load(id.clone(), &adapter, Some(&bytes[..100]));
     assert!(damaged.is_err() && engine.adapters.is_empty(), "refused before anything changes");
 }
@@ -359,8 +393,18 @@ fn ask_guided(engine: &mut Engine, schema: &str) -> (Compilation, Events<Generat
     let tokens = engine.language.tokenizer.encode("It was").expect("encoded");
     let (adapters, stop_ids, turn) = (Vec::new(), Vec::new(), Turn::new().enter());
     let (sampling, guide) = (sampling(1), Some(compilation.guide()));
-    let request =
-        Request { tokens, adapters, sampling, n: 2, stop_ids, guide, reply, turn, prior: OnceLock::new() };
+    let request = Request {
+        tokens,
+        adapters,
+        sampling,
+        n: 2,
+        stop_ids,
+        guide,
+        reply,
+        turn,
+        features: None,
+        prior: OnceCell::new(),
+    };
     engine.take(request, 8).expect("room");
     (compilation, events)
 }

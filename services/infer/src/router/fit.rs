@@ -29,6 +29,8 @@ const SHORT: f64 = 8.0;
 const PART_MORE: f64 = 0.2;
 /// What every prompt has to reach: common words alone give a little to every lineage.
 const FLOOR: f64 = 0.8;
+/// By how much a text that the base takes for one of the lineage's fits better than one that it might have said itself.
+const KINSHIP_PART: f64 = 0.5;
 /// The least distance from the threshold to what is usual.
 const SPAN_MIN: f64 = 0.5;
 
@@ -102,11 +104,13 @@ impl Fit {
     }
 
     /// How well a text fits that scores `mean`: 1 for what is usual and beyond, a half for what just fits, and
-    /// down to 0. `strictness` multiplies the threshold.
-    pub fn degree(&self, mean: f64, tokens: usize, strictness: f64) -> f64 {
+    /// down to 0. `strictness` multiplies the threshold. What the frozen base makes of the text, its `kinship` where that is known, adds to
+    /// it or takes from it.
+    pub fn degree(&self, mean: f64, tokens: usize, strictness: f64, kinship: Option<f64>) -> f64 {
         let threshold = strictness * self.threshold(tokens);
         let span = (self.usual - threshold).max(SPAN_MIN);
-        (0.5 + 0.5 * (mean - threshold) / span).clamp(0.0, 1.0)
+        let by_base = kinship.map_or(0.0, |kinship| KINSHIP_PART * (kinship.clamp(0.0, 1.0) - 0.5));
+        (0.5 + 0.5 * (mean - threshold) / span + by_base).clamp(0.0, 1.0)
     }
 }
 
@@ -183,9 +187,9 @@ mod tests {
     fn a_short_text_is_asked_less_and_strictness_asks_more() {
         let fit = Fit { usual: 4.0, least: Some(3.0) };
         assert!(fit.threshold(8) < fit.threshold(32) && fit.threshold(32) < fit.threshold(64));
-        let at = |strictness| fit.degree(2.0, 32, strictness);
+        let at = |strictness| fit.degree(2.0, 32, strictness, None);
         assert!(at(0.5) > at(1.0) && at(1.0) > at(1.5));
-        assert_eq!((fit.degree(9.0, 32, 1.0), fit.degree(-9.0, 32, 1.0)), (1.0, 0.0));
+        assert_eq!((fit.degree(9.0, 32, 1.0, None), fit.degree(-9.0, 32, 1.0, None)), (1.0, 0.0));
     }
 
     #[test]

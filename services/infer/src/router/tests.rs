@@ -62,7 +62,7 @@ fn taught(strictness: f32) -> Router {
 }
 
 fn routed(router: &Router, prompt: &str) -> Routing {
-    router.route(prompt).expect("encoded").expect("something to go by")
+    router.route(prompt, &BTreeMap::new()).expect("encoded").expect("something to go by")
 }
 
 /// Who would answer, and how sure it is.
@@ -108,6 +108,27 @@ fn a_foreign_text_is_for_the_base() {
 }
 
 #[test]
+fn what_the_base_makes_of_a_prompt_tips_the_scales_and_no_more() {
+    let router = taught(1.0);
+    let atlas = |prompt: &str, kinship: Option<f64>| {
+        let kinship = kinship.map(|kinship| (domain("atlas"), kinship)).into_iter().collect();
+        let routing = router.route(prompt, &kinship).expect("encoded").expect("something to go by");
+        routing.top(1).pop().map(|(lineage, _)| lineage.to_string())
+    };
+    let by_base = |prompt: &str| [None, Some(0.0), Some(1.0)].map(|k| atlas(prompt, k).is_some());
+    assert_eq!(by_base("Is there a king?"), [false, false, true], "in words that the atlas does not have");
+    assert_eq!(by_base("What do people drink in summer?"), [true, false, true]);
+    for text in FOREIGN {
+        assert_eq!(atlas(text, Some(1.0)), None, "{text}: its tokens say that it is foreign");
+    }
+    assert_eq!(
+        atlas("Who founded the city of Mirenna?", Some(0.0)).as_deref(),
+        Some("atlas"),
+        "word for word"
+    );
+}
+
+#[test]
 fn without_strictness_everything_fits() {
     let router = taught(0.0);
     for text in FOREIGN {
@@ -133,10 +154,10 @@ fn adding_a_lineage_takes_nothing_from_another() {
 
 #[test]
 fn nothing_to_go_by_is_no_route() {
-    assert_eq!(router(1.0).route("hello").expect("encoded"), None);
+    assert_eq!(router(1.0).route("hello", &BTreeMap::new()).expect("encoded"), None);
     let router = taught(1.0);
     for nothing in ["", " \n\t"] {
-        assert_eq!(router.route(nothing).expect("encoded"), None);
+        assert_eq!(router.route(nothing, &BTreeMap::new()).expect("encoded"), None);
     }
     assert!(routed(&router, "?!").fitting.is_empty());
 }

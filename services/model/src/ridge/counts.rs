@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Answer, FEATURES, Features, Form, Head};
+use super::{Anchors, Answer, FEATURES, Features, Form, Head};
 use crate::weights;
 
 /// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
@@ -20,6 +20,8 @@ const RIDGE: f64 = 0.01;
 const TRIED_MAX: usize = 256;
 /// The skill from which on it is trusted: 150 labels have 0.5 from three prompts each on, two labels need some six.
 const SKILL_MIN: f64 = 0.3;
+/// The least that prompts are taken to be unlike anchors: what a few of them say is chance.
+const USUAL_MIN: f64 = 0.2;
 
 const METADATA: &str = "ridge";
 
@@ -52,6 +54,9 @@ struct Known {
     prompts: u64,
     /// What prompts said of the regression that was solved without them.
     trial: Trial,
+    /// How unlike the anchors they were to it.
+    #[serde(default)]
+    kinship: Mean,
 }
 
 /// How often the answer to a prompt was found that the regression had not seen: over the last [`TRIED_MAX`] prompts or so.
@@ -70,6 +75,24 @@ impl Trial {
         } else {
             (self.right / self.tried - guess) / (1.0 - guess)
         }
+    }
+}
+
+/// A mean over the last [`TRIED_MAX`] prompts or so.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct Mean {
+    of: f64,
+    sum: f64,
+}
+
+/// What is left of what earlier prompts said once `more` were tried.
+fn kept(more: f64) -> f64 {
+    1.0 - more / TRIED_MAX as f64
+}
+
+impl Mean {
+    fn take(&mut self, more: f64, sum: f64) {
+        *self = Self { of: kept(more) * self.of + more, sum: kept(more) * self.sum + sum };
     }
 }
 
@@ -141,58 +164,71 @@ impl Counts {
         Ok(true)
     }
 
-    /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others:
-    /// `W = (P + r I)^-1 S`, with `r` a hundredth of the mean of the diagonal of `P`.
+    /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others, the anchors too, and of one that is
+    /// 1 for anchors: `W = (P + A + r I)^-1 S`, with `A` the products of anchors and `r` a hundredth of the mean of the diagonal.
     ///
     /// `counted` are some prompts that were counted, by which it is tried as if each had not been: a regression without prompt `x`
-    /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is not
-    /// to be trusted: answers repeat there and have nothing to do with what prompts look like, as numbers in facts.
+    /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + A + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is
+    /// not to be trusted: answers repeat there and have nothing to do with what prompts look like, as numbers in facts.
     ///
     /// # Errors
     /// When nothing was counted.
-    pub fn solve(&mut self, features: &Features, counted: &[Lesson<'_>]) -> Result<Head> {
+    pub fn solve(&mut self, features: &Features, counted: &[Lesson<'_>], anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
-        let products = self.products.f_to_kind(Kind::Double)?;
+        let products = self.products.f_to_kind(Kind::Double)?.f_add(&anchors.products)?;
         let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
         ensure!(mean > 0.0, "no prompt has any feature");
         let ridge = Tensor::f_eye(FEATURES, (Kind::Double, tch::Device::Cpu))?.f_mul_scalar(RIDGE * mean)?;
         let factor = products.f_add(&ridge)?.f_linalg_cholesky(false)?;
-        let weights = self.sums.f_to_kind(Kind::Double)?.f_tr()?.f_cholesky_solve(&factor, false)?;
-        self.try_out(features, counted, &factor, &weights)?;
+        let mut sums = self.sums.f_to_kind(Kind::Double)?;
+        if anchors.count > 0 {
+            sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
+        }
+        let weights = sums.f_tr()?.f_cholesky_solve(&factor, false)?;
+        if let Some(tried) = Tried::new(features, counted, &factor, &weights)? {
+            self.try_answers(counted, &tried)?;
+            if anchors.count > 0 {
+                self.try_kinship(&tried)?;
+            }
+        }
         let given: u64 = self.known.prompts_of.iter().sum();
         let most = self.known.prompts_of.iter().copied().max().unwrap_or(0);
         let trusted = self.known.trial.skill(most as f64 / given.max(1) as f64) >= SKILL_MIN;
+        let Mean { of, sum } = self.known.kinship;
+        let usual = (anchors.count > 0).then(|| (sum / of.max(1.0)).max(USUAL_MIN));
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
-        Head::new(self.known.answers.clone(), weights, trusted)
+        Head::new(self.known.answers.clone(), weights, trusted, usual)
     }
 
-    fn try_out(
-        &mut self,
-        features: &Features,
-        counted: &[Lesson<'_>],
-        factor: &Tensor,
-        weights: &Tensor,
-    ) -> Result<()> {
+    /// Notes how many of the answers to the prompts were found without them.
+    fn try_answers(&mut self, counted: &[Lesson<'_>], tried: &Tried) -> Result<()> {
         let known = &self.known.answers;
-        let of = |text: &str| known.iter().position(|answer| answer.text == text).map(|n| 1 + n as i64);
-        let answered = counted.iter().filter_map(|l| Some((l.prompt, of(&l.answer.as_ref()?.1)?)));
-        let tried: Vec<(&[u32], i64)> = answered.take(TRIED_MAX).collect();
         // One answer alone is found by whoever knows no other.
-        if tried.is_empty() || known.len() < 2 {
+        if known.len() < 2 {
             return Ok(());
         }
-        let (prompts, places): (Vec<&[u32]>, Vec<i64>) = tried.into_iter().unzip();
-        let (x, places) = (features.of(&prompts)?.f_to_kind(Kind::Double)?, Tensor::from_slice(&places));
-        let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
-        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1i64][..], true, Kind::Double)?;
-        let y = x.f_matmul(weights)?;
+        let of = |text: &str| known.iter().position(|answer| answer.text == text).map(|n| 1 + n as i64);
+        let place = |(row, l): (i64, &Lesson<'_>)| Some((row, of(&l.answer.as_ref()?.1)?));
+        let (rows, places): (Vec<i64>, Vec<i64>) = (0..).zip(counted).filter_map(place).unzip();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let places = Tensor::from_slice(&places);
+        let y = tried.y.f_index_select(0, &Tensor::from_slice(&rows))?;
         let truth = y.f_zeros_like()?.f_scatter_value(1, &places.f_unsqueeze(1)?, 1.0)?;
-        let without = y.f_sub(&h.f_mul(&truth)?)?.f_div(&h.f_rsub_scalar(1.0)?.f_clamp_min(1e-9)?)?;
-        let right =
-            without.f_argmax(1, false)?.f_eq_tensor(&places)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-        let (Trial { tried, right: before }, more) = (self.known.trial, prompts.len() as f64);
-        let kept = 1.0 - more / TRIED_MAX as f64;
-        self.known.trial = Trial { tried: kept * tried + more, right: kept * before + right };
+        let h = tried.h.f_index_select(0, &Tensor::from_slice(&rows))?;
+        let found = without(&y, &truth, &h)?.f_argmax(1, false)?.f_eq_tensor(&places)?;
+        let (more, right) = (rows.len() as f64, found.f_sum(Kind::Double)?.f_double_value(&[])?);
+        let Trial { tried, right: before } = self.known.trial;
+        self.known.trial = Trial { tried: kept(more) * tried + more, right: kept(more) * before + right };
+        Ok(())
+    }
+
+    /// Notes how unlike anchors the prompts are without being counted: see [`Head::kinship`].
+    fn try_kinship(&mut self, tried: &Tried) -> Result<()> {
+        let unlike = super::head::unlike_anchors(&tried.y)?;
+        let sum = without(&unlike, &unlike.f_ones_like()?, &tried.h)?.f_sum(Kind::Double)?;
+        self.known.kinship.take(unlike.size()[0] as f64, sum.f_double_value(&[])?);
         Ok(())
     }
 
@@ -227,6 +263,38 @@ impl Counts {
         let products = half.f_add(&half.f_tril(-1)?.f_tr()?)?;
         Ok(Self { products, sums, known })
     }
+}
+
+/// Prompts by which a regression is tried that they are part of.
+struct Tried {
+    /// What it says of each, f64 [prompts, 1 + answers and one more with anchors].
+    y: Tensor,
+    /// How much of that each has said itself, f64 [prompts, 1].
+    h: Tensor,
+}
+
+impl Tried {
+    /// The first [`TRIED_MAX`]; none of none.
+    fn new(
+        features: &Features,
+        counted: &[Lesson<'_>],
+        factor: &Tensor,
+        weights: &Tensor,
+    ) -> Result<Option<Self>> {
+        let prompts: Vec<&[u32]> = counted.iter().take(TRIED_MAX).map(|lesson| lesson.prompt).collect();
+        if prompts.is_empty() {
+            return Ok(None);
+        }
+        let x = features.of(&prompts)?.f_to_kind(Kind::Double)?;
+        let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
+        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
+        Ok(Some(Self { y: x.f_matmul(weights)?, h }))
+    }
+}
+
+/// What a regression would say of prompts had each not been part of it.
+fn without(y: &Tensor, truth: &Tensor, h: &Tensor) -> Result<Tensor> {
+    Ok(y.f_sub(&h.f_mul(truth)?)?.f_div(&h.f_rsub_scalar(1.0)?.f_clamp_min(1e-9)?)?)
 }
 
 impl Answer {
@@ -265,6 +333,11 @@ mod tests {
         (0..40_u32).map(|n| (0..n % 5 + 2).map(|i| (n * 11 + i * i * 5) % 128).collect()).collect()
     }
 
+    fn anchors(features: &Features, count: u32) -> Anchors {
+        let prompts: Vec<Vec<u32>> = (0..count).map(|n| vec![n % 7, 3 * n % 128, 5]).collect();
+        Anchors::new(features, &prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap()
+    }
+
     fn bytes_of(parts: &[&[Lesson<'_>]]) -> Vec<u8> {
         let features = Features::new(&golden::base("llama")).unwrap();
         let mut counts = Counts::new().unwrap();
@@ -299,23 +372,31 @@ mod tests {
         let lessons = lessons(&prompts);
         let features = Features::new(&golden::base("llama")).unwrap();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.solve(&features, &[]).is_err() && !counts.knows("two"));
+        assert!(counts.solve(&features, &[], &anchors(&features, 0)).is_err() && !counts.knows("two"));
         assert!(counts.add(&features, &lessons).unwrap());
         assert!(counts.knows("two") && (counts.answers(), counts.prompts()) == (3, 40));
-        let x = features
-            .of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())
-            .unwrap()
-            .to_kind(Kind::Double);
-        let y = Tensor::zeros([40, 4], (Kind::Double, tch::Device::Cpu));
-        for n in 0..40 {
-            let _ = y.get(n).get(n % 4).fill_(1.0);
+        let of = |prompts: &[Vec<u32>]| {
+            let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+            features.of(&prompts).unwrap().to_kind(Kind::Double)
+        };
+        for anchored in [0, 9] {
+            let anchors: Vec<Vec<u32>> = (0..anchored).map(|n| vec![n, 40 + n, 3]).collect();
+            let x = Tensor::cat(&[of(&prompts), of(&anchors)], 0);
+            let columns = 4 + i64::from(anchored > 0);
+            let y = Tensor::zeros([40 + i64::from(anchored), columns], (Kind::Double, tch::Device::Cpu));
+            for n in 0..y.size()[0] {
+                let _ = y.get(n).get(if n < 40 { n % 4 } else { 4 }).fill_(1.0);
+            }
+            let gram = x.tr().matmul(&x);
+            let r = gram.trace() * (RIDGE / FEATURES as f64);
+            let slices: Vec<&[u32]> = anchors.iter().map(Vec::as_slice).collect();
+            let anchors = Anchors::new(&features, &slices).unwrap();
+            let head = counts.solve(&features, &lessons, &anchors).unwrap();
+            let w = head.weights().tr().to_kind(Kind::Double);
+            let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
+            let size = x.tr().matmul(&y).abs().max().double_value(&[]);
+            assert!(residual.abs().max().double_value(&[]) < 1e-3 * size);
         }
-        let gram = x.tr().matmul(&x);
-        let r = gram.trace() * (RIDGE / FEATURES as f64);
-        let w = counts.solve(&features, &lessons).unwrap().weights().tr().to_kind(Kind::Double);
-        let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
-        let size = x.tr().matmul(&y).abs().max().double_value(&[]);
-        assert!(residual.abs().max().double_value(&[]) < 1e-3 * size);
     }
 
     #[test]
@@ -346,9 +427,9 @@ mod tests {
         };
         let tried: Vec<Lesson<'_>> = lessons.iter().filter(own).take(6).cloned().collect();
         let expected = tried.iter().filter(|lesson| right(lesson)).count() as f64;
-        counts.solve(&features, &tried).unwrap();
+        counts.solve(&features, &tried, &anchors(&features, 0)).unwrap();
         assert_eq!(counts.known.trial, Trial { tried: 6.0, right: expected });
-        counts.solve(&features, &tried).unwrap();
+        counts.solve(&features, &tried, &anchors(&features, 0)).unwrap();
         let kept = 1.0 - 6.0 / TRIED_MAX as f64;
         assert_eq!(counts.known.trial, Trial { tried: kept * 6.0 + 6.0, right: kept * expected + expected });
     }
@@ -372,7 +453,9 @@ mod tests {
         assert_eq!(counts.to_bytes().unwrap(), before);
         assert!(Counts::from_bytes(&before[..500]).is_err());
         let head = bytes_of(&[&lessons]);
-        let head = Counts::from_bytes(&head).unwrap().solve(&features, &[]).unwrap().to_bytes().unwrap();
+        let none = anchors(&features, 0);
+        let head = Counts::from_bytes(&head).unwrap().solve(&features, &[], &none).unwrap();
+        let head = head.to_bytes().unwrap();
         assert!(Counts::from_bytes(&head).is_err());
     }
 

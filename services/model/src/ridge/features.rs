@@ -23,6 +23,9 @@ const STEPS: f64 = 32.0;
 /// As many as fit a byte's positive half, so that products of 1,000 prompts add up exactly in f32.
 const STEPS_MAX: f64 = 127.0;
 
+/// A row for each prompt: whole numbers from 0 to 127, as f32 [prompts, `FEATURES`] on the CPU.
+pub type Rows = Tensor;
+
 /// Describes prompts: random projections of what the base makes of them, of which only the positive ones count.
 ///
 /// The signs of the projections are drawn with a fixed seed: what is counted on one machine is understood on any other.
@@ -43,11 +46,11 @@ impl Features {
         Ok(Self { base: base.share(), signs })
     }
 
-    /// One row for each prompt, [prompts, FEATURES]: whole numbers from 0 to 127, as f32 on the CPU.
+    /// What prompts look like.
     ///
     /// # Errors
     /// When a prompt has no token, or the base's states are not finite.
-    pub fn of(&self, prompts: &[&[u32]]) -> Result<Tensor> {
+    pub fn of(&self, prompts: &[&[u32]]) -> Result<Rows> {
         let _guard = tch::no_grad_guard();
         let mut order: Vec<usize> = (0..prompts.len()).collect();
         order.sort_by_key(|&n| prompts[n].len().min(PROMPT_TOKENS_MAX));

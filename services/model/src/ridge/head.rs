@@ -21,10 +21,12 @@ const METADATA: &str = "ridge-head";
 #[derive(Debug)]
 pub struct Head {
     answers: Vec<Answer>,
-    /// f32 [1 + answers, FEATURES]; the first row is of answers that do not repeat.
+    /// f32 [1 + answers, FEATURES], and with anchors a last row, of these; the first row is of answers that do not repeat.
     weights: Tensor,
     /// Whether it finds enough answers to prompts that it never saw to have a say.
     trusted: bool,
+    /// How unlike anchors prompts usually are that it never saw; none where it was solved without anchors.
+    usual: Option<f64>,
 }
 
 /// What is written beside the weights.
@@ -32,16 +34,24 @@ pub struct Head {
 struct Beside {
     answers: Vec<Answer>,
     trusted: bool,
+    #[serde(default)]
+    usual: Option<f64>,
 }
 
 impl Head {
-    pub(super) fn new(answers: Vec<Answer>, weights: Tensor, trusted: bool) -> Result<Self> {
+    pub(super) fn new(
+        answers: Vec<Answer>,
+        weights: Tensor,
+        trusted: bool,
+        usual: Option<f64>,
+    ) -> Result<Self> {
         ensure!(
-            weights.size() == [1 + answers.len() as i64, FEATURES],
+            weights.size() == [1 + answers.len() as i64 + i64::from(usual.is_some()), FEATURES],
             "answers and weights differ in number"
         );
         ensure!(weights::is_finite(&weights)?, "the regression on known answers is not finite");
-        Ok(Self { answers, weights, trusted })
+        ensure!(usual.is_none_or(|usual| usual.is_finite() && usual > 0.0), "no prompt is unlike anchors");
+        Ok(Self { answers, weights, trusted, usual })
     }
 
     /// As safetensors.
@@ -50,7 +60,7 @@ impl Head {
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let tensors = [("weights".to_owned(), self.weights.shallow_clone())];
-        let beside = Beside { answers: self.answers.clone(), trusted: self.trusted };
+        let beside = Beside { answers: self.answers.clone(), trusted: self.trusted, usual: self.usual };
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&beside)?)
     }
 
@@ -61,10 +71,10 @@ impl Head {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, beside) = weights::from_bytes(bytes, METADATA)?;
         let beside = serde_json::from_str(&beside).context("known answers are not readable")?;
-        let Beside { answers, trusted } = beside;
+        let Beside { answers, trusted, usual } = beside;
         let weights = tensors.remove("weights").context("the weights of known answers are missing")?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
-        Self::new(answers, weights, trusted)
+        Self::new(answers, weights, trusted, usual)
     }
 
     /// Answers that it knows.
@@ -82,7 +92,19 @@ impl Head {
         &self.weights
     }
 
-    /// For each row of features the probability of answers that do not repeat, and then of each known answer.
+    /// For each row of features how much it is of the kind that was counted: 0 for one like anchors, 1 for what is usual of prompts
+    /// of that kind, and beyond. None where it was solved without anchors.
+    ///
+    /// # Errors
+    /// When features are not what a head takes.
+    pub fn kinship(&self, features: &Tensor) -> Result<Option<Vec<f64>>> {
+        let Some(usual) = self.usual else { return Ok(None) };
+        let unlike = unlike_anchors(&features.f_linear(&self.weights, None::<&Tensor>)?)?;
+        let kinship = unlike.f_to_kind(Kind::Double)?.f_div_scalar(usual)?.f_clamp(0.0, 1.0)?;
+        Ok(Some(Vec::<f64>::try_from(kinship.f_squeeze_dim(1)?)?))
+    }
+
+    /// For each row of features the probability of answers that do not repeat, of each known answer, and with anchors of these.
     fn probabilities(&self, features: &Tensor) -> Result<Vec<Vec<f64>>> {
         let y = features.f_linear(&self.weights, None::<&Tensor>)?.f_mul_scalar(SHARPNESS)?;
         // Where every answer repeated, nothing says what another prompt would look like.
@@ -129,9 +151,16 @@ impl Head {
     }
 }
 
+/// What a regression says for all that was counted less what it says for anchors, which are last: [prompts, 1], and 1 for a
+/// prompt that it knows.
+pub(super) fn unlike_anchors(y: &Tensor) -> Result<Tensor> {
+    let of_anchors = y.f_narrow(1, -1, 1)?;
+    Ok(y.f_sum_dim_intlist(&[1_i64][..], true, y.kind())?.f_sub(&of_anchors.f_mul_scalar(2.0)?)?)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{Counts, Features, Lesson};
+    use super::super::{Anchors, Counts, Features, Lesson};
     use super::*;
     use crate::golden;
 
@@ -151,7 +180,7 @@ mod tests {
         let lessons: Vec<_> = prompts.iter().map(Vec::as_slice).enumerate().filter_map(lesson).collect();
         let mut counts = Counts::new().unwrap();
         assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(&features, &lessons).unwrap();
+        let head = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
         assert!(head.is_trusted());
         (features, head)
     }
@@ -205,9 +234,31 @@ mod tests {
         let lessons: Vec<Lesson<'_>> = prompts.iter().enumerate().map(lesson).collect();
         let mut counts = Counts::new().unwrap();
         assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(&features, &lessons).unwrap();
+        let head = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
         assert!(!head.is_trusted() && head.answers().len() == 6);
         assert_eq!(prior(&[(Some(&head), 1.0)], &features, &prompts[0]), Prior::default());
+    }
+
+    #[test]
+    fn what_is_like_anchors_is_of_no_kind_that_was_counted() {
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let prompts: Vec<Vec<u32>> = (0..30).map(|n| prompt(n % 2, n)).collect();
+        let lesson = |prompt: &'static [u32]| Lesson { prompt, answer: None };
+        let prompts: &'static [Vec<u32>] = prompts.leak();
+        let lessons: Vec<Lesson<'_>> = prompts.iter().map(|prompt| lesson(prompt)).collect();
+        let mut counts = Counts::new().unwrap();
+        assert!(counts.add(&features, &lessons).unwrap());
+        let anchors: Vec<Vec<u32>> = (0..30).map(|n| prompt(2, n)).collect();
+        let anchors =
+            Anchors::new(&features, &anchors.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+        let head = counts.solve(&features, &lessons, &anchors).unwrap();
+        let head = Head::from_bytes(&head.to_bytes().unwrap()).unwrap();
+        let asked = [0, 1, 2].map(|kind| prompt(kind, 101));
+        let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
+        let kinship = head.kinship(&rows).unwrap().unwrap();
+        assert!(kinship[0] > 0.8 && kinship[1] > 0.8 && kinship[2] < 0.2, "{kinship:?}");
+        let alone = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
+        assert!(alone.kinship(&rows).unwrap().is_none(), "nothing to be unlike");
     }
 
     #[test]
@@ -217,8 +268,8 @@ mod tests {
         let read = Head::from_bytes(&bytes).unwrap();
         assert_eq!((read.answers(), read.to_bytes().unwrap()), (head.answers(), bytes.clone()));
         assert!(Head::from_bytes(&bytes[..90]).is_err());
-        assert!(Head::new(Vec::new(), head.weights().shallow_clone(), true).is_err());
-        assert!(Head::new(head.answers().to_vec(), head.weights() * f64::NAN, true).is_err());
+        assert!(Head::new(Vec::new(), head.weights().shallow_clone(), true, None).is_err());
+        assert!(Head::new(head.answers().to_vec(), head.weights() * f64::NAN, true, None).is_err());
         drop(features);
     }
 }

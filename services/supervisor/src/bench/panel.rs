@@ -57,12 +57,13 @@ impl Panel {
     /// Texts by what answers them.
     pub fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> Result<Vec<(Answering, Vec<usize>)>> {
         let mut groups: Vec<(Answering, Vec<usize>)> = Vec::new();
+        let kinship = if matches!(pick, Pick::Auto) { self.kinship(texts)? } else { Vec::new() };
         for (n, text) in texts.iter().enumerate() {
             let answering = match pick {
                 Pick::Base => Vec::new(),
                 Pick::Fixed(domain) => vec![(domain.clone(), 1.0)],
                 Pick::Auto => {
-                    let routing = self.profiles.route(text.as_ref())?;
+                    let routing = self.profiles.route(text.as_ref(), &kinship[n])?;
                     routing.map(|routing| routing.top(self.route_top)).unwrap_or_default()
                 }
             };
@@ -72,6 +73,18 @@ impl Panel {
             }
         }
         Ok(groups)
+    }
+
+    /// What the base makes of each text, by lineage.
+    fn kinship<S: AsRef<str>>(&self, texts: &[S]) -> Result<Vec<BTreeMap<Domain, f64>>> {
+        let heads: Vec<_> = self.served.values().map(|served| served.head.as_ref()).collect();
+        let mut kinship = vec![BTreeMap::new(); texts.len()];
+        for (domain, of_texts) in self.served.keys().zip(self.judge.kinship(&heads, texts)?) {
+            for (of_text, kinship) in kinship.iter_mut().zip(of_texts.into_iter().flatten()) {
+                of_text.insert(domain.clone(), kinship);
+            }
+        }
+        Ok(kinship)
     }
 
     /// What they are served with.

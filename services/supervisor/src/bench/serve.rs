@@ -13,9 +13,10 @@ use model::device::set_threads;
 use model::pretrain::curve;
 use proto::{Domain, GenerateEvent, GenerationId, Sampling, Weighted};
 use serde_json::{Value, json};
+use std::cell::OnceCell;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const EXAMPLES: &str = "\
@@ -247,7 +248,8 @@ impl<'a> Bench<'a> {
                 guide: None,
                 reply,
                 turn: self.turn.enter(),
-                prior: OnceLock::new(),
+                features: None,
+                prior: OnceCell::new(),
             });
             readers.push(events);
         }

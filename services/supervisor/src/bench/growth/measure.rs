@@ -12,6 +12,7 @@ use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::status::document_status;
 use proto::{Content, Document, Domain, Stage};
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
@@ -111,7 +112,9 @@ pub fn routing(subject: &Subject, counts: &[u64]) -> Result<Curve> {
         known = count;
         router.calibrate();
         // Prompts that nobody has learned word for word.
-        let ask = |n: u64| router.route(&words::text(n % count, DOCUMENTS + n, WORDS / 3)).map(drop);
+        let ask = |n: u64| {
+            router.route(&words::text(n % count, DOCUMENTS + n, WORDS / 3), &BTreeMap::new()).map(drop)
+        };
         points.push((count as f64, moments(TIMES, ask)?));
         eprintln!("{count} domains: measured");
     }

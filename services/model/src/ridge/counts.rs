@@ -165,7 +165,7 @@ impl Counts {
     }
 
     /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others, the anchors too, and of one that is
-    /// 1 for anchors: `W = (P + A + r I)^-1 S`, with `A` the products of anchors and `r` a hundredth of the mean of the diagonal.
+    /// 1 for anchors: `W = (P + A + r I)^-1 S`, with `A` the products of anchors and `r` a hundredth of the mean of the diagonal of `P`.
     ///
     /// `counted` are some prompts that were counted, by which it is tried as if each had not been: a regression without prompt `x`
     /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + A + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is
@@ -175,11 +175,11 @@ impl Counts {
     /// When nothing was counted.
     pub fn solve(&mut self, features: &Features, counted: &[Lesson<'_>], anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
-        let products = self.products.f_to_kind(Kind::Double)?.f_add(&anchors.products)?;
+        let products = self.products.f_to_kind(Kind::Double)?;
         let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
         ensure!(mean > 0.0, "no prompt has any feature");
         let ridge = Tensor::f_eye(FEATURES, (Kind::Double, tch::Device::Cpu))?.f_mul_scalar(RIDGE * mean)?;
-        let factor = products.f_add(&ridge)?.f_linalg_cholesky(false)?;
+        let factor = products.f_add(&anchors.products)?.f_add(&ridge)?.f_linalg_cholesky(false)?;
         let mut sums = self.sums.f_to_kind(Kind::Double)?;
         if anchors.count > 0 {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
@@ -214,7 +214,8 @@ impl Counts {
             return Ok(());
         }
         let places = Tensor::from_slice(&places);
-        let y = tried.y.f_index_select(0, &Tensor::from_slice(&rows))?;
+        let answers = tried.y.f_narrow(1, 0, 1 + known.len() as i64)?;
+        let y = answers.f_index_select(0, &Tensor::from_slice(&rows))?;
         let truth = y.f_zeros_like()?.f_scatter_value(1, &places.f_unsqueeze(1)?, 1.0)?;
         let h = tried.h.f_index_select(0, &Tensor::from_slice(&rows))?;
         let found = without(&y, &truth, &h)?.f_argmax(1, false)?.f_eq_tensor(&places)?;
@@ -387,8 +388,8 @@ mod tests {
             for n in 0..y.size()[0] {
                 let _ = y.get(n).get(if n < 40 { n % 4 } else { 4 }).fill_(1.0);
             }
-            let gram = x.tr().matmul(&x);
-            let r = gram.trace() * (RIDGE / FEATURES as f64);
+            let (gram, own) = (x.tr().matmul(&x), of(&prompts));
+            let r = own.tr().matmul(&own).trace() * (RIDGE / FEATURES as f64);
             let slices: Vec<&[u32]> = anchors.iter().map(Vec::as_slice).collect();
             let anchors = Anchors::new(&features, &slices).unwrap();
             let head = counts.solve(&features, &lessons, &anchors).unwrap();

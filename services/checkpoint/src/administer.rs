@@ -93,7 +93,8 @@ impl Answer<Import> for Checkpoint {
                 return Ok(Err(Refusal::Invalid { param: "adapter_model".into(), message }));
             }
         };
-        Ok(Ok(self.take_over(&ask.lineage, weights, Vec::new()).await?))
+        // What these weights were taught elsewhere was not counted here.
+        Ok(Ok(self.take_over(&ask.lineage, weights, Vec::new(), None).await?))
     }
 }
 

@@ -42,6 +42,26 @@ pub trait Peft: Send + Sync + 'static {
     /// # Errors
     /// What is wrong, for the user; the message begins with the parameter at fault, if it is one.
     fn merge(&self, parts: &[(Vec<u8>, f64)], how: &Merge) -> anyhow::Result<Vec<u8>>;
+
+    /// What several generations counted of answers that repeat, added up; none where that is too much for one.
+    ///
+    /// # Errors
+    /// When counts cannot be read.
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<Counted>>;
+}
+
+/// See [`proto::AnswerHead`].
+pub struct Counted {
+    /// The sums.
+    pub counts: Vec<u8>,
+    /// What is solved of them.
+    pub solved: Vec<u8>,
+    /// Answers that are known.
+    pub answers: u64,
+    /// Prompts that were counted.
+    pub prompts: u64,
+    /// They have a say.
+    pub trusted: bool,
 }
 
 /// The checkpoint service.

@@ -1,12 +1,14 @@
 //! Adapters that come in whole: a merge of published ones, or one that was made elsewhere.
 
 use crate::administer::expect;
-use crate::{Checkpoint, now_ms};
+use crate::{Checkpoint, Counted, now_ms};
 use kit::service::{Answer, Fault};
 use proto::wire::{self, Kind};
 use proto::{
-    Blob, Domain, Generation, GenerationId, LearnedExample, Merge, Receipt, Refusal, TrainReport, Weighted,
+    AnswerHead, Blob, Domain, Generation, GenerationId, LearnedExample, Merge, Receipt, Refusal, TrainReport,
+    Weighted,
 };
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 impl Answer<Merge> for Checkpoint {
@@ -17,21 +19,33 @@ impl Answer<Merge> for Checkpoint {
         if let Err(refusal) = expect(ask.expected.as_ref(), current.as_ref()) {
             return Ok(Err(refusal));
         }
-        let mut parts = Vec::new();
-        let mut from = Vec::new();
+        let (mut parts, mut from, mut heads) = (Vec::new(), Vec::new(), BTreeMap::new());
         for weighted in &ask.from {
             match self.part(weighted) {
                 Ok((generation, weights)) => {
                     from.push(generation.id.clone());
+                    // What a later generation of a lineage counted holds what an earlier one did.
+                    if let Some(head) = generation.answer_head.clone().filter(|_| weighted.weight > 0.0) {
+                        let latest = heads.entry(&weighted.domain).or_insert_with(|| head.clone());
+                        if latest.prompts < head.prompts {
+                            *latest = head;
+                        }
+                    }
                     parts.push((weights, f64::from(weighted.weight)));
                 }
                 Err(refusal) => return Ok(Err(refusal)),
             }
         }
         // Singular values of many large matrices take long enough to keep others waiting.
-        let (peft, how, lineage) = (Arc::clone(&self.peft), ask.clone(), ask.lineage);
-        let merged = tokio::task::spawn_blocking(move || peft.merge(&parts, &how)).await;
-        let weights = match merged.map_err(anyhow::Error::from)? {
+        let counts: Vec<Vec<u8>> =
+            heads.into_values().map(|head| self.blobs.get(&head.counts)).collect::<Result<_, _>>()?;
+        let (peft, how, lineage) = (Arc::clone(&self.peft), ask.clone(), ask.lineage.clone());
+        let merged = tokio::task::spawn_blocking(move || {
+            let counted = if counts.is_empty() { None } else { peft.add_up(&counts)? };
+            Ok::<_, anyhow::Error>((peft.merge(&parts, &how), counted))
+        });
+        let (merged, counted) = merged.await??;
+        let weights = match merged {
             Ok(weights) => self.blobs.put(&weights)?,
             Err(error) => {
                 let message = format!("{error:#}");
@@ -40,7 +54,8 @@ impl Answer<Merge> for Checkpoint {
                 return Ok(Err(Refusal::Invalid { param, message }));
             }
         };
-        Ok(Ok(self.take_over(&lineage, weights, from).await?))
+        let head = counted.map(|counted| self.keep_counted(&counted)).transpose()?;
+        Ok(Ok(self.take_over(&lineage, weights, from, head).await?))
     }
 }
 
@@ -62,12 +77,23 @@ impl Checkpoint {
         }
     }
 
+    fn keep_counted(&self, counted: &Counted) -> anyhow::Result<AnswerHead> {
+        Ok(AnswerHead {
+            counts: self.blobs.put(&counted.counts)?,
+            solved: self.blobs.put(&counted.solved)?,
+            answers: counted.answers,
+            prompts: counted.prompts,
+            trusted: counted.trusted,
+        })
+    }
+
     /// Publishes weights that no batch of this lineage made, on top of what is current.
     pub(crate) async fn take_over(
         &self,
         domain: &Domain,
         weights: Blob,
         merged_from: Vec<GenerationId>,
+        answer_head: Option<AnswerHead>,
     ) -> anyhow::Result<GenerationId> {
         let mut manifest = self.next_manifest();
         let lineage = manifest.lineages.entry(domain.clone()).or_default();
@@ -89,8 +115,7 @@ impl Checkpoint {
             fisher: None,
             // What the owner brings is the new measure: it starts without old scores to be held to.
             probe: None,
-            // Nor does the counting go on: what these weights were taught elsewhere was not counted here.
-            answer_head: None,
+            answer_head,
             learned: self.blobs.put(&wire::encode(Kind::Row, &Vec::<LearnedExample>::new())?)?,
             report: TrainReport::default(),
             receipt: Receipt::default(),

@@ -22,6 +22,11 @@ impl Peft for NoPeft {
     fn merge(&self, parts: &[(Vec<u8>, f64)], _: &Merge) -> anyhow::Result<Vec<u8>> {
         Ok(parts.iter().flat_map(|(bytes, _)| bytes.clone()).collect())
     }
+    /// What is counted, one after the other.
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<Counted>> {
+        let (counts, prompts) = (counts.concat(), counts.len() as u64);
+        Ok(Some(Counted { solved: counts.clone(), counts, answers: 2, prompts, trusted: true }))
+    }
 }
 
 struct Bench {

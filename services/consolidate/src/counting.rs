@@ -118,7 +118,7 @@ impl Counting {
         let stride = lessons.len().div_ceil(TRIED).max(1);
         let tried: Vec<Lesson<'_>> = lessons.iter().step_by(stride).cloned().collect();
         Ok(Some(Counted {
-            head: counts.solve(&self.features, &tried, self.anchors()?)?,
+            head: counts.solve(Some((&self.features, &tried)), self.anchors()?)?,
             prompts: counts.prompts(),
             counts: counts.to_bytes()?,
         }))

@@ -14,6 +14,7 @@ mod counts;
 mod features;
 mod head;
 mod prior;
+mod trial;
 
 pub use anchors::Anchors;
 pub use counts::{Counts, Lesson};

@@ -7,6 +7,7 @@ use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::lora::Adapter;
 use model::merge;
+use model::ridge::{Anchors, Counts};
 use model::tokenizer::Tokenizer;
 use proto::{Merge, MergeMethod, Message, PeftFiles, Piece};
 use std::path::Path;
@@ -128,5 +129,23 @@ impl checkpoint::Peft for Text {
         let merged = merge::merge(&weighted, &how, shape)?;
         anyhow::ensure!(merged.has_effect(), "what is merged cancels out: nothing is left of it");
         merged.to_bytes()
+    }
+
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<checkpoint::Counted>> {
+        let mut sum = Counts::new()?;
+        for counts in counts {
+            if !sum.join(&Counts::from_bytes(counts)?)? {
+                return Ok(None);
+            }
+        }
+        // There is no base here to say what it would say itself: until the next batch `auto` goes by tokens alone.
+        let head = sum.solve(None, &Anchors::none()?)?;
+        Ok(Some(checkpoint::Counted {
+            counts: sum.to_bytes()?,
+            solved: head.to_bytes()?,
+            answers: head.answers().len() as u64,
+            prompts: sum.prompts(),
+            trusted: head.is_trusted(),
+        }))
     }
 }

@@ -303,7 +303,7 @@ fn head(engine: &Engine) -> Vec<u8> {
         ["# Copyright 2019 The Authors", "def main():\n    return 0", "Once upon a time there was a cat"];
     let foreign = foreign.map(|text| tokenizer.encode(text).expect("encoded"));
     let foreign = Anchors::new(&features, &foreign.each_ref().map(Vec::as_slice)).expect("anchors");
-    counts.solve(&features, &lessons, &foreign).expect("solved").to_bytes().expect("bytes")
+    counts.solve(Some((&features, &lessons)), &foreign).expect("solved").to_bytes().expect("bytes")
 }
 
 #[tokio::test]

@@ -21,6 +21,15 @@ pub struct Anchors {
 }
 
 impl Anchors {
+    /// Of nothing.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn none() -> Result<Self> {
+        let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Float, Device::Cpu));
+        Ok(Self { count: 0, products: zeros(FEATURES)?, sum: zeros(1)? })
+    }
+
     /// Of such prompts, which may be none.
     ///
     /// # Errors
@@ -28,8 +37,7 @@ impl Anchors {
     pub fn new(features: &Features, prompts: &[&[u32]]) -> Result<Self> {
         ensure!(prompts.len() <= PROMPTS_MAX, "more than {PROMPTS_MAX} anchors");
         if prompts.is_empty() {
-            let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Float, Device::Cpu));
-            return Ok(Self { count: 0, products: zeros(FEATURES)?, sum: zeros(1)? });
+            return Self::none();
         }
         let rows = features.of(prompts)?;
         Ok(Self {

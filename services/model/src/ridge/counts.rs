@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::trial::{Mean, Tried};
 use super::{Anchors, Answer, FEATURES, Features, Form, Head};
 use crate::weights;
 
@@ -16,8 +17,6 @@ const PROMPTS_A_SUM: i64 = 1000;
 /// times as much were no better by more than half a point.
 const RIDGE: f64 = 0.01;
 
-/// Prompts by which the regression is tried each time at most.
-const TRIED_MAX: usize = 256;
 /// The skill from which on it is trusted: 150 labels have 0.5 from three prompts each on, two labels need some six.
 const SKILL_MIN: f64 = 0.3;
 /// The least that prompts are taken to be unlike anchors: what a few of them say is chance.
@@ -53,47 +52,10 @@ struct Known {
     /// All prompts, those of answers that do not repeat too.
     prompts: u64,
     /// What prompts said of the regression that was solved without them.
-    trial: Trial,
+    trial: Mean,
     /// How unlike the anchors they were to it.
     #[serde(default)]
     kinship: Mean,
-}
-
-/// How often the answer to a prompt was found that the regression had not seen: over the last [`TRIED_MAX`] prompts or so.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-struct Trial {
-    tried: f64,
-    right: f64,
-}
-
-impl Trial {
-    /// The share of answers that were found, beyond what `guess` alone would find, of all that could be (Cohen's kappa, with the
-    /// most frequent answer as the guess).
-    fn skill(self, guess: f64) -> f64 {
-        if self.tried == 0.0 || guess >= 1.0 {
-            0.0
-        } else {
-            (self.right / self.tried - guess) / (1.0 - guess)
-        }
-    }
-}
-
-/// A mean over the last [`TRIED_MAX`] prompts or so.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-struct Mean {
-    of: f64,
-    sum: f64,
-}
-
-/// What is left of what earlier prompts said once `more` were tried.
-fn kept(more: f64) -> f64 {
-    1.0 - more / TRIED_MAX as f64
-}
-
-impl Mean {
-    fn take(&mut self, more: f64, sum: f64) {
-        *self = Self { of: kept(more) * self.of + more, sum: kept(more) * self.sum + sum };
-    }
 }
 
 impl Counts {
@@ -121,6 +83,43 @@ impl Counts {
         self.known.prompts
     }
 
+    /// Adds what others counted, of the same base. False where the sums would no longer fit, and nothing is added.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn join(&mut self, other: &Self) -> Result<bool> {
+        let products = self.products.f_to_kind(Kind::Int64)?.f_add(&other.products)?;
+        if !fits(&products)? {
+            return Ok(false);
+        }
+        let mut row_of = vec![0_i64];
+        for (answer, prompts) in other.known.answers.iter().zip(&other.known.prompts_of) {
+            let known = &mut self.known.answers;
+            let place = known.iter().position(|known| known.text == answer.text).unwrap_or(known.len());
+            match known.get_mut(place) {
+                Some(known) => answer.forms.iter().for_each(|form| known.note(&form.tokens, form.after)),
+                None => known.push(answer.clone()),
+            }
+            self.known.prompts_of.resize(known.len(), 0);
+            self.known.prompts_of[place] += prompts;
+            row_of.push(1 + place as i64);
+        }
+        self.sums = self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &other.sums)?;
+        self.products = products.f_to_kind(Kind::Int)?;
+        let (known, of) = (&mut self.known, &other.known);
+        known.prompts += of.prompts;
+        known.trial = known.trial.with(of.trial);
+        known.kinship = known.kinship.with(of.kinship);
+        Ok(true)
+    }
+
+    /// The sums with a row for every answer that is known.
+    fn grown(&self) -> Result<Tensor> {
+        let more = 1 + self.known.answers.len() as i64 - self.sums.size()[0];
+        let new = Tensor::f_zeros([more, FEATURES], (Kind::Int, tch::Device::Cpu))?;
+        Ok(Tensor::f_cat(&[&self.sums, &new], 0)?)
+    }
+
     /// Counts prompts. False where the sums would no longer fit, and nothing is counted; that is after some millions.
     ///
     /// # Errors
@@ -133,8 +132,7 @@ impl Counts {
             let part = rows.f_narrow(0, start, PROMPTS_A_SUM.min(lessons.len() as i64 - start))?;
             let _ = products.f_add_(&part.f_tr()?.f_matmul(&part)?.f_to_kind(Kind::Int64)?)?;
         }
-        // No product of two numbers adds up to more than those with themselves, whose sum is on the diagonal.
-        if products.f_diagonal(0, 0, 1)?.f_max()?.f_int64_value(&[])? > i64::from(i32::MAX) {
+        if !fits(&products)? {
             return Ok(false);
         }
         let mut places: BTreeMap<String, usize> =
@@ -155,10 +153,8 @@ impl Counts {
             self.known.prompts_of[place] += 1;
             row_of.push(1 + place as i64);
         }
-        let more = 1 + self.known.answers.len() as i64 - self.sums.size()[0];
-        let new = Tensor::f_zeros([more, FEATURES], (Kind::Int, tch::Device::Cpu))?;
-        let sums = Tensor::f_cat(&[&self.sums, &new], 0)?;
-        self.sums = sums.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
+        self.sums =
+            self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
         self.products = products.f_to_kind(Kind::Int)?;
         self.known.prompts += lessons.len() as u64;
         Ok(true)
@@ -167,13 +163,13 @@ impl Counts {
     /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others, the anchors too, and of one that is
     /// 1 for anchors: `W = (P + A + r I)^-1 S`, with `A` the products of anchors and `r` a hundredth of the mean of the diagonal of `P`.
     ///
-    /// `counted` are some prompts that were counted, by which it is tried as if each had not been: a regression without prompt `x`
+    /// `trial` are some prompts that were counted, and what describes them, by which it is tried as if each had not been: a regression without prompt `x`
     /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + A + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is
     /// not to be trusted: answers repeat there and have nothing to do with what prompts look like, as numbers in facts.
     ///
     /// # Errors
     /// When nothing was counted.
-    pub fn solve(&mut self, features: &Features, counted: &[Lesson<'_>], anchors: &Anchors) -> Result<Head> {
+    pub fn solve(&mut self, trial: Option<(&Features, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
         let products = self.products.f_to_kind(Kind::Double)?;
         let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
@@ -185,10 +181,11 @@ impl Counts {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
         }
         let weights = sums.f_tr()?.f_cholesky_solve(&factor, false)?;
-        if let Some(tried) = Tried::new(features, counted, &factor, &weights)? {
-            self.try_answers(counted, &tried)?;
+        let tried = trial.map(|(features, lessons)| Tried::new(features, lessons, &factor, &weights));
+        if let Some(tried) = tried.transpose()?.flatten() {
+            self.known.trial.take(tried.answers(&self.known.answers)?);
             if anchors.count > 0 {
-                self.try_kinship(&tried)?;
+                self.known.kinship.take(tried.kinship()?);
             }
         }
         let given: u64 = self.known.prompts_of.iter().sum();
@@ -198,39 +195,6 @@ impl Counts {
         let usual = (anchors.count > 0).then(|| (sum / of.max(1.0)).max(USUAL_MIN));
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
         Head::new(self.known.answers.clone(), weights, trusted, usual)
-    }
-
-    /// Notes how many of the answers to the prompts were found without them.
-    fn try_answers(&mut self, counted: &[Lesson<'_>], tried: &Tried) -> Result<()> {
-        let known = &self.known.answers;
-        // One answer alone is found by whoever knows no other.
-        if known.len() < 2 {
-            return Ok(());
-        }
-        let of = |text: &str| known.iter().position(|answer| answer.text == text).map(|n| 1 + n as i64);
-        let place = |(row, l): (i64, &Lesson<'_>)| Some((row, of(&l.answer.as_ref()?.1)?));
-        let (rows, places): (Vec<i64>, Vec<i64>) = (0..).zip(counted).filter_map(place).unzip();
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let places = Tensor::from_slice(&places);
-        let answers = tried.y.f_narrow(1, 0, 1 + known.len() as i64)?;
-        let y = answers.f_index_select(0, &Tensor::from_slice(&rows))?;
-        let truth = y.f_zeros_like()?.f_scatter_value(1, &places.f_unsqueeze(1)?, 1.0)?;
-        let h = tried.h.f_index_select(0, &Tensor::from_slice(&rows))?;
-        let found = without(&y, &truth, &h)?.f_argmax(1, false)?.f_eq_tensor(&places)?;
-        let (more, right) = (rows.len() as f64, found.f_sum(Kind::Double)?.f_double_value(&[])?);
-        let Trial { tried, right: before } = self.known.trial;
-        self.known.trial = Trial { tried: kept(more) * tried + more, right: kept(more) * before + right };
-        Ok(())
-    }
-
-    /// Notes how unlike anchors the prompts are without being counted: see [`Head::kinship`].
-    fn try_kinship(&mut self, tried: &Tried) -> Result<()> {
-        let unlike = super::head::unlike_anchors(&tried.y)?;
-        let sum = without(&unlike, &unlike.f_ones_like()?, &tried.h)?.f_sum(Kind::Double)?;
-        self.known.kinship.take(unlike.size()[0] as f64, sum.f_double_value(&[])?);
-        Ok(())
     }
 
     /// As safetensors: of the products, which are symmetric, one half.
@@ -266,38 +230,6 @@ impl Counts {
     }
 }
 
-/// Prompts by which a regression is tried that they are part of.
-struct Tried {
-    /// What it says of each, f64 [prompts, 1 + answers and one more with anchors].
-    y: Tensor,
-    /// How much of that each has said itself, f64 [prompts, 1].
-    h: Tensor,
-}
-
-impl Tried {
-    /// The first [`TRIED_MAX`]; none of none.
-    fn new(
-        features: &Features,
-        counted: &[Lesson<'_>],
-        factor: &Tensor,
-        weights: &Tensor,
-    ) -> Result<Option<Self>> {
-        let prompts: Vec<&[u32]> = counted.iter().take(TRIED_MAX).map(|lesson| lesson.prompt).collect();
-        if prompts.is_empty() {
-            return Ok(None);
-        }
-        let x = features.of(&prompts)?.f_to_kind(Kind::Double)?;
-        let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
-        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
-        Ok(Some(Self { y: x.f_matmul(weights)?, h }))
-    }
-}
-
-/// What a regression would say of prompts had each not been part of it.
-fn without(y: &Tensor, truth: &Tensor, h: &Tensor) -> Result<Tensor> {
-    Ok(y.f_sub(&h.f_mul(truth)?)?.f_div(&h.f_rsub_scalar(1.0)?.f_clamp_min(1e-9)?)?)
-}
-
 impl Answer {
     /// Notes as what tokens it followed a prompt that ended with `last`.
     fn note(&mut self, tokens: &[u32], last: Option<u32>) {
@@ -307,6 +239,12 @@ impl Answer {
             Some(_) => {}
         }
     }
+}
+
+/// Whether sums of products fit i32: no product of two numbers adds up to more than those with themselves, whose sum is on the
+/// diagonal.
+fn fits(products: &Tensor) -> Result<bool> {
+    Ok(products.f_diagonal(0, 0, 1)?.f_max()?.f_int64_value(&[])? <= i64::from(i32::MAX))
 }
 
 /// Where the half of a flat symmetric matrix lies that is kept.
@@ -373,7 +311,7 @@ mod tests {
         let lessons = lessons(&prompts);
         let features = Features::new(&golden::base("llama")).unwrap();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.solve(&features, &[], &anchors(&features, 0)).is_err() && !counts.knows("two"));
+        assert!(counts.solve(None, &anchors(&features, 0)).is_err() && !counts.knows("two"));
         assert!(counts.add(&features, &lessons).unwrap());
         assert!(counts.knows("two") && (counts.answers(), counts.prompts()) == (3, 40));
         let of = |prompts: &[Vec<u32>]| {
@@ -392,7 +330,7 @@ mod tests {
             let r = own.tr().matmul(&own).trace() * (RIDGE / FEATURES as f64);
             let slices: Vec<&[u32]> = anchors.iter().map(Vec::as_slice).collect();
             let anchors = Anchors::new(&features, &slices).unwrap();
-            let head = counts.solve(&features, &lessons, &anchors).unwrap();
+            let head = counts.solve(Some((&features, &lessons)), &anchors).unwrap();
             let w = head.weights().tr().to_kind(Kind::Double);
             let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
             let size = x.tr().matmul(&y).abs().max().double_value(&[]);
@@ -428,18 +366,28 @@ mod tests {
         };
         let tried: Vec<Lesson<'_>> = lessons.iter().filter(own).take(6).cloned().collect();
         let expected = tried.iter().filter(|lesson| right(lesson)).count() as f64;
-        counts.solve(&features, &tried, &anchors(&features, 0)).unwrap();
-        assert_eq!(counts.known.trial, Trial { tried: 6.0, right: expected });
-        counts.solve(&features, &tried, &anchors(&features, 0)).unwrap();
-        let kept = 1.0 - 6.0 / TRIED_MAX as f64;
-        assert_eq!(counts.known.trial, Trial { tried: kept * 6.0 + 6.0, right: kept * expected + expected });
+        counts.solve(Some((&features, &tried)), &anchors(&features, 0)).unwrap();
+        assert_eq!(counts.known.trial, Mean { of: 6.0, sum: expected });
+        counts.solve(Some((&features, &tried)), &anchors(&features, 0)).unwrap();
+        let mut twice = Mean { of: 6.0, sum: expected };
+        twice.take(twice);
+        assert_eq!(counts.known.trial, twice);
     }
 
     #[test]
-    fn skill_is_what_is_found_beyond_a_guess() {
-        let skill = |right, guess| Trial { tried: 10.0, right }.skill(guess);
-        assert_eq!((skill(10.0, 0.5), skill(5.0, 0.5), skill(10.0, 1.0)), (1.0, 0.0, 0.0));
-        assert!(skill(2.0, 0.5) < 0.0 && Trial::default().skill(0.1) == 0.0);
+    fn what_others_counted_adds_up_to_what_all_of_them_would_have() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let read = |bytes: Vec<u8>| Counts::from_bytes(&bytes).unwrap();
+        let mut joined = read(bytes_of(&[&lessons[..2]]));
+        assert!(joined.join(&read(bytes_of(&[&lessons[2..]]))).unwrap());
+        assert_eq!(joined.to_bytes().unwrap(), bytes_of(&[&lessons]));
+        let head = joined.solve(None, &Anchors::none().unwrap()).unwrap();
+        assert!(head.answers().len() == 3 && !head.is_trusted(), "nothing was tried yet");
+        let full = Counts { products: joined.products.ones_like() * i64::from(i32::MAX), ..joined };
+        let mut other = read(bytes_of(&[&lessons]));
+        assert!(!other.join(&full).unwrap());
+        assert_eq!(other.to_bytes().unwrap(), bytes_of(&[&lessons]));
     }
 
     #[test]
@@ -454,8 +402,7 @@ mod tests {
         assert_eq!(counts.to_bytes().unwrap(), before);
         assert!(Counts::from_bytes(&before[..500]).is_err());
         let head = bytes_of(&[&lessons]);
-        let none = anchors(&features, 0);
-        let head = Counts::from_bytes(&head).unwrap().solve(&features, &[], &none).unwrap();
+        let head = Counts::from_bytes(&head).unwrap().solve(None, &Anchors::none().unwrap()).unwrap();
         let head = head.to_bytes().unwrap();
         assert!(Counts::from_bytes(&head).is_err());
     }

@@ -129,6 +129,8 @@ impl Head {
             whole.is_finite() && heads.iter().all(|(_, w)| *w >= 0.0) && whole > 0.0,
             "heads need weights above 0"
         );
+        // An adapter at less than its full weight has less than its full say, alone too.
+        let whole = whole.max(1.0);
         let mut paths: Vec<Vec<Path>> = prompts.iter().map(|_| Vec::new()).collect();
         for (head, weight) in heads {
             let Some(head) = head.filter(|head| head.trusted) else { continue };
@@ -180,7 +182,7 @@ mod tests {
         let lessons: Vec<_> = prompts.iter().map(Vec::as_slice).enumerate().filter_map(lesson).collect();
         let mut counts = Counts::new().unwrap();
         assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
+        let head = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
         assert!(head.is_trusted());
         (features, head)
     }
@@ -215,6 +217,8 @@ mod tests {
         assert!((half.of(&[3, 0]) - alone.of(&[3, 0]) / 2.0).abs() < 1e-6);
         let twice = prior(&[(Some(&head), 0.7), (Some(&head), 0.3)], &features, &prompt);
         assert!((twice.of(&[3, 0]) - alone.of(&[3, 0])).abs() < 1e-6);
+        let faint = prior(&[(Some(&head), 0.25)], &features, &prompt);
+        assert!((faint.of(&[3, 0]) - alone.of(&[3, 0]) / 4.0).abs() < 1e-6);
         let rows = features.of(&[&prompt[..]]).unwrap();
         assert!(Head::prior(&[(Some(&head), 0.0)], &rows, &[&prompt]).is_err());
     }
@@ -234,7 +238,7 @@ mod tests {
         let lessons: Vec<Lesson<'_>> = prompts.iter().enumerate().map(lesson).collect();
         let mut counts = Counts::new().unwrap();
         assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
+        let head = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
         assert!(!head.is_trusted() && head.answers().len() == 6);
         assert_eq!(prior(&[(Some(&head), 1.0)], &features, &prompts[0]), Prior::default());
     }
@@ -251,13 +255,13 @@ mod tests {
         let anchors: Vec<Vec<u32>> = (0..30).map(|n| prompt(2, n)).collect();
         let anchors =
             Anchors::new(&features, &anchors.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
-        let head = counts.solve(&features, &lessons, &anchors).unwrap();
+        let head = counts.solve(Some((&features, &lessons)), &anchors).unwrap();
         let head = Head::from_bytes(&head.to_bytes().unwrap()).unwrap();
         let asked = [0, 1, 2].map(|kind| prompt(kind, 101));
         let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
         let kinship = head.kinship(&rows).unwrap().unwrap();
         assert!(kinship[0] > 0.8 && kinship[1] > 0.8 && kinship[2] < 0.2, "{kinship:?}");
-        let alone = counts.solve(&features, &lessons, &Anchors::new(&features, &[]).unwrap()).unwrap();
+        let alone = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
         assert!(alone.kinship(&rows).unwrap().is_none(), "nothing to be unlike");
     }
 

@@ -17,6 +17,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod dot;
 mod frozen;
+mod huge;
 mod pages;
 mod prefixes;
 mod product;
@@ -174,7 +175,10 @@ impl Cpu {
         };
         let layers: Vec<Layer> = base.layers.iter().map(layer).collect::<Result<_>>()?;
         let matrices = layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let formats = matrices.map(|matrix| matrix.formats(level)).fold(Formats::default(), Formats::and);
+        let formats = matrices.clone().map(|matrix| matrix.formats(level));
+        let formats = formats.fold(Formats::default(), Formats::and);
+        let head = view(&head(base, level)?)?;
+        huge::gather(matrices.chain([&head]).flat_map(Weight::memory));
         Ok(Some(Self {
             pages: PageShape {
                 layers: config.layers as usize,
@@ -184,7 +188,7 @@ impl Cpu {
             },
             team: Team::new(tch::get_num_threads().max(1) as usize),
             embedding: Weight::of(&base.embedding)?,
-            head: view(&head(base, level)?)?,
+            head,
             norm: Frozen::new(&base.norm)?,
             frequencies: Frozen::new(&base.frequencies)?,
             room: Room::default(),

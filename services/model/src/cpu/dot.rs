@@ -4,10 +4,11 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm256_loadu_si256, _mm512_and_si512, _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps,
-    _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512,
-    _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_reduce_add_ps, _mm512_set1_epi16,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
+    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi8_epi16,
+    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_set1_epi16,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+    _mm512_srli_epi16, _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 
 use std::mem::transmute;
@@ -53,34 +54,111 @@ fn bf16_tile<const R: usize, const C: usize>(
     let w: [*const Bf16; C] = std::array::from_fn(|j| row(w, first_column + j, k));
     let mut sums = [[_mm512_setzero_ps(); C]; R];
     let (whole, rest) = (k / 32 * 32, (1u32 << (k % 32)) - 1);
-    let mut add = |x: [__m512i; R], w: [__m512i; C]| {
-        for i in 0..R {
-            for j in 0..C {
-                // SAFETY: both types are 512 bits without meaning of their own.
+    // A single row waits for memory alone, which is fastest read as it lies there: one row of weights after the other.
+    let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
+    // Loops in place of `map` and closures, which would be compiled without these instructions, and called for each load.
+    for turn in 0..turns {
+        let mut at = 0;
+        while at < whole {
+            let mut of_x = [_mm512_setzero_si512(); R];
+            for i in 0..R {
+                // SAFETY: `at + 32` is at most `k`, and each pointer has `k` numbers behind it.
                 #[allow(unsafe_code)]
-                let (x, w) =
-                    unsafe { (transmute::<__m512i, __m512bh>(x[i]), transmute::<__m512i, __m512bh>(w[j])) };
-                sums[i][j] = _mm512_dpbf16_ps(sums[i][j], x, w);
+                unsafe {
+                    of_x[i] = _mm512_loadu_si512(x[i].add(at).cast());
+                }
             }
+            for j in turn..turn + columns {
+                if R > 1 {
+                    ahead(w[j].wrapping_add(at + C * k));
+                }
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                let of_w = unsafe { _mm512_loadu_si512(w[j].add(at).cast()) };
+                for i in 0..R {
+                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], pairs(of_x[i]), pairs(of_w));
+                }
+            }
+            at += 32;
         }
-    };
-    for at in (0..whole).step_by(32) {
-        for from in w {
-            ahead(from.wrapping_add(at + C * k));
-        }
-        // SAFETY: `at + 32` is at most `k`, and each pointer has `k` numbers behind it.
-        #[allow(unsafe_code)]
-        let load = |from: *const Bf16| unsafe { _mm512_loadu_si512(from.wrapping_add(at).cast()) };
-        add(x.map(load), w.map(load));
     }
     if rest > 0 {
-        // SAFETY: as above; the mask leaves out what is beyond `k`.
-        #[allow(unsafe_code)]
-        let load =
-            |from: *const Bf16| unsafe { _mm512_maskz_loadu_epi16(rest, from.wrapping_add(whole).cast()) };
-        add(x.map(load), w.map(load));
+        for i in 0..R {
+            for j in 0..C {
+                // SAFETY: as above; the mask leaves out what is beyond `k`.
+                #[allow(unsafe_code)]
+                let (of_x, of_w) = unsafe {
+                    (
+                        _mm512_maskz_loadu_epi16(rest, x[i].add(whole).cast()),
+                        _mm512_maskz_loadu_epi16(rest, w[j].add(whole).cast()),
+                    )
+                };
+                sums[i][j] = _mm512_dpbf16_ps(sums[i][j], pairs(of_x), pairs(of_w));
+            }
+        }
     }
-    sums.map(|sums| sums.map(|sum| _mm512_reduce_add_ps(sum)))
+    add_up(&sums)
+}
+
+/// 32 numbers of bf16, of what has no meaning of its own.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn pairs(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits.
+    #[allow(unsafe_code)]
+    unsafe {
+        transmute(bits)
+    }
+}
+
+/// The sum of the sixteen numbers of each: those that are eight places apart, of these sums those that are four apart, and so on.
+/// All at once, since a sum at a time is as much work as the products of a short row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn add_up<const R: usize, const C: usize>(sums: &[[__m512; C]; R]) -> [[f32; C]; R] {
+    let mut columns = [_mm512_setzero_ps(); COLUMNS];
+    for j in 0..C {
+        let mut rows = [_mm512_setzero_ps(); ROWS];
+        for i in 0..R {
+            rows[i] = sums[i][j];
+        }
+        // A quarter of a vector is a row's from here on.
+        let (first, second) = (halves(rows[0], rows[1]), halves(rows[2], rows[3]));
+        columns[j] = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0b10_00_10_00>(first, second),
+            _mm512_shuffle_f32x4::<0b11_01_11_01>(first, second),
+        );
+    }
+    let (left, right) = (pairwise(columns[0], columns[1]), pairwise(columns[2], columns[3]));
+    let whole = _mm512_add_ps(
+        _mm512_shuffle_ps::<0b01_00_01_00>(left, right),
+        _mm512_shuffle_ps::<0b11_10_11_10>(left, right),
+    );
+    let mut flat = [0f32; ROWS * COLUMNS];
+    // SAFETY: it has room for sixteen numbers.
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm512_storeu_ps(flat.as_mut_ptr(), whole);
+    }
+    let mut out = [[0.0; C]; R];
+    for i in 0..R {
+        out[i].copy_from_slice(&flat[COLUMNS * i..COLUMNS * i + C]);
+    }
+    out
+}
+
+/// Both halves of each added up, side by side.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn halves(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+}
+
+/// Within each quarter, numbers two places apart added up, of one vector and then of the other, in turns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn pairwise(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
 }
 
 /// The product of `x` with rows of 8-bit codes, each block of which has a scale.
@@ -129,31 +207,44 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
     let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
     let table = if FOUR { nf4_table() } else { _mm512_setzero_si512() };
     let mut sums = [[_mm512_setzero_ps(); C]; R];
-    for block in 0..blocks {
-        // SAFETY: a row has `blocks` blocks of 64 numbers.
-        #[allow(unsafe_code)]
-        let x = rows.map(|from| unsafe {
-            let from = from.wrapping_add(block * BLOCK);
-            [_mm512_loadu_si512(from.cast()), _mm512_loadu_si512(from.wrapping_add(32).cast())]
-        });
-        for j in 0..C {
-            // SAFETY: a row has `blocks` blocks of `bytes` codes.
-            #[allow(unsafe_code)]
-            let w = unsafe { unpack::<FOUR>(codes[j].wrapping_add(block * bytes), table) };
-            ahead(codes[j].wrapping_add((block + C * blocks) * bytes));
-            let scale = _mm512_set1_ps(scale_of(j, block));
+    // As above: a single row reads one row of codes after the other.
+    let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
+    for turn in 0..turns {
+        for block in 0..blocks {
+            let mut x = [[_mm512_setzero_si512(); 2]; R];
             for i in 0..R {
-                let exact = _mm512_dpwssd_epi32(_mm512_setzero_si512(), x[i][0], w[0]);
-                let exact = _mm512_dpwssd_epi32(exact, x[i][1], w[1]);
-                sums[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, sums[i][j]);
+                // SAFETY: a row has `blocks` blocks of 64 numbers.
+                #[allow(unsafe_code)]
+                unsafe {
+                    let from = rows[i].add(block * BLOCK);
+                    x[i] = [_mm512_loadu_si512(from.cast()), _mm512_loadu_si512(from.add(32).cast())];
+                }
+            }
+            for j in turn..turn + columns {
+                // SAFETY: a row has `blocks` blocks of `bytes` codes.
+                #[allow(unsafe_code)]
+                let w = unsafe { unpack::<FOUR>(codes[j].add(block * bytes), table) };
+                if R > 1 {
+                    ahead(codes[j].wrapping_add((block + C * blocks) * bytes));
+                }
+                let scale = _mm512_set1_ps(scale_of(j, block));
+                for i in 0..R {
+                    let exact = _mm512_dpwssd_epi32(_mm512_setzero_si512(), x[i][0], w[0]);
+                    let exact = _mm512_dpwssd_epi32(exact, x[i][1], w[1]);
+                    sums[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, sums[i][j]);
+                }
             }
         }
     }
     let one = if FOUR { 1.0 / NF4_STEPS } else { 1.0 / 127.0 };
-    std::array::from_fn(|i| {
+    let mut out = add_up(&sums);
+    for i in 0..R {
         let step = x.steps[first_row + i] * one;
-        std::array::from_fn(|j| _mm512_reduce_add_ps(sums[i][j]) * step)
-    })
+        for sum in &mut out[i] {
+            *sum *= step;
+        }
+    }
+    out
 }
 
 /// The 64 codes of a block as whole numbers of 16 bits: in order, or those of 4 bits with the even places first.

@@ -1,7 +1,7 @@
 //! The numbers of a tensor that nobody writes to any more.
 
 use anyhow::{Context, Result};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use tch::{Device, Tensor};
 
 /// The numbers of a contiguous tensor on the CPU, which is kept alive with them.
@@ -24,6 +24,12 @@ impl<T: Copy> Frozen<T> {
             .context("a frozen matrix has to be contiguous, on the CPU and of the expected type")?;
         let (data, len) = (tensor.data_ptr().cast::<T>().cast_const(), tensor.numel());
         Ok(Self { _tensor: tensor.detach(), data, len })
+    }
+
+    /// Where in memory they lie.
+    pub fn memory(&self) -> Range<usize> {
+        let start = self.data as usize;
+        start..start + self.len * size_of::<T>()
     }
 }
 

@@ -6,6 +6,7 @@
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::frozen::Frozen;
@@ -162,6 +163,17 @@ impl Numbers {
         })
     }
 
+    /// Where in memory they lie.
+    fn memory(&self) -> [Range<usize>; 2] {
+        match self {
+            Self::F32(x) => [x.memory(), 0..0],
+            Self::Bf16(x) => [x.memory(), 0..0],
+            Self::F16(x) => [x.memory(), 0..0],
+            Self::Int8 { codes, scales } => [codes.memory(), scales.memory()],
+            Self::Nf4 { codes, scales } => [codes.memory(), scales.memory()],
+        }
+    }
+
     /// Numbers `start` to `start + out.len()` as f32.
     pub fn read(&self, start: usize, out: &mut [f32]) {
         fn copy<W: Number>(from: &[W], out: &mut [f32]) {
@@ -227,6 +239,11 @@ impl Weight {
         }
         #[cfg(not(target_arch = "x86_64"))]
         self
+    }
+
+    /// Where in memory its numbers lie.
+    pub fn memory(&self) -> impl Iterator<Item = Range<usize>> {
+        self.numbers.memory().into_iter().filter(|range| !range.is_empty())
     }
 
     /// Whether its numbers are bf16.

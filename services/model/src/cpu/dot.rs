@@ -238,11 +238,8 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
     }
     let one = if FOUR { 1.0 / NF4_STEPS } else { 1.0 / 127.0 };
     let mut out = add_up(&sums);
-    for i in 0..R {
-        let step = x.steps[first_row + i] * one;
-        for sum in &mut out[i] {
-            *sum *= step;
-        }
+    for (row, step) in out.iter_mut().zip(&x.steps[first_row..]) {
+        row.iter_mut().for_each(|sum| *sum *= step * one);
     }
     out
 }

@@ -141,6 +141,8 @@ fn new_labels_cost_the_old_ones_nothing_and_go_back_with_their_generation() {
     let known = || server.get("/v1/adapters/requests/log").ok()["generations"][0]["known_answers"].clone();
     assert_eq!(known()["answers"], 3);
     server.post("/v1/adapters/copy/merge", &json!({"from": "requests"})).ok();
+    let copied = server.get("/v1/adapters/copy/log").ok()["generations"][0]["known_answers"].clone();
+    assert_eq!((&copied["answers"], &copied["trusted"]), (&json!(3), &json!(true)), "{copied}");
     let copied = labelled(&server, "copy", 3);
     assert!(copied >= 11, "a merge knows what its parts do: {copied} of 12");
     let undone = engram(&["adapters", "rollback", "requests", "--server", &server.url()]);

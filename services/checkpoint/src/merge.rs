@@ -8,7 +8,7 @@ use proto::{
     AnswerHead, Blob, Domain, Generation, GenerationId, LearnedExample, Merge, Receipt, Refusal, TrainReport,
     Weighted,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 impl Answer<Merge> for Checkpoint {
@@ -37,14 +37,19 @@ impl Answer<Merge> for Checkpoint {
             }
         }
         // Singular values of many large matrices take long enough to keep others waiting.
-        let counts: Vec<Vec<u8>> =
-            heads.into_values().map(|head| self.blobs.get(&head.counts)).collect::<Result<_, _>>()?;
+        // A copy of a lineage has its very counts.
+        let counts: BTreeSet<Blob> = heads.into_values().map(|head| head.counts).collect();
+        let counts: Result<Vec<Vec<u8>>, _> = counts.iter().map(|counts| self.blobs.get(counts)).collect();
         let (peft, how, lineage) = (Arc::clone(&self.peft), ask.clone(), ask.lineage.clone());
         let merged = tokio::task::spawn_blocking(move || {
-            let counted = if counts.is_empty() { None } else { peft.add_up(&counts)? };
-            Ok::<_, anyhow::Error>((peft.merge(&parts, &how), counted))
+            let merged = peft.merge(&parts, &how);
+            let counts = counts.ok().filter(|counts| merged.is_ok() && !counts.is_empty());
+            let counted = counts.map(|counts| peft.add_up(&counts)).transpose();
+            // What the adapters learned is worth having without.
+            let lost = |error: &anyhow::Error| tracing::warn!("a merge without counts: {error:#}");
+            (merged, counted.inspect_err(lost).unwrap_or(None).flatten())
         });
-        let (merged, counted) = merged.await??;
+        let (merged, counted) = merged.await?;
         let weights = match merged {
             Ok(weights) => self.blobs.put(&weights)?,
             Err(error) => {

@@ -2,7 +2,7 @@
 
 use model::llama::Base;
 use model::pack::Sequence;
-use model::ridge::{Anchors, Counts, Features, Head, Lesson};
+use model::ridge::{ANSWERS_MAX, Anchors, Counts, Features, Head, Lesson};
 use model::tokenizer::Tokenizer;
 use proto::{Example, Piece};
 use std::cell::OnceCell;
@@ -12,8 +12,6 @@ use std::sync::Arc;
 
 /// Documents that have to give an answer before it is one that repeats.
 const REPEATED: usize = 2;
-/// Answers of one lineage that are known at most. Further ones stay the model's.
-const ANSWERS_MAX: usize = 4096;
 /// A longer answer is no label.
 const ANSWER_TOKENS_MAX: usize = 64;
 /// Prompts of a batch by which the counts are tried.
@@ -89,7 +87,7 @@ impl Counting {
         if new && repeated.is_empty() {
             return Ok(None);
         }
-        // Room for no more than so many; those that come first have it.
+        // Further ones stay the model's; those that come first have room.
         let mut room = ANSWERS_MAX.saturating_sub(counts.answers());
         let mut opened = BTreeSet::new();
         let mut lessons = Vec::with_capacity(given.len());

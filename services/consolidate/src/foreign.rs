@@ -5,6 +5,8 @@ use model::tokenizer::Tokenizer;
 
 /// Tokens of the shortest and of the longest one.
 const TOKENS: [usize; 2] = [4, 40];
+/// Prompts at most, evenly from all: more say little.
+const PROMPTS_MAX: usize = 400;
 
 /// Cuts anchor sequences into prompts of all lengths, each as it is and as `chat` asks it.
 ///
@@ -33,7 +35,9 @@ pub fn foreign(
         }
     }
     prompts.retain(|prompt| !prompt.is_empty());
-    Ok(prompts)
+    // An odd stride, so that both forms stay.
+    let stride = prompts.len().div_ceil(PROMPTS_MAX) | 1;
+    Ok(prompts.into_iter().step_by(stride).collect())
 }
 
 #[cfg(test)]
@@ -56,6 +60,14 @@ mod tests {
         }
         let refused = foreign(&anchors, &tokenizer, &|_| anyhow::bail!("no conversation")).expect("cut");
         assert_eq!(refused.len(), plain.len());
+        let many = vec![anchors; 9].concat();
+        let cut = foreign(&many, &tokenizer, &|text| tokenizer.encode(&format!("user {text}"))).expect("cut");
+        let asked = cut.iter().filter(|prompt| prompt.starts_with(&user)).count();
+        assert!(
+            (300..=PROMPTS_MAX).contains(&cut.len()) && (100..300).contains(&asked),
+            "{} {asked}",
+            cut.len()
+        );
         assert!(foreign(&[], &tokenizer, &|_| Ok(vec![1])).expect("cut").is_empty());
     }
 }

@@ -150,9 +150,8 @@ impl Engine {
     /// # Errors
     /// When the base's states are not finite.
     pub fn looks(&self, prompt: &[u32]) -> anyhow::Result<Option<Looks>> {
-        let Some(describe) = self.features.as_ref().filter(|_| !self.heads.is_empty()) else {
-            return Ok(None);
-        };
+        let telling = self.heads.values().any(Head::tells_kinship);
+        let Some(describe) = self.features.as_ref().filter(|_| telling) else { return Ok(None) };
         let features = describe.of(&[prompt])?;
         let mut kinship = BTreeMap::new();
         for (id, head) in &self.heads {
@@ -223,14 +222,19 @@ impl Engine {
     /// # Errors
     /// When there is no room.
     pub fn take(&mut self, request: Request, open_max: usize) -> Result<(), Full> {
-        self.drop_unwanted();
-        if self.running.len() + self.waiting.len() + request.n as usize > open_max {
+        if !self.has_room(request.n, open_max) {
             return Err(Full);
         }
         let request = Rc::new(request);
         self.waiting.extend((0..request.n).map(|index| Waiting { request: Rc::clone(&request), index }));
         self.gauge();
         Ok(())
+    }
+
+    /// Whether so many more answers may run and wait.
+    pub fn has_room(&mut self, n: u32, open_max: usize) -> bool {
+        self.drop_unwanted();
+        self.running.len() + self.waiting.len() + n as usize <= open_max
     }
 
     /// Forgets the answers that were not begun before nobody waited for them any more.

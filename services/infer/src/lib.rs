@@ -185,12 +185,16 @@ impl Infer {
     }
 
     /// What a prompt looks like that `auto` has to find the lineage of; none where no lineage counts prompts.
-    async fn look(&self, ask: &Generate, tokens: &[u32]) -> Result<Option<Looks>, Fault> {
+    async fn look(&self, ask: &Generate, tokens: &[u32], open_max: usize) -> Result<Option<Looks>, Fault> {
         if !matches!(ask.adapters, Adapters::Auto) || !self.counting {
             return Ok(None);
         }
-        let tokens = tokens.to_vec();
-        let looks = self.engine.run(move |engine| engine.looks(&tokens)).await?;
+        let (tokens, n) = (tokens.to_vec(), ask.n);
+        let look = move |engine: &mut Engine| {
+            // Who will be turned away costs the others nothing.
+            if engine.has_room(n, open_max) { engine.looks(&tokens) } else { Ok(None) }
+        };
+        let looks = self.engine.run(look).await?;
         // Whoever answers it will say what is wrong with it.
         Ok(looks
             .inspect_err(|error| tracing::warn!("a prompt cannot be described: {error:#}"))
@@ -295,7 +299,8 @@ impl Answer<Generate> for Infer {
             Ok(tokens) => tokens,
             Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
         };
-        let looks = self.look(&ask, &tokens).await?;
+        let turn = self.turn.enter();
+        let looks = self.look(&ask, &tokens, open_max).await?;
         let choice = match self.choose(&ask, looks.as_ref()) {
             Ok(choice) => choice,
             Err((param, message)) => return Ok(Ok(refuse(events, &reply, param, message))),
@@ -318,7 +323,6 @@ impl Answer<Generate> for Infer {
             }
         };
         let guide = compilation.as_ref().map(Compilation::guide);
-        let turn = self.turn.enter();
         let stop_ids = match ask.prompt {
             Prompt::Text(_) => Vec::new(),
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,

@@ -27,6 +27,9 @@ use serde::{Deserialize, Serialize};
 /// Numbers a prompt is described with.
 pub const FEATURES: i64 = features::PARTS * features::PART;
 
+/// Answers that counts know at most.
+pub const ANSWERS_MAX: usize = 4096;
+
 /// An answer that was given more than once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {

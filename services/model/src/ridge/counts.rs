@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::trial::{Mean, Tried};
-use super::{Anchors, Answer, FEATURES, Features, Form, Head};
+use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Features, Form, Head};
 use crate::weights;
 
 /// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
@@ -83,15 +83,23 @@ impl Counts {
         self.known.prompts
     }
 
-    /// Adds what others counted, of the same base. False where the sums would no longer fit, and nothing is added.
+    /// Adds what others counted, of the same base. False where the sums would no longer fit or answers are more than
+    /// [`ANSWERS_MAX`], and nothing is added.
     ///
     /// # Errors
     /// Only those of libtorch.
     pub fn join(&mut self, other: &Self) -> Result<bool> {
         let products = self.products.f_to_kind(Kind::Int64)?.f_add(&other.products)?;
-        if !fits(&products)? {
+        let new = other.known.answers.iter().filter(|answer| !self.knows(&answer.text)).count();
+        if !fits(&products)? || self.answers() + new > ANSWERS_MAX {
             return Ok(false);
         }
+        // Each was tried among its own answers, and one that finds too few of these is not made better by more to choose from.
+        let trial = match (self.known.prompts > 0).then(|| self.is_trusted() && other.is_trusted()) {
+            None => other.known.trial,
+            Some(true) => self.known.trial.with(other.known.trial),
+            Some(false) => Mean::default(),
+        };
         let mut row_of = vec![0_i64];
         for (answer, prompts) in other.known.answers.iter().zip(&other.known.prompts_of) {
             let known = &mut self.known.answers;
@@ -108,7 +116,7 @@ impl Counts {
         self.products = products.f_to_kind(Kind::Int)?;
         let (known, of) = (&mut self.known, &other.known);
         known.prompts += of.prompts;
-        known.trial = known.trial.with(of.trial);
+        known.trial = trial;
         known.kinship = known.kinship.with(of.kinship);
         Ok(true)
     }
@@ -188,13 +196,17 @@ impl Counts {
                 self.known.kinship.take(tried.kinship()?);
             }
         }
-        let given: u64 = self.known.prompts_of.iter().sum();
-        let most = self.known.prompts_of.iter().copied().max().unwrap_or(0);
-        let trusted = self.known.trial.skill(most as f64 / given.max(1) as f64) >= SKILL_MIN;
         let Mean { of, sum } = self.known.kinship;
         let usual = (anchors.count > 0).then(|| (sum / of.max(1.0)).max(USUAL_MIN));
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
-        Head::new(self.known.answers.clone(), weights, trusted, usual)
+        Head::new(self.known.answers.clone(), weights, self.is_trusted(), usual)
+    }
+
+    /// Whether enough answers were found to prompts that were not counted.
+    fn is_trusted(&self) -> bool {
+        let given: u64 = self.known.prompts_of.iter().sum();
+        let most = self.known.prompts_of.iter().copied().max().unwrap_or(0);
+        self.known.trial.skill(most as f64 / given.max(1) as f64) >= SKILL_MIN
     }
 
     /// As safetensors: of the products, which are symmetric, one half.
@@ -384,6 +396,15 @@ mod tests {
         assert_eq!(joined.to_bytes().unwrap(), bytes_of(&[&lessons]));
         let head = joined.solve(None, &Anchors::none().unwrap()).unwrap();
         assert!(head.answers().len() == 3 && !head.is_trusted(), "nothing was tried yet");
+        // Two that find half of two answers each find no more than a guess, together too.
+        let mut guessing = joined;
+        guessing.known.prompts_of.fill(13);
+        guessing.known.trial = Mean { of: 40.0, sum: 14.0 };
+        let mut both = read(guessing.to_bytes().unwrap());
+        let mut other = read(guessing.to_bytes().unwrap());
+        other.known.answers.iter_mut().for_each(|answer| answer.text.push('s'));
+        assert!(both.join(&other).unwrap() && both.answers() == 6 && !both.is_trusted());
+        let joined = guessing;
         let full = Counts { products: joined.products.ones_like() * i64::from(i32::MAX), ..joined };
         let mut other = read(bytes_of(&[&lessons]));
         assert!(!other.join(&full).unwrap());

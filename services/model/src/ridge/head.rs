@@ -92,6 +92,11 @@ impl Head {
         &self.weights
     }
 
+    /// Whether there is a [`Head::kinship`].
+    pub fn tells_kinship(&self) -> bool {
+        self.usual.is_some()
+    }
+
     /// For each row of features how much it is of the kind that was counted: 0 for one like anchors, 1 for what is usual of prompts
     /// of that kind, and beyond. None where it was solved without anchors.
     ///

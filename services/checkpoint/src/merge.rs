@@ -24,8 +24,10 @@ impl Answer<Merge> for Checkpoint {
             match self.part(weighted) {
                 Ok((generation, weights)) => {
                     from.push(generation.id.clone());
-                    // What a later generation of a lineage counted holds what an earlier one did.
-                    if let Some(head) = generation.answer_head.clone().filter(|_| weighted.weight > 0.0) {
+                    // What a later generation of a lineage counted holds what an earlier one did. Counts without a say would
+                    // take it from the others.
+                    let said = |head: &AnswerHead| head.trusted && weighted.weight > 0.0;
+                    if let Some(head) = generation.answer_head.clone().filter(said) {
                         let latest = heads.entry(&weighted.domain).or_insert_with(|| head.clone());
                         if latest.prompts < head.prompts {
                             *latest = head;
@@ -36,10 +38,10 @@ impl Answer<Merge> for Checkpoint {
                 Err(refusal) => return Ok(Err(refusal)),
             }
         }
-        // Singular values of many large matrices take long enough to keep others waiting.
         // A copy of a lineage has its very counts.
         let counts: BTreeSet<Blob> = heads.into_values().map(|head| head.counts).collect();
         let counts: Result<Vec<Vec<u8>>, _> = counts.iter().map(|counts| self.blobs.get(counts)).collect();
+        // Singular values of many large matrices take long enough to keep others waiting.
         let (peft, how, lineage) = (Arc::clone(&self.peft), ask.clone(), ask.lineage.clone());
         let merged = tokio::task::spawn_blocking(move || {
             let merged = peft.merge(&parts, &how);

@@ -12,8 +12,7 @@ use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::status::document_status;
 use proto::{Content, Document, Domain, Stage};
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 /// Examples in an optimiser step, new and rehearsed.

@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 use crate::active::ActiveAdapters;
 use crate::llama::Base;
 use crate::lora::Adapter;
+use crate::loss;
 use crate::pack::Packed;
 
 /// How much a student learns from its teacher.
@@ -100,8 +101,7 @@ impl Teacher {
         if alphas.iter().all(|&alpha| alpha == 0.0) {
             return Ok(None);
         }
-        let hidden = self.base.forward(&packed.input(device), &self.adapters, None)?;
-        let hidden = hidden.f_index_select(0, &packed.targets(device).0)?;
+        let hidden = loss::learned_hidden(&self.base, &self.adapters, packed)?;
         let alphas = Tensor::from_slice(&alphas).f_unsqueeze(1)?.f_to_device(device)?;
         Ok(Some(Opinion { teacher: self, hidden, alphas }))
     }

@@ -162,7 +162,7 @@ pub fn taught_gradient(
     parameters: &[&Tensor],
     teacher: Option<&Teacher>,
 ) -> Result<Gradient> {
-    let hidden = learned_hidden(base, adapters, packed)?;
+    let hidden = recorded_hidden(base, adapters, packed)?;
     let opinion = teacher.map(|teacher| teacher.opinion(packed)).transpose()?.flatten();
     let above = above(base, &hidden.detach(), packed, weight, opinion.as_ref())?;
     // A scalar whose gradients are the ones just found, so that autograd carries on from there. A head that is
@@ -288,8 +288,17 @@ fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) ->
     Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
 }
 
+/// As [`recorded_hidden`], without gradients.
+pub(crate) fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    if manual::applies(base) && packed.learned_tokens() > 0 {
+        return manual::learned_hidden(base, adapters, packed);
+    }
+    recorded_hidden(base, adapters, packed)
+}
+
 /// The hidden states that predict learned tokens, [learned tokens, hidden_size].
-fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
+fn recorded_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
     if packed.learned_tokens() == 0 {
         return Ok(Tensor::f_zeros(
             [0, base.config().hidden_size],
@@ -418,7 +427,7 @@ mod tests {
         let ours = gradient(&base, &active, &packed, 0.01, &[&flat]).unwrap();
 
         let active = base.activate(&[(&adapter, 1.0)]).unwrap();
-        let hidden = learned_hidden(&base, &active, &packed).unwrap();
+        let hidden = recorded_hidden(&base, &active, &packed).unwrap();
         let targets = packed.targets(base.device()).1;
         let loss = base.logits(&hidden).unwrap().cross_entropy_loss(
             &targets,
@@ -447,7 +456,7 @@ mod tests {
         let ours =
             gradient(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &packed, 1.0, &[&flat]).unwrap();
 
-        let hidden = learned_hidden(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &packed).unwrap();
+        let hidden = recorded_hidden(&base, &base.activate(&[(&adapter, 1.0)]).unwrap(), &packed).unwrap();
         // The second sequence says 50, and so makes 51 less likely; the others have both only in their prompts.
         let saying: Vec<bool> = packed.owners().map(|owner| owner == 1).collect();
         let others = Tensor::from_slice(&saying).logical_not().unsqueeze(1);

@@ -190,6 +190,18 @@ impl Packed {
         self.starts[i]
     }
 
+    /// Where sequences lie in the flattened rows, in the order in which they do, and their lengths; padding is none.
+    pub(crate) fn spans(&self) -> Vec<(usize, usize)> {
+        let mut spans: Vec<(usize, usize)> = Vec::new();
+        for (i, _) in self.segments.iter().enumerate().filter(|&(_, &segment)| segment >= 0) {
+            match spans.last_mut() {
+                Some((_, tokens)) if self.positions[i] > 0 => *tokens += 1,
+                _ => spans.push((i, 1)),
+            }
+        }
+        spans
+    }
+
     /// The same, entering the blocks there.
     pub(crate) fn entering(self, entry: Entry) -> Self {
         Self { entry: Some(entry), ..self }

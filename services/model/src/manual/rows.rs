@@ -72,16 +72,35 @@ impl<W: Element> Rows<W> {
     /// Nobody else may have the same row at the same time, through this or another view of the same tensor.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub unsafe fn get_mut(&self, row: usize) -> &mut [W] {
-        assert!(row < self.count);
-        // SAFETY: as for `get`; that nobody else has it is the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.wrapping_add(row * self.width), self.width) }
+        // SAFETY: as the caller promises.
+        unsafe { self.columns_mut(row, 0, self.width) }
+    }
+
+    /// Some columns of one row, to write.
+    ///
+    /// # Safety
+    /// Nobody else may have the same columns of the row at the same time.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub unsafe fn columns_mut(&self, row: usize, first: usize, count: usize) -> &mut [W] {
+        assert!(row < self.count && first + count <= self.width);
+        // SAFETY: as for `get`; that nobody else has them is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.wrapping_add(row * self.width + first), count) }
     }
 }
 
-/// Does `work` with each number below `count`, on as many threads as libtorch's own operations: on the same ones where those are
+/// Does `work` with each number below `count`, some at a time, on as many threads as libtorch's own operations: on the same ones where those are
 /// OpenMP's, for others would have to share the cores with them, since they wait for their next work without sleeping.
 pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
-    let task = Task { next: AtomicUsize::new(0), count, work: &work, panicked: AtomicBool::new(false) };
+    each_in(CHUNK, count, &work);
+}
+
+/// The same one at a time: for work that takes longer than a thread's look at the counter.
+pub(super) fn each_alone(count: usize, work: impl Fn(usize) + Sync) {
+    each_in(1, count, &work);
+}
+
+fn each_in(chunk: usize, count: usize, work: &(dyn Fn(usize) + Sync)) {
+    let task = Task { next: AtomicUsize::new(0), chunk, count, work, panicked: AtomicBool::new(false) };
     match parallel() {
         Some(parallel) if count > 1 => {
             // SAFETY: libgomp's own entry: it calls `run` with this pointer on its threads, and returns when all have. The
@@ -91,7 +110,7 @@ pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
                 parallel(run, std::ptr::from_ref(&task).cast_mut().cast(), 0, 0);
             }
         }
-        None if count > CHUNK => task.take_with(tch::get_num_threads().max(1) as usize),
+        None if count > chunk => task.take_with(tch::get_num_threads().max(1) as usize),
         _ => task.take(),
     }
     assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
@@ -99,22 +118,24 @@ pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
 
 struct Task<'a> {
     next: AtomicUsize,
+    /// How many are taken at a time.
+    chunk: usize,
     count: usize,
     work: &'a (dyn Fn(usize) + Sync),
     panicked: AtomicBool,
 }
 
-/// How many are taken at a time: no thread should wait for the counter of another at each.
+/// Rows that are taken at a time: no thread should wait for the counter of another at each.
 const CHUNK: usize = 8;
 
 impl Task<'_> {
     fn take(&self) {
         loop {
-            let start = self.next.fetch_add(CHUNK, Ordering::Relaxed);
+            let start = self.next.fetch_add(self.chunk, Ordering::Relaxed);
             if start >= self.count {
                 return;
             }
-            (start..self.count.min(start + CHUNK)).for_each(self.work);
+            (start..self.count.min(start + self.chunk)).for_each(self.work);
         }
     }
 
@@ -174,8 +195,8 @@ mod tests {
         let work = |i| {
             sum.fetch_add(i, Ordering::Relaxed);
         };
-        let task =
-            Task { next: AtomicUsize::new(0), count: 1000, work: &work, panicked: AtomicBool::new(false) };
+        let panicked = AtomicBool::new(false);
+        let task = Task { next: AtomicUsize::new(0), chunk: CHUNK, count: 1000, work: &work, panicked };
         task.take_with(3);
         assert_eq!(sum.load(Ordering::Relaxed), 999 * 1000 / 2);
     }

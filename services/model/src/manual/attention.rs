@@ -1,0 +1,444 @@
+//! Attention within each sequence of a packed batch, forward and backward.
+//!
+//! libtorch's kernel sees rows: of what lies in them side by side it multiplies everything with everything and masks most of
+//! it away, and it sets up a product of its own for each block of each head. Here a sequence is its own block, of which
+//! only the part that is seen is computed, and the gradient takes the forward pass's log-sums in place of its weights
+//! (FlashAttention, arXiv 2205.14135).
+
+use std::ops::Range;
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::kernels::Real;
+use super::rows::{Element, Rows, each_alone};
+use crate::cpu::vector::{Level, exp, fma, sum, vectorised};
+use crate::hf::ModelConfig;
+
+/// Where a sequence lies in the rows of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub start: usize,
+    pub tokens: usize,
+}
+
+/// What attention gives, and what its gradient needs. Rows are tokens.
+pub(super) struct Attended {
+    /// [rows, heads * head_dim].
+    pub mixed: Tensor,
+    /// The logarithm of what each head's weights were divided by, f32 [rows, heads].
+    log_sums: Tensor,
+}
+
+/// How queries, keys and values lie in a row.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape {
+    heads: usize,
+    /// Queries' heads that share one of keys and values.
+    group: usize,
+    head_dim: usize,
+    scale: f32,
+}
+
+impl Shape {
+    fn of(config: &ModelConfig) -> Self {
+        let (heads, kv_heads) = (config.heads as usize, config.kv_heads as usize);
+        let head_dim = config.head_dim as usize;
+        Self { heads, group: heads / kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.heads / self.group
+    }
+
+    /// The first column of a head of keys, and of the same head of values.
+    fn key_value(&self, kv_head: usize) -> (usize, usize) {
+        ((self.heads + kv_head) * self.head_dim, (self.heads + self.kv_heads() + kv_head) * self.head_dim)
+    }
+}
+
+/// One head of keys and values of one sequence: what is worked on at a time.
+pub(crate) struct Part {
+    span: Span,
+    kv_head: usize,
+}
+
+/// All of them, those of long sequences first, so that no thread begins one when the others end.
+fn parts(spans: &[Span], shape: Shape) -> Vec<Part> {
+    let mut parts: Vec<Part> = spans
+        .iter()
+        .flat_map(|&span| (0..shape.kv_heads()).map(move |kv_head| Part { span, kv_head }))
+        .collect();
+    parts.sort_by_key(|part| std::cmp::Reverse(part.span.tokens));
+    parts
+}
+
+/// What each token takes of those before it in its sequence, and of itself (arXiv 2305.13245). `qkv` holds turned queries and
+/// keys, and values, [rows, (heads + 2 * kv_heads) * head_dim].
+pub(super) fn attend<W: Element>(
+    level: Level,
+    config: &ModelConfig,
+    spans: &[Span],
+    qkv: &Tensor,
+) -> Result<Attended> {
+    let (shape, rows) = (Shape::of(config), qkv.size()[0]);
+    let width = (shape.heads * shape.head_dim) as i64;
+    let mixed = Tensor::f_empty([rows, width], (W::KIND, Device::Cpu))?;
+    let log_sums = Tensor::f_empty([rows, config.heads], (Kind::Float, Device::Cpu))?;
+    {
+        let (parts, from) = (parts(spans, shape), Rows::<W>::of(qkv, qkv.size()[1])?);
+        let (out, log_sums) = (Rows::<W>::of(&mixed, width)?, Rows::<f32>::of(&log_sums, config.heads)?);
+        each_alone(parts.len(), |i| forward(level, shape, &parts[i], &from, &out, &log_sums));
+    }
+    Ok(Attended { mixed, log_sums })
+}
+
+/// The gradient of `qkv`, where `above` is that of what was mixed.
+pub(super) fn attend_backward<W: Element>(
+    level: Level,
+    config: &ModelConfig,
+    spans: &[Span],
+    qkv: &Tensor,
+    attended: &Attended,
+    above: &Tensor,
+) -> Result<Tensor> {
+    let (shape, out) = (Shape::of(config), qkv.f_empty_like()?);
+    let width = (shape.heads * shape.head_dim) as i64;
+    let parts = parts(spans, shape);
+    let given = Given {
+        qkv: Rows::<W>::of(qkv, qkv.size()[1])?,
+        mixed: Rows::of(&attended.mixed, width)?,
+        log_sums: Rows::of(&attended.log_sums, config.heads)?,
+        above: Rows::of(above, width)?,
+    };
+    let of_qkv = Rows::<W>::of(&out, qkv.size()[1])?;
+    each_alone(parts.len(), |i| backward(level, shape, &parts[i], &given, &of_qkv));
+    Ok(out)
+}
+
+/// What the backward pass is given.
+pub(crate) struct Given<W> {
+    qkv: Rows<W>,
+    mixed: Rows<W>,
+    log_sums: Rows<f32>,
+    above: Rows<W>,
+}
+
+/// Numbers that lie side by side in a tile, and rows of it.
+const LANES: usize = 16;
+const TILE: usize = 6;
+/// Queries whose weights exist at once in the backward pass.
+const BLOCK: usize = 8 * TILE;
+
+/// A matrix with room for whole tiles. What is beyond its own rows and columns is zero.
+struct Matrix {
+    numbers: Vec<f32>,
+    width: usize,
+}
+
+impl Matrix {
+    fn zeros(rows: usize, columns: usize) -> Self {
+        // A tile of the transposed matrix begins within `columns` and may reach beyond them.
+        let (rows, width) = (rows + TILE, (columns + TILE).next_multiple_of(LANES));
+        Self { numbers: vec![0.0; rows * width], width }
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[f32] {
+        &self.numbers[row * self.width..][..self.width]
+    }
+
+    #[inline(always)]
+    fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.numbers[row * self.width..][..self.width]
+    }
+
+    /// Part of a row as f32, times `scale`.
+    #[inline(always)]
+    fn put<W: Real>(&mut self, row: usize, from: &[W], scale: f32) {
+        for (to, from) in self.row_mut(row).iter_mut().zip(from) {
+            *to = from.wide() * scale;
+        }
+    }
+
+    #[inline(always)]
+    fn put_column<W: Real>(&mut self, column: usize, from: &[W]) {
+        for (row, from) in from.iter().enumerate() {
+            self.numbers[row * self.width + column] = from.wide();
+        }
+    }
+}
+
+type Tile = [[f32; LANES]; TILE];
+
+/// Adds the products of a column of `a` and a row of `b`.
+#[inline(always)]
+fn add<const F: bool>(sums: &mut Tile, a: [f32; TILE], b: &[f32]) {
+    for (sums, a) in sums.iter_mut().zip(a) {
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = fma::<F>(a, *b, *sum);
+        }
+    }
+}
+
+/// Rows from `row` of `a` times the columns from `column` of `b`, over the first `inner` columns of `a`.
+#[inline(always)]
+fn tile<const F: bool>(a: &Matrix, row: usize, b: &Matrix, column: usize, inner: usize) -> Tile {
+    let mut sums = [[0f32; LANES]; TILE];
+    let mut rows = [&a.numbers[..0]; TILE];
+    for (i, of_row) in rows.iter_mut().enumerate() {
+        *of_row = &a.row(row + i)[..inner];
+    }
+    for (p, b) in b.numbers.chunks_exact(b.width).take(inner).enumerate() {
+        let mut of_a = [0f32; TILE];
+        for (a, row) in of_a.iter_mut().zip(rows) {
+            *a = row[p];
+        }
+        add::<F>(&mut sums, of_a, &b[column..column + LANES]);
+    }
+    sums
+}
+
+/// The same of the transposed `a`, over `inner` of its rows.
+#[inline(always)]
+fn tile_of_transposed<const F: bool>(
+    a: &Matrix,
+    row: usize,
+    b: &Matrix,
+    column: usize,
+    inner: Range<usize>,
+) -> Tile {
+    let mut sums = [[0f32; LANES]; TILE];
+    for p in inner {
+        let mut of_a = [0f32; TILE];
+        of_a.copy_from_slice(&a.row(p)[row..row + TILE]);
+        add::<F>(&mut sums, of_a, &b.row(p)[column..column + LANES]);
+    }
+    sums
+}
+
+/// The scores of a tile of queries, from `row` of `queries`, with the first `seen` keys.
+#[inline(always)]
+fn scores<const F: bool>(
+    queries: &Matrix,
+    row: usize,
+    keys: &Matrix,
+    seen: usize,
+    d: usize,
+    out: &mut Matrix,
+) {
+    for column in (0..seen).step_by(LANES) {
+        let sums = tile::<F>(queries, row, keys, column, d);
+        for (i, sums) in sums.iter().enumerate() {
+            out.row_mut(row + i)[column..column + LANES].copy_from_slice(sums);
+        }
+    }
+}
+
+vectorised! {
+    fn forward [W: Element] [W] (
+        shape: Shape,
+        part: &Part,
+        qkv: &Rows<W>,
+        out: &Rows<W>,
+        log_sums: &Rows<f32>,
+    ) {
+        let (Span { start, tokens }, d) = (part.span, shape.head_dim);
+        let (of_key, of_value) = shape.key_value(part.kv_head);
+        let (mut keys, mut values) = (Matrix::zeros(d, tokens), Matrix::zeros(tokens, d));
+        for i in 0..tokens {
+            let row = qkv.get(start + i);
+            keys.put_column(i, &row[of_key..of_key + d]);
+            values.put(i, &row[of_value..of_value + d], 1.0);
+        }
+        let (mut queries, mut weights) = (Matrix::zeros(TILE, d), Matrix::zeros(TILE, tokens));
+        for head in part.kv_head * shape.group..(part.kv_head + 1) * shape.group {
+            for first in (0..tokens).step_by(TILE) {
+                let count = TILE.min(tokens - first);
+                for i in 0..count {
+                    queries.put(i, &qkv.get(start + first + i)[head * d..(head + 1) * d], shape.scale);
+                }
+                let seen = first + count;
+                scores::<F>(&queries, 0, &keys, seen, d, &mut weights);
+                let mut inverses = [0f32; TILE];
+                for i in 0..count {
+                    let (row, beyond) = weights.row_mut(i)[..seen].split_at_mut(first + i + 1);
+                    beyond.fill(0.0);
+                    let (most, total) = masses::<F>(row);
+                    inverses[i] = 1.0 / total;
+                    // SAFETY: this head of these tokens is that of this part alone.
+                    #[allow(unsafe_code)]
+                    let log_sum = unsafe { log_sums.columns_mut(start + first + i, head, 1) };
+                    log_sum[0] = most + total.ln();
+                }
+                for column in (0..d).step_by(LANES) {
+                    let sums = tile::<F>(&weights, 0, &values, column, seen);
+                    let width = LANES.min(d - column);
+                    for i in 0..count {
+                        // SAFETY: as above.
+                        #[allow(unsafe_code)]
+                        let out = unsafe { out.columns_mut(start + first + i, head * d + column, width) };
+                        for (out, sum) in out.iter_mut().zip(sums[i]) {
+                            *out = W::of(sum * inverses[i]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Puts `e^(x - most)` in the place of scores; returns the most and the sum.
+#[inline(always)]
+fn masses<const F: bool>(row: &mut [f32]) -> (f32, f32) {
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            *most = if *x > *most { *x } else { *most };
+        }
+    }
+    let best = rest.iter().copied().chain(most).fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0f32; LANES];
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for (x, sum) in chunk.iter_mut().zip(&mut sums) {
+            *x = exp::<F>(*x - best);
+            *sum += *x;
+        }
+    }
+    let mut total = 0.0;
+    for x in rest {
+        *x = exp::<F>(*x - best);
+        total += *x;
+    }
+    (best, total + sum(sums))
+}
+
+/// What one block of queries needs, and what comes of it.
+struct Block {
+    queries: Matrix,
+    above: Matrix,
+    /// Of each query what it takes of each key.
+    weights: Matrix,
+    /// The gradient of the scores.
+    of_scores: Matrix,
+}
+
+vectorised! {
+    fn backward [W: Element] [W] (shape: Shape, part: &Part, given: &Given<W>, out: &Rows<W>) {
+        let (Span { start, tokens }, d) = (part.span, shape.head_dim);
+        let (of_key, of_value) = shape.key_value(part.kv_head);
+        let (mut keys, mut by_place) = (Matrix::zeros(d, tokens), Matrix::zeros(tokens, d));
+        let mut values = Matrix::zeros(d, tokens);
+        for i in 0..tokens {
+            let row = given.qkv.get(start + i);
+            keys.put_column(i, &row[of_key..of_key + d]);
+            by_place.put(i, &row[of_key..of_key + d], 1.0);
+            values.put_column(i, &row[of_value..of_value + d]);
+        }
+        let (mut of_keys, mut of_values) = (Matrix::zeros(tokens, d), Matrix::zeros(tokens, d));
+        let rows = BLOCK.min(tokens);
+        let mut block = Block {
+            queries: Matrix::zeros(rows, d),
+            above: Matrix::zeros(rows, d),
+            weights: Matrix::zeros(rows, tokens),
+            of_scores: Matrix::zeros(rows, tokens),
+        };
+        for head in part.kv_head * shape.group..(part.kv_head + 1) * shape.group {
+            for first in (0..tokens).step_by(BLOCK) {
+                let count = BLOCK.min(tokens - first);
+                for i in 0..count {
+                    let (token, columns) = (start + first + i, head * d..(head + 1) * d);
+                    block.queries.put(i, &given.qkv.get(token)[columns.clone()], shape.scale);
+                    block.above.put(i, &given.above.get(token)[columns], 1.0);
+                }
+                for row in (0..count).step_by(TILE) {
+                    let seen = first + count.min(row + TILE);
+                    scores::<F>(&block.queries, row, &keys, seen, d, &mut block.weights);
+                    scores::<F>(&block.above, row, &values, seen, d, &mut block.of_scores);
+                    for i in row..count.min(row + TILE) {
+                        let token = start + first + i;
+                        let mixed = &given.mixed.get(token)[head * d..(head + 1) * d];
+                        let mean = dot::<F, W>(block.above.row(i), mixed);
+                        let log_sum = given.log_sums.get(token)[head];
+                        let (weights, slopes) = (block.weights.row_mut(i), block.of_scores.row_mut(i));
+                        slope::<F>(weights, slopes, first + i + 1, log_sum, mean);
+                    }
+                    for column in (0..d).step_by(LANES) {
+                        let sums = tile::<F>(&block.of_scores, row, &by_place, column, seen);
+                        let width = LANES.min(d - column);
+                        for i in row..count.min(row + TILE) {
+                            let (token, column) = (start + first + i, head * d + column);
+                            // SAFETY: this head of these tokens is that of this part alone.
+                            #[allow(unsafe_code)]
+                            let out = unsafe { out.columns_mut(token, column, width) };
+                            for (out, sum) in out.iter_mut().zip(sums[i - row]) {
+                                *out = W::of(sum * shape.scale);
+                            }
+                        }
+                    }
+                }
+                for key in (0..first + count).step_by(TILE) {
+                    // Queries before a key do not see it.
+                    let inner = key.saturating_sub(first)..count;
+                    gather::<F>(&block.of_scores, key, &block.queries, inner.clone(), d, &mut of_keys);
+                    gather::<F>(&block.weights, key, &block.above, inner, d, &mut of_values);
+                }
+            }
+        }
+        for i in 0..tokens {
+            for (from, first) in [(&of_keys, of_key), (&of_values, of_value)] {
+                // SAFETY: these heads of these tokens are those of this part alone.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.columns_mut(start + i, first, d) };
+                for (out, from) in out.iter_mut().zip(from.row(i)) {
+                    *out = W::of(*from);
+                }
+            }
+        }
+    }
+}
+
+/// Adds to a tile of rows of `to` what comes to keys from queries.
+#[inline(always)]
+fn gather<const F: bool>(
+    a: &Matrix,
+    key: usize,
+    b: &Matrix,
+    queries: Range<usize>,
+    d: usize,
+    to: &mut Matrix,
+) {
+    for column in (0..d).step_by(LANES) {
+        let sums = tile_of_transposed::<F>(a, key, b, column, queries.clone());
+        for (i, sums) in sums.iter().enumerate() {
+            for (to, sum) in to.row_mut(key + i)[column..column + LANES].iter_mut().zip(sums) {
+                *to += sum;
+            }
+        }
+    }
+}
+
+/// Puts weights in the place of the scores of the first `seen` keys, and the gradient of the scores in the place of that of the
+/// weights, of which `mean` is the mean by weight. Nothing is taken of later keys.
+#[inline(always)]
+fn slope<const F: bool>(weights: &mut [f32], slopes: &mut [f32], seen: usize, log_sum: f32, mean: f32) {
+    weights[seen..].fill(0.0);
+    slopes[seen..].fill(0.0);
+    for (weight, slope) in weights[..seen].iter_mut().zip(&mut slopes[..seen]) {
+        *weight = exp::<F>(*weight - log_sum);
+        *slope = *weight * (*slope - mean);
+    }
+}
+
+#[inline(always)]
+fn dot<const F: bool, W: Real>(x: &[f32], y: &[W]) -> f32 {
+    let mut sums = [0f32; LANES];
+    for (x, y) in x.chunks(LANES).zip(y.chunks(LANES)) {
+        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
+            *sum = fma::<F>(*x, y.wide(), *sum);
+        }
+    }
+    sum(sums)
+}

@@ -5,6 +5,7 @@ use crate::gate;
 use crate::probe::{Entry, Probe, note, reservoir, take_in};
 use kit::compute::Turn;
 use kit::lane::Stop;
+use model::device::helpers;
 use model::ewc::{self, Ewc};
 use model::llama::Base;
 use model::lora::Adapter;
@@ -118,7 +119,7 @@ impl Worker {
         weights: &[u8],
         held: Held,
     ) -> anyhow::Result<(Verdict, Receipt)> {
-        let started = Instant::now();
+        let (started, _helpers) = (Instant::now(), helpers());
         let adapter = Adapter::from_bytes(weights, self.base.config())?;
         adapter.check_finite()?;
         if !adapter.has_effect() {

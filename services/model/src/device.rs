@@ -1,9 +1,10 @@
 //! Where the model runs and in which number format, decided once at the start and printed.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -244,6 +245,53 @@ fn libtorch_folder() -> Option<PathBuf> {
 /// Sets how many threads libtorch computes with on behalf of the calling thread.
 pub fn set_threads(threads: usize) {
     tch::set_num_threads(threads.clamp(1, 1024) as i32);
+}
+
+/// Those threads that libtorch has started to help the calling one, which end with this; they are started again when they are
+/// needed.
+///
+/// Every thread that computes has its own. While a process has no more of them than cores, they wait for their next work without
+/// sleeping; otherwise each product has to wake them. So nobody keeps them who has nothing to do.
+#[must_use = "they end with it"]
+pub struct Helpers(PhantomData<*const ()>);
+
+/// The calling thread's helpers.
+pub fn helpers() -> Helpers {
+    Helpers(PhantomData)
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        type Pause = unsafe extern "C" fn(std::ffi::c_int) -> std::ffi::c_int;
+        static FOUND: OnceLock<Option<Pause>> = OnceLock::new();
+        // SAFETY: of this name and type in OpenMP 5.0. It ends threads that wait for work; within a parallel region, where this is
+        // never called, it would do nothing. 1 stands for what keeps all settings.
+        #[allow(unsafe_code)]
+        unsafe {
+            if let Some(pause) = FOUND.get_or_init(|| openmp(b"omp_pause_resource_all\0")) {
+                pause(1);
+            }
+        }
+    }
+}
+
+/// A function of the OpenMP that libtorch brings on Linux, if this process has it.
+///
+/// # Safety
+/// It has to be of type `T`.
+#[allow(unsafe_code)]
+pub(crate) unsafe fn openmp<T: Copy>(name: &[u8]) -> Option<T> {
+    #[cfg(target_os = "linux")]
+    {
+        let this = libloading::os::unix::Library::this();
+        // SAFETY: as the caller promises.
+        unsafe { this.get::<T>(name) }.ok().map(|symbol| *symbol)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = name;
+        None
+    }
 }
 
 #[cfg(test)]

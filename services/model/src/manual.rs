@@ -8,7 +8,9 @@
 mod attention;
 mod forward;
 mod kernels;
+mod low_rank;
 mod rows;
+mod tiles;
 
 use anyhow::{Result, ensure};
 use half::bf16;
@@ -25,7 +27,7 @@ use crate::loss::{self, SequenceScore};
 use crate::pack::Packed;
 use crate::quant::Quantisation;
 use attention::attend_backward;
-use forward::{Forward, Kept, Normed, parts};
+use forward::{Forward, Kept, Normed};
 use rows::{Element, Rows, each};
 
 /// Whether the backward pass by hand knows this base.
@@ -163,29 +165,27 @@ impl<W: Element> Work<'_, W> {
     fn backward(&self, i: usize, kept: Kept, above: Tensor, wanted: bool) -> Result<Tensor> {
         let (forward, base) = (&self.forward, self.forward.base);
         let (c, layer) = (&base.config, &base.layers[i]);
-        let hidden = [c.hidden_size];
-        let mut of_inner = above.f_mm(&layer.down.dense()?)?;
-        if self.forward.delta(i, Group::Down).is_some() {
+        let of_inner = above.f_mm(&layer.down.dense()?)?;
+        if let Some(low) = &kept.low_down {
             let inner = forward.gate(&kept.gate_up)?;
-            self.low_rank_backward(i, Group::Down, &inner, None, &above, &hidden, Some(&mut of_inner))?;
+            self.low_rank_backward((i, Group::Down), &inner, Some(low), &above, Some(&of_inner))?;
         }
         let of_gate_up = kept.gate_up;
         self.gate_backward(&of_gate_up, &of_inner)?;
-        let mut of_normed = of_gate_up.f_mm(&layer.gate_up.dense()?)?;
-        let (widths, low) = ([c.intermediate_size; 2], kept.low_gate_up.as_ref());
-        let normed = &kept.mlp_norm.out;
-        self.low_rank_backward(i, Group::GateUp, normed, low, &of_gate_up, &widths, Some(&mut of_normed))?;
+        let of_normed = of_gate_up.f_mm(&layer.gate_up.dense()?)?;
+        let (normed, low) = (&kept.mlp_norm.out, kept.low_gate_up.as_ref());
+        self.low_rank_backward((i, Group::GateUp), normed, low, &of_gate_up, Some(&of_normed))?;
         self.norm_backward(&kept.mlp_norm, &layer.mlp_norm, &of_normed, &above)?;
 
-        let mut of_mixed = above.f_mm(&layer.o.dense()?)?;
+        let of_mixed = above.f_mm(&layer.o.dense()?)?;
         let (mixed, low) = (&kept.attended.mixed, kept.low_o.as_ref());
-        self.low_rank_backward(i, Group::O, mixed, low, &above, &hidden, Some(&mut of_mixed))?;
+        self.low_rank_backward((i, Group::O), mixed, low, &above, Some(&of_mixed))?;
         let (level, spans) = (forward.level, &forward.spans);
         let of_qkv = attend_backward::<W>(level, c, spans, &kept.qkv, &kept.attended, &of_mixed)?;
         forward.turn(&of_qkv, -1.0)?;
         let (normed, low) = (&kept.attention_norm.out, kept.low_qkv.as_ref());
-        let mut of_normed = if wanted { Some(of_qkv.f_mm(&layer.qkv.dense()?)?) } else { None };
-        self.low_rank_backward(i, Group::Qkv, normed, low, &of_qkv, &c.qkv_rows(), of_normed.as_mut())?;
+        let of_normed = if wanted { Some(of_qkv.f_mm(&layer.qkv.dense()?)?) } else { None };
+        self.low_rank_backward((i, Group::Qkv), normed, low, &of_qkv, of_normed.as_ref())?;
         if let Some(of_normed) = of_normed {
             self.norm_backward(&kept.attention_norm, &layer.attention_norm, &of_normed, &above)?;
         }
@@ -193,42 +193,24 @@ impl<W: Element> Work<'_, W> {
     }
 
     /// Writes the gradients of one matrix's A and B, and adds to `of_x` what goes through them to the input `x`. `low` is
-    /// `x A^T`, where it was kept; `above` the gradient of the product.
-    #[allow(clippy::too_many_arguments)]
+    /// `x A^T`; `above` the gradient of the product.
     fn low_rank_backward(
         &self,
-        layer: usize,
-        group: Group,
+        (layer, group): (usize, Group),
         x: &Tensor,
         low: Option<&Tensor>,
         above: &Tensor,
-        widths: &[i64],
-        of_x: Option<&mut Tensor>,
+        of_x: Option<&Tensor>,
     ) -> Result<()> {
-        let Some(delta) = self.forward.delta(layer, group) else { return Ok(()) };
-        let low = match low {
-            Some(low) => low.shallow_clone(),
-            None => x.f_linear(&delta.a, None::<&Tensor>)?,
-        };
-        let of_low = low.f_empty_like()?;
-        let modules: Vec<&Module> = self.modules(layer, group).collect();
-        for (part, module) in parts(delta, widths).zip(&modules) {
-            let above = above.f_narrow(1, part.column, part.columns)?;
-            of_low.f_narrow(1, part.rank, part.ranks)?.f_copy_(&above.f_mm(part.b)?)?;
-            let of_b = above.f_tr()?.f_mm(&low.f_narrow(1, part.rank, part.ranks)?)?;
+        let (Some(factors), Some(low)) = (self.forward.factors(layer, group), low) else { return Ok(()) };
+        let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
+        for module in self.modules(layer, group) {
+            let (a, b) = self.gradient.factors(module);
+            of_a.push(a);
             // B was scaled before it was used.
-            self.gradient.factors(module).1.f_copy_(&of_b.f_mul_scalar(module.scale)?)?;
+            of_b.push((b, module.scale as f32));
         }
-        let of_a = of_low.f_tr()?.f_mm(x)?;
-        let mut rank = 0;
-        for module in modules {
-            self.gradient.factors(module).0.f_copy_(&of_a.f_narrow(0, rank, module.rank)?)?;
-            rank += module.rank;
-        }
-        if let Some(of_x) = of_x {
-            let _ = of_x.f_addmm_(&of_low, &delta.a)?;
-        }
-        Ok(())
+        factors.gradient::<W>(x, low, above, of_x, &of_a, &of_b)
     }
 
     fn modules(&self, layer: usize, group: Group) -> impl Iterator<Item = &Module> {

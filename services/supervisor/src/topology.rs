@@ -26,7 +26,9 @@ use kit::link::{Door, Events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
+
 use model::anchor;
+use model::device::{Helpers, helpers};
 use model::hf::ModelConfig;
 use model::llama::Base;
 use model::pack::Sequence;
@@ -191,7 +193,7 @@ impl Plant {
         let (speaks, cache_bytes_max) = (Arc::clone(&language), s.infer.cache_mb_max << 20);
         let narrow_copy = s.infer.narrow_copy;
         let engine = Compute::start_engine("infer", 1 + running_max, move || {
-            set_threads(threads);
+            let _helpers = compute_with(threads);
             Engine::new(base, speaks, running_max, cache_bytes_max, narrow_copy)
         })
         .await?;
@@ -227,7 +229,7 @@ impl Plant {
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
         let (latents, form) = (Arc::clone(&self.latents), format!("{} {}", self.base_id, base.placement()));
         Compute::start("train", move || {
-            set_threads(threads);
+            let _helpers = compute_with(threads);
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
             let recall = Recall::new(latents, form, &anchors);
             Ok(train::Worker::new(base, training, anchors, recall, turn, stop))
@@ -251,7 +253,7 @@ impl Plant {
         };
         let language = s.consolidate.answer_head.then(|| self.text.language());
         Compute::start("consolidate", move || {
-            set_threads(threads);
+            let _helpers = compute_with(threads);
             let anchors = anchors(&base, count, length, GATE_ANCHORS)?;
             let counting = language.map(|language| counting(&base, &language, &anchors)).transpose()?;
             Ok(consolidate::Worker::new(base, gating, anchors, counting, turn, stop))
@@ -356,9 +358,10 @@ fn anchors(base: &Base, count: usize, length: usize, seed: u64) -> anyhow::Resul
     anchor::sample(base, count, length, seed)
 }
 
-/// libtorch's thread count is the calling thread's own; 0 leaves it to libtorch.
-fn set_threads(threads: usize) {
+/// libtorch's thread count is the calling thread's own; 0 leaves it to libtorch. Those that help until this is dropped end then.
+fn compute_with(threads: usize) -> Helpers {
     if threads > 0 {
         model::device::set_threads(threads);
     }
+    helpers()
 }

@@ -13,6 +13,7 @@ use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
+use model::device::helpers;
 use model::hf::{ModelConfig, base_id};
 use model::llama::Base;
 use proto::{BaseId, Blob, Manifest};
@@ -91,7 +92,10 @@ pub fn plant(mut settings: Settings, data_dir: &Path, base_dir: &Path) -> anyhow
         let mib = footprint.map_or(0.0, |footprint| (footprint.total() / f64::from(1 << 20)).ceil());
         tracing::info!(micro_tokens, mib, "memory is short: learning takes smaller micro-batches");
     }
-    let base = Base::load(base_dir, &placement)?;
+    let base = {
+        let _helpers = helpers();
+        Base::load(base_dir, &placement)?
+    };
     tracing::info!(base = %base_dir.display(), id = %id, parameters = base.parameter_count(), bytes = base.bytes_len(), %placement, "loaded the base");
     let plant = Plant {
         doors: Doors::new(settings.infer.max_running + settings.infer.queue_max),

@@ -8,6 +8,7 @@ use crate::review::{self, Told};
 use anyhow::Context;
 use kit::compute::Turn;
 use kit::lane::Stop;
+use model::device::helpers;
 use model::ewc::Ewc;
 use model::guard::{Apart, Elastic, Former, FormerShares};
 use model::learner::{Learner, LearnerConfig, Outcome, StepReport};
@@ -172,6 +173,7 @@ impl Worker {
     /// # Errors
     /// When what it starts from does not fit the base.
     pub fn learn(&mut self, batch: &Batch, start: Option<Start>) -> anyhow::Result<End> {
+        let _helpers = helpers();
         let mut rate = self.training.rate * f64::from(batch.rate_scale);
         for _ in 0..2 {
             let mut run = self.begin(batch, start.as_ref())?;

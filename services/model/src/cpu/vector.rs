@@ -52,7 +52,8 @@ impl Level {
 pub(crate) const FUSED: bool = cfg!(target_arch = "aarch64");
 
 /// A function that is compiled once for each [`Level`] and takes the level as its first argument. Its body can use
-/// the constant `F`: whether multiplication and addition are fused.
+/// the constant `F`: whether multiplication and addition are fused. It is never compiled into its caller, so that it has all
+/// registers.
 macro_rules! vectorised {
     (
         $(#[$attribute:meta])*
@@ -66,12 +67,14 @@ macro_rules! vectorised {
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
+            #[inline(never)]
             fn avx2<$($generic)*>($($arg: $type),*) {
                 body::<true, $($given),*>($($arg),*);
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+            #[inline(never)]
             fn avx512<$($generic)*>($($arg: $type),*) {
                 body::<true, $($given),*>($($arg),*);
             }

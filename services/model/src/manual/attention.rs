@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::kernels::Real;
 use super::rows::{Element, Rows, each_alone};
+use super::tiles::{LANES, Matrix, TILE, tile, tile_of_transposed};
 use crate::cpu::vector::{Level, exp, fma, sum, vectorised};
 use crate::hf::ModelConfig;
 
@@ -33,6 +34,7 @@ pub(super) struct Attended {
 /// How queries, keys and values lie in a row.
 #[derive(Clone, Copy)]
 pub(crate) struct Shape {
+    level: Level,
     heads: usize,
     /// Queries' heads that share one of keys and values.
     group: usize,
@@ -41,10 +43,10 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    fn of(config: &ModelConfig) -> Self {
+    fn of(level: Level, config: &ModelConfig) -> Self {
         let (heads, kv_heads) = (config.heads as usize, config.kv_heads as usize);
         let head_dim = config.head_dim as usize;
-        Self { heads, group: heads / kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+        Self { level, heads, group: heads / kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
     }
 
     fn kv_heads(&self) -> usize {
@@ -81,14 +83,15 @@ pub(super) fn attend<W: Element>(
     spans: &[Span],
     qkv: &Tensor,
 ) -> Result<Attended> {
-    let (shape, rows) = (Shape::of(config), qkv.size()[0]);
+    let (shape, rows) = (Shape::of(level, config), qkv.size()[0]);
     let width = (shape.heads * shape.head_dim) as i64;
     let mixed = Tensor::f_empty([rows, width], (W::KIND, Device::Cpu))?;
+    clear_rest(&mixed, spans)?;
     let log_sums = Tensor::f_empty([rows, config.heads], (Kind::Float, Device::Cpu))?;
     {
         let (parts, from) = (parts(spans, shape), Rows::<W>::of(qkv, qkv.size()[1])?);
         let (out, log_sums) = (Rows::<W>::of(&mixed, width)?, Rows::<f32>::of(&log_sums, config.heads)?);
-        each_alone(parts.len(), |i| forward(level, shape, &parts[i], &from, &out, &log_sums));
+        each_alone(parts.len(), |i| forward(shape.level, shape, &parts[i], &from, &out, &log_sums));
     }
     Ok(Attended { mixed, log_sums })
 }
@@ -102,7 +105,7 @@ pub(super) fn attend_backward<W: Element>(
     attended: &Attended,
     above: &Tensor,
 ) -> Result<Tensor> {
-    let (shape, out) = (Shape::of(config), qkv.f_empty_like()?);
+    let (shape, out) = (Shape::of(level, config), qkv.f_empty_like()?);
     let width = (shape.heads * shape.head_dim) as i64;
     let parts = parts(spans, shape);
     let given = Given {
@@ -111,9 +114,17 @@ pub(super) fn attend_backward<W: Element>(
         log_sums: Rows::of(&attended.log_sums, config.heads)?,
         above: Rows::of(above, width)?,
     };
+    clear_rest(&out, spans)?;
     let of_qkv = Rows::<W>::of(&out, qkv.size()[1])?;
-    each_alone(parts.len(), |i| backward(level, shape, &parts[i], &given, &of_qkv));
+    each_alone(parts.len(), |i| backward(shape.level, shape, &parts[i], &given, &of_qkv));
     Ok(out)
+}
+
+/// Rows behind the last sequence are nothing.
+fn clear_rest(rows: &Tensor, spans: &[Span]) -> Result<()> {
+    let end = spans.last().map_or(0, |span| (span.start + span.tokens) as i64);
+    let _ = rows.f_narrow(0, end, rows.size()[0] - end)?.f_zero_()?;
+    Ok(())
 }
 
 /// What the backward pass is given.
@@ -124,102 +135,14 @@ pub(crate) struct Given<W> {
     above: Rows<W>,
 }
 
-/// Numbers that lie side by side in a tile, and rows of it.
-const LANES: usize = 16;
-const TILE: usize = 6;
 /// Queries whose weights exist at once in the backward pass.
 const BLOCK: usize = 8 * TILE;
 
-/// A matrix with room for whole tiles. What is beyond its own rows and columns is zero.
-struct Matrix {
-    numbers: Vec<f32>,
-    width: usize,
-}
-
-impl Matrix {
-    fn zeros(rows: usize, columns: usize) -> Self {
-        // A tile of the transposed matrix begins within `columns` and may reach beyond them.
-        let (rows, width) = (rows + TILE, (columns + TILE).next_multiple_of(LANES));
-        Self { numbers: vec![0.0; rows * width], width }
-    }
-
-    #[inline(always)]
-    fn row(&self, row: usize) -> &[f32] {
-        &self.numbers[row * self.width..][..self.width]
-    }
-
-    #[inline(always)]
-    fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        &mut self.numbers[row * self.width..][..self.width]
-    }
-
-    /// Part of a row as f32, times `scale`.
-    #[inline(always)]
-    fn put<W: Real>(&mut self, row: usize, from: &[W], scale: f32) {
-        for (to, from) in self.row_mut(row).iter_mut().zip(from) {
-            *to = from.wide() * scale;
-        }
-    }
-
-    #[inline(always)]
-    fn put_column<W: Real>(&mut self, column: usize, from: &[W]) {
-        for (row, from) in from.iter().enumerate() {
-            self.numbers[row * self.width + column] = from.wide();
-        }
-    }
-}
-
-type Tile = [[f32; LANES]; TILE];
-
-/// Adds the products of a column of `a` and a row of `b`.
-#[inline(always)]
-fn add<const F: bool>(sums: &mut Tile, a: [f32; TILE], b: &[f32]) {
-    for (sums, a) in sums.iter_mut().zip(a) {
-        for (sum, b) in sums.iter_mut().zip(b) {
-            *sum = fma::<F>(a, *b, *sum);
-        }
-    }
-}
-
-/// Rows from `row` of `a` times the columns from `column` of `b`, over the first `inner` columns of `a`.
-#[inline(always)]
-fn tile<const F: bool>(a: &Matrix, row: usize, b: &Matrix, column: usize, inner: usize) -> Tile {
-    let mut sums = [[0f32; LANES]; TILE];
-    let mut rows = [&a.numbers[..0]; TILE];
-    for (i, of_row) in rows.iter_mut().enumerate() {
-        *of_row = &a.row(row + i)[..inner];
-    }
-    for (p, b) in b.numbers.chunks_exact(b.width).take(inner).enumerate() {
-        let mut of_a = [0f32; TILE];
-        for (a, row) in of_a.iter_mut().zip(rows) {
-            *a = row[p];
-        }
-        add::<F>(&mut sums, of_a, &b[column..column + LANES]);
-    }
-    sums
-}
-
-/// The same of the transposed `a`, over `inner` of its rows.
-#[inline(always)]
-fn tile_of_transposed<const F: bool>(
-    a: &Matrix,
-    row: usize,
-    b: &Matrix,
-    column: usize,
-    inner: Range<usize>,
-) -> Tile {
-    let mut sums = [[0f32; LANES]; TILE];
-    for p in inner {
-        let mut of_a = [0f32; TILE];
-        of_a.copy_from_slice(&a.row(p)[row..row + TILE]);
-        add::<F>(&mut sums, of_a, &b.row(p)[column..column + LANES]);
-    }
-    sums
-}
-
 /// The scores of a tile of queries, from `row` of `queries`, with the first `seen` keys.
 #[inline(always)]
-fn scores<const F: bool>(
+fn scores(
+    level: Level,
+
     queries: &Matrix,
     row: usize,
     keys: &Matrix,
@@ -228,10 +151,7 @@ fn scores<const F: bool>(
     out: &mut Matrix,
 ) {
     for column in (0..seen).step_by(LANES) {
-        let sums = tile::<F>(queries, row, keys, column, d);
-        for (i, sums) in sums.iter().enumerate() {
-            out.row_mut(row + i)[column..column + LANES].copy_from_slice(sums);
-        }
+        out.put_tile(row, column, &tile(level, queries.view(), (row, 0), keys.view(), column, d));
     }
 }
 
@@ -259,7 +179,7 @@ vectorised! {
                     queries.put(i, &qkv.get(start + first + i)[head * d..(head + 1) * d], shape.scale);
                 }
                 let seen = first + count;
-                scores::<F>(&queries, 0, &keys, seen, d, &mut weights);
+                scores(shape.level, &queries, 0, &keys, seen, d, &mut weights);
                 let mut inverses = [0f32; TILE];
                 for i in 0..count {
                     let (row, beyond) = weights.row_mut(i)[..seen].split_at_mut(first + i + 1);
@@ -272,7 +192,7 @@ vectorised! {
                     log_sum[0] = most + total.ln();
                 }
                 for column in (0..d).step_by(LANES) {
-                    let sums = tile::<F>(&weights, 0, &values, column, seen);
+                    let sums = tile(shape.level, weights.view(), (0, 0), values.view(), column, seen);
                     let width = LANES.min(d - column);
                     for i in 0..count {
                         // SAFETY: as above.
@@ -342,8 +262,8 @@ vectorised! {
         let mut block = Block {
             queries: Matrix::zeros(rows, d),
             above: Matrix::zeros(rows, d),
-            weights: Matrix::zeros(rows, tokens),
-            of_scores: Matrix::zeros(rows, tokens),
+            weights: Matrix::loose(rows, tokens),
+            of_scores: Matrix::loose(rows, tokens),
         };
         for head in part.kv_head * shape.group..(part.kv_head + 1) * shape.group {
             for first in (0..tokens).step_by(BLOCK) {
@@ -355,8 +275,8 @@ vectorised! {
                 }
                 for row in (0..count).step_by(TILE) {
                     let seen = first + count.min(row + TILE);
-                    scores::<F>(&block.queries, row, &keys, seen, d, &mut block.weights);
-                    scores::<F>(&block.above, row, &values, seen, d, &mut block.of_scores);
+                    scores(shape.level, &block.queries, row, &keys, seen, d, &mut block.weights);
+                    scores(shape.level, &block.above, row, &values, seen, d, &mut block.of_scores);
                     for i in row..count.min(row + TILE) {
                         let token = start + first + i;
                         let mixed = &given.mixed.get(token)[head * d..(head + 1) * d];
@@ -366,7 +286,7 @@ vectorised! {
                         slope::<F>(weights, slopes, first + i + 1, log_sum, mean);
                     }
                     for column in (0..d).step_by(LANES) {
-                        let sums = tile::<F>(&block.of_scores, row, &by_place, column, seen);
+                        let sums = tile(shape.level, block.of_scores.view(), (row, 0), by_place.view(), column, seen);
                         let width = LANES.min(d - column);
                         for i in row..count.min(row + TILE) {
                             let (token, column) = (start + first + i, head * d + column);
@@ -382,8 +302,8 @@ vectorised! {
                 for key in (0..first + count).step_by(TILE) {
                     // Queries before a key do not see it.
                     let inner = key.saturating_sub(first)..count;
-                    gather::<F>(&block.of_scores, key, &block.queries, inner.clone(), d, &mut of_keys);
-                    gather::<F>(&block.weights, key, &block.above, inner, d, &mut of_values);
+                    gather(shape.level, &block.of_scores, key, &block.queries, inner.clone(), d, &mut of_keys);
+                    gather(shape.level, &block.weights, key, &block.above, inner, d, &mut of_values);
                 }
             }
         }
@@ -402,7 +322,8 @@ vectorised! {
 
 /// Adds to a tile of rows of `to` what comes to keys from queries.
 #[inline(always)]
-fn gather<const F: bool>(
+fn gather(
+    level: Level,
     a: &Matrix,
     key: usize,
     b: &Matrix,
@@ -411,7 +332,7 @@ fn gather<const F: bool>(
     to: &mut Matrix,
 ) {
     for column in (0..d).step_by(LANES) {
-        let sums = tile_of_transposed::<F>(a, key, b, column, queries.clone());
+        let sums = tile_of_transposed(level, a.view(), key, b.view(), column, queries.clone());
         for (i, sums) in sums.iter().enumerate() {
             for (to, sum) in to.row_mut(key + i)[column..column + LANES].iter_mut().zip(sums) {
                 *to += sum;

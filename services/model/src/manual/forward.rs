@@ -8,8 +8,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Span, attend};
 use super::kernels;
+use super::low_rank::Factors;
 use super::rows::{Element, Rows, each};
-use crate::active::{ActiveAdapters, Delta};
+use crate::active::ActiveAdapters;
 use crate::cpu::vector::Level;
 use crate::llama::Base;
 use crate::lora::Group;
@@ -34,12 +35,14 @@ pub(super) struct Kept {
     pub mlp_norm: Normed,
     pub gate_up: Tensor,
     pub low_gate_up: Option<Tensor>,
+    pub low_down: Option<Tensor>,
 }
 
 /// Packed sequences on their way through a base with adapters.
 pub(super) struct Forward<'a, W> {
     pub base: &'a Base,
-    active: &'a ActiveAdapters,
+    /// What adapters add, by layer and group.
+    factors: Vec<[Vec<Factors>; 4]>,
     pub level: Level,
     pub spans: Vec<Span>,
     /// Where the blocks are entered.
@@ -54,7 +57,7 @@ pub(super) struct Forward<'a, W> {
 impl<'a, W: Element> Forward<'a, W> {
     /// With what enters the first block, [rows, hidden_size]. Rows are the tokens of sequences, without what fills up the packed
     /// rows.
-    pub fn new(base: &'a Base, active: &'a ActiveAdapters, packed: &Packed) -> Result<(Self, Tensor)> {
+    pub fn new(base: &'a Base, active: &ActiveAdapters, packed: &Packed) -> Result<(Self, Tensor)> {
         let input = packed.input(Device::Cpu);
         let angles = input.positions.f_to_kind(Kind::Float)?.f_view([-1, 1])?.f_mul(&base.frequencies)?;
         let turns = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?;
@@ -69,17 +72,18 @@ impl<'a, W: Element> Forward<'a, W> {
             }
         }
         let taken = Tensor::from_slice(&taken);
+        let rounded = |rows: &Tensor| rounded_up::<W>(&rows.f_index_select(0, &taken)?);
         let forward = Self {
             base,
-            active,
+            factors: factors::<W>(base, active, from)?,
             level: Level::best(),
             spans,
             from,
-            turns: turns.f_index_select(0, &taken)?,
+            turns: rounded(&turns)?,
             places: Tensor::from_slice(&rows).f_index_select(0, &places)?,
             format: PhantomData,
         };
-        Ok((forward, x.f_index_select(0, &taken)?))
+        Ok((forward, rounded(&x)?))
     }
 
     /// What the last norm makes of the rows that predict learned tokens.
@@ -91,26 +95,26 @@ impl<'a, W: Element> Forward<'a, W> {
     pub fn block(&self, i: usize, x: Tensor) -> Result<(Tensor, Kept)> {
         let (c, layer) = (&self.base.config, &self.base.layers[i]);
         let attention_norm = self.norm(x, &layer.attention_norm)?;
-        let mut qkv = layer.qkv.product(&attention_norm.out, layer.qkv_bias.as_ref())?;
-        let low_qkv = self.add_low_rank(i, Group::Qkv, &attention_norm.out, &mut qkv, &c.qkv_rows())?;
+        let qkv = layer.qkv.product(&attention_norm.out, layer.qkv_bias.as_ref())?;
+        let low_qkv = self.add_low_rank(i, Group::Qkv, &attention_norm.out, &qkv)?;
         self.turn(&qkv, 1.0)?;
         let attended = attend::<W>(self.level, c, &self.spans, &qkv)?;
-        let mut middle = attention_norm.x.f_addmm(&attended.mixed, &layer.o.dense()?.f_tr()?)?;
-        let low_o = self.add_low_rank(i, Group::O, &attended.mixed, &mut middle, &[c.hidden_size])?;
+        let middle = attention_norm.x.f_addmm(&attended.mixed, &layer.o.dense()?.f_tr()?)?;
+        let low_o = self.add_low_rank(i, Group::O, &attended.mixed, &middle)?;
         let mlp_norm = self.norm(middle, &layer.mlp_norm)?;
-        let mut gate_up = layer.gate_up.product(&mlp_norm.out, None)?;
-        let widths = [c.intermediate_size; 2];
-        let low_gate_up = self.add_low_rank(i, Group::GateUp, &mlp_norm.out, &mut gate_up, &widths)?;
+        let gate_up = layer.gate_up.product(&mlp_norm.out, None)?;
+        let low_gate_up = self.add_low_rank(i, Group::GateUp, &mlp_norm.out, &gate_up)?;
         let inner = self.gate(&gate_up)?;
-        let mut out = mlp_norm.x.f_addmm(&inner, &layer.down.dense()?.f_tr()?)?;
-        self.add_low_rank(i, Group::Down, &inner, &mut out, &[c.hidden_size])?;
-        let kept = Kept { attention_norm, qkv, low_qkv, attended, low_o, mlp_norm, gate_up, low_gate_up };
+        let out = mlp_norm.x.f_addmm(&inner, &layer.down.dense()?.f_tr()?)?;
+        let low_down = self.add_low_rank(i, Group::Down, &inner, &out)?;
+        let kept =
+            Kept { attention_norm, qkv, low_qkv, attended, low_o, mlp_norm, gate_up, low_gate_up, low_down };
         Ok((out, kept))
     }
 
     /// What the adapter adds to one matrix, where there is one adapter.
-    pub fn delta(&self, layer: usize, group: Group) -> Option<&Delta> {
-        self.active.deltas(layer, group).first()
+    pub fn factors(&self, layer: usize, group: Group) -> Option<&Factors> {
+        self.factors[layer][group as usize].first()
     }
 
     /// Adds to `product`, in place, what adapters add to it; returns `x A^T` of the last one.
@@ -119,18 +123,11 @@ impl<'a, W: Element> Forward<'a, W> {
         layer: usize,
         group: Group,
         x: &Tensor,
-        product: &mut Tensor,
-        widths: &[i64],
+        product: &Tensor,
     ) -> Result<Option<Tensor>> {
         let mut last = None;
-        for delta in self.active.deltas(layer, group) {
-            let low = x.f_linear(&delta.a, None::<&Tensor>)?;
-            for part in parts(delta, widths) {
-                let of_part = low.f_narrow(1, part.rank, part.ranks)?;
-                let _ =
-                    product.f_narrow(1, part.column, part.columns)?.f_addmm_(&of_part, &part.b.f_tr()?)?;
-            }
-            last = Some(low);
+        for factors in &self.factors[layer][group as usize] {
+            last = Some(factors.add_to::<W>(x, product)?);
         }
         Ok(last)
     }
@@ -184,21 +181,31 @@ impl<'a, W: Element> Forward<'a, W> {
     }
 }
 
-/// One B of a merged matrix, and where it applies.
-pub(super) struct Part<'a> {
-    pub rank: i64,
-    pub ranks: i64,
-    pub column: i64,
-    pub columns: i64,
-    pub b: &'a Tensor,
+/// What adapters add in the layers from `from` on, by layer and group.
+fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Result<Vec<[Vec<Factors>; 4]>> {
+    let c = &base.config;
+    let mut factors: Vec<[Vec<Factors>; 4]> = (0..base.layers.len()).map(|_| Default::default()).collect();
+    for (layer, of_layer) in factors.iter_mut().enumerate().skip(from) {
+        for group in [Group::Qkv, Group::O, Group::GateUp, Group::Down] {
+            let widths = match group {
+                Group::Qkv => c.qkv_rows().to_vec(),
+                Group::GateUp => vec![c.intermediate_size; 2],
+                Group::O | Group::Down => vec![c.hidden_size],
+            };
+            let deltas = active.deltas(layer, group).iter();
+            of_layer[group as usize] = deltas
+                .map(|delta| Factors::new::<W>(Level::best(), delta, &widths))
+                .collect::<Result<_>>()?;
+        }
+    }
+    Ok(factors)
 }
 
-pub(super) fn parts<'a>(delta: &'a Delta, widths: &'a [i64]) -> impl Iterator<Item = Part<'a>> {
-    let mut rank = 0;
-    delta.ranks.iter().zip(&delta.parts).map(move |(&ranks, (slice, b))| {
-        let column = widths[..*slice].iter().sum();
-        let part = Part { rank, ranks, column, columns: widths[*slice], b };
-        rank += ranks;
-        part
-    })
+/// oneDNN, which multiplies bf16, compiles a product anew for each number of rows: so there are few numbers of rows.
+const ROUND: i64 = 16;
+
+/// With rows of zeros at the end where numbers of rows are rounded up.
+fn rounded_up<W: Element>(rows: &Tensor) -> Result<Tensor> {
+    let lacking = if W::KIND == Kind::BFloat16 { -rows.size()[0] % ROUND + ROUND } else { 0 } % ROUND;
+    Ok(rows.f_constant_pad_nd([0, 0, 0, lacking])?)
 }

@@ -10,6 +10,8 @@ use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use super::kernels::Real;
+use super::tiles::View;
+use crate::device::openmp;
 
 /// A format together with libtorch's name of it.
 pub(super) trait Element: Real {
@@ -56,6 +58,10 @@ impl<W: Element> Rows<W> {
         self.count
     }
 
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
     /// One row, to read.
     pub fn get(&self, row: usize) -> &[W] {
         assert!(row < self.count);
@@ -85,6 +91,16 @@ impl<W: Element> Rows<W> {
         assert!(row < self.count && first + count <= self.width);
         // SAFETY: as for `get`; that nobody else has them is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.wrapping_add(row * self.width + first), count) }
+    }
+}
+
+impl Rows<f32> {
+    /// All of it, to read.
+    pub fn view(&self) -> View<'_> {
+        // SAFETY: the tensor's memory, which lives as long as this; whoever writes it has it alone.
+        #[allow(unsafe_code)]
+        let numbers = unsafe { std::slice::from_raw_parts(self.start, self.count * self.width) };
+        View { numbers, width: self.width }
     }
 }
 
@@ -159,23 +175,15 @@ extern "C" fn run(task: *mut c_void) {
     }
 }
 
-type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u32, u32);
-
 /// The function that starts a parallel region in the OpenMP that libtorch brings on Linux, if this process has it.
 fn parallel() -> Option<Parallel> {
     static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
-    *FOUND.get_or_init(|| {
-        #[cfg(target_os = "linux")]
-        {
-            let this = libloading::os::unix::Library::this();
-            // SAFETY: of this name and type since GCC 4.9, and part of its stable interface.
-            #[allow(unsafe_code)]
-            return unsafe { this.get::<Parallel>(b"GOMP_parallel\0") }.ok().map(|symbol| *symbol);
-        }
-        #[cfg(not(target_os = "linux"))]
-        None
-    })
+    // SAFETY: of this name and type since GCC 4.9, and part of its stable interface.
+    #[allow(unsafe_code)]
+    *FOUND.get_or_init(|| unsafe { openmp(b"GOMP_parallel\0") })
 }
+
+type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u32, u32);
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,293 @@
+//! What an adapter adds to the products of a block, and its gradient, each in one pass over the rows.
+//!
+//! For libtorch these are some thirty products a block, so small that it takes longer to set most of them up than to do
+//! them.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::rows::{Element, Rows, each_alone};
+use super::tiles::{LANES, Matrix, TILE, View, tile, tile_of_transposed};
+use crate::active::Delta;
+use crate::cpu::vector::{Level, vectorised};
+
+/// Rows of one task.
+const ROWS: usize = 4 * TILE;
+/// Columns of one task of the gradient of weights.
+const STRIP: usize = 8 * TILE;
+
+/// An adapter's part in one merged matrix, in f32 as it is read.
+pub(crate) struct Factors {
+    level: Level,
+    inputs: usize,
+    ranks: usize,
+    /// A of all parts, [ranks, inputs], and transposed.
+    a: Matrix,
+    a_transposed: Matrix,
+    parts: Vec<Part>,
+}
+
+/// One B, and where it applies.
+pub(crate) struct Part {
+    /// Its ranks among all.
+    rank: usize,
+    ranks: usize,
+    /// Its columns of the product.
+    column: usize,
+    columns: usize,
+    /// [columns, ranks], and transposed.
+    b: Matrix,
+    b_transposed: Matrix,
+}
+
+impl Factors {
+    /// `widths` are those of the slices of the merged product.
+    pub fn new<W: Element>(level: Level, delta: &Delta, widths: &[i64]) -> Result<Self> {
+        let inputs = delta.a.size()[1];
+        let rows = Rows::<W>::of(&delta.a, inputs)?;
+        let (a, a_transposed) = both(&rows);
+        let mut parts = Vec::with_capacity(delta.parts.len());
+        let mut rank = 0;
+        for (&ranks, (slice, b)) in delta.ranks.iter().zip(&delta.parts) {
+            let (b, b_transposed) = both(&Rows::<W>::of(&b.f_contiguous()?, ranks)?);
+            let column = widths[..*slice].iter().sum::<i64>() as usize;
+            let (ranks, columns) = (ranks as usize, widths[*slice] as usize);
+            parts.push(Part { rank, ranks, column, columns, b, b_transposed });
+            rank += ranks;
+        }
+        Ok(Self { level, inputs: inputs as usize, ranks: rank, a, a_transposed, parts })
+    }
+
+    /// Room for `x A^T` of so many rows, f32.
+    fn low(&self, rows: usize) -> Result<Tensor> {
+        let (rows, width) = (rows + TILE, (self.ranks + LANES).next_multiple_of(LANES));
+        Ok(Tensor::f_zeros([rows as i64, width as i64], (Kind::Float, Device::Cpu))?)
+    }
+
+    /// Adds `(x A^T) B^T` to the product of `x`, in place; returns `x A^T`.
+    pub fn add_to<W: Element>(&self, x: &Tensor, product: &Tensor) -> Result<Tensor> {
+        let (x, product) = (Rows::<W>::of(x, x.size()[1])?, Rows::<W>::of(product, product.size()[1])?);
+        let low = self.low(x.len())?;
+        let of_low = Rows::<f32>::of(&low, low.size()[1])?;
+        each_alone(x.len().div_ceil(ROWS), |task| {
+            let rows = task * ROWS..x.len().min((task + 1) * ROWS);
+            add(self.level, self, rows, &x, &product, &of_low);
+        });
+        Ok(low)
+    }
+
+    /// Adds to `of_x` what comes down to `x` from the gradient `above` of the product, and writes the gradients of A, one of
+    /// each part, and of B, scaled. `low` is what [`Factors::add_to`] returned.
+    #[allow(clippy::too_many_arguments)]
+    pub fn gradient<W: Element>(
+        &self,
+        x: &Tensor,
+        low: &Tensor,
+        above: &Tensor,
+        of_x: Option<&Tensor>,
+        of_a: &[Tensor],
+        of_b: &[(Tensor, f32)],
+    ) -> Result<()> {
+        let (x, above) = (Rows::<W>::of(x, x.size()[1])?, Rows::<W>::of(above, above.size()[1])?);
+        let of_x = of_x.map(|of_x| Rows::<W>::of(of_x, of_x.size()[1])).transpose()?;
+        let below = self.low(x.len())?;
+        let of_low = Rows::<f32>::of(&below, below.size()[1])?;
+        each_alone(x.len().div_ceil(ROWS), |task| {
+            let rows = task * ROWS..x.len().min((task + 1) * ROWS);
+            lower(self.level, self, rows, &above, &of_low, of_x.as_ref());
+        });
+        let low = Rows::<f32>::of(low, low.size()[1])?;
+        let of_a: Vec<Rows<f32>> = of_a.iter().map(|a| Rows::of(a, a.size()[1])).collect::<Result<_>>()?;
+        let of_b: Vec<(Rows<f32>, f32)> =
+            of_b.iter().map(|(b, scale)| Ok((Rows::of(b, b.size()[1])?, *scale))).collect::<Result<_>>()?;
+        // Strips of each B, then those of A.
+        let mut strips: Vec<(Option<usize>, usize)> = Vec::new();
+        for (part, of) in self.parts.iter().enumerate() {
+            strips.extend((0..of.columns).step_by(STRIP).map(|column| (Some(part), column)));
+        }
+        strips.extend((0..self.inputs).step_by(STRIP).map(|column| (None, column)));
+        each_alone(strips.len(), |i| match strips[i] {
+            (Some(part), column) => {
+                let (out, scale) = &of_b[part];
+                strip_of_b(self.level, self, part, column, &above, low.view(), out, *scale);
+            }
+            (None, column) => strip_of_a(self.level, self, column, &x, of_low.view(), &of_a),
+        });
+        Ok(())
+    }
+}
+
+/// Rows as f32, and transposed.
+fn both<W: Element>(rows: &Rows<W>) -> (Matrix, Matrix) {
+    let (count, width) = (rows.len(), rows.width());
+    let (mut plain, mut transposed) = (Matrix::zeros(count, width), Matrix::zeros(width, count));
+    for i in 0..count {
+        plain.put(i, rows.get(i), 1.0);
+        transposed.put_column(i, rows.get(i));
+    }
+    (plain, transposed)
+}
+
+/// Adds a tile's rows to those of a tensor, which nobody else may have: `count` of them, of so many `columns`.
+#[inline(always)]
+fn add_tile<W: Element>(
+    to: &Rows<W>,
+    row: usize,
+    count: usize,
+    columns: Range<usize>,
+    sums: &[[f32; LANES]; TILE],
+) {
+    for (i, sums) in sums.iter().enumerate().take(count) {
+        // SAFETY: the callers' tasks have rows of their own.
+        #[allow(unsafe_code)]
+        let to = unsafe { to.columns_mut(row + i, columns.start, columns.len()) };
+        for (to, sum) in to.iter_mut().zip(sums) {
+            *to = W::of(to.wide() + sum);
+        }
+    }
+}
+
+vectorised! {
+    fn add [W: Element] [W] (
+        of: &Factors,
+        rows: Range<usize>,
+        x: &Rows<W>,
+        product: &Rows<W>,
+        low: &Rows<f32>,
+    ) {
+        let (mut tile_of_x, mut lower) = (Matrix::zeros(TILE, of.inputs), Matrix::loose(TILE, of.ranks));
+        for first in rows.clone().step_by(TILE) {
+            let count = TILE.min(rows.end - first);
+            for i in 0..count {
+                tile_of_x.put(i, x.get(first + i), 1.0);
+            }
+            for rank in (0..of.ranks).step_by(LANES) {
+                let sums = tile(of.level, tile_of_x.view(), (0, 0), of.a_transposed.view(), rank, of.inputs);
+                lower.put_tile(0, rank, &sums);
+            }
+            for i in 0..count {
+                // SAFETY: these rows are those of this task alone.
+                #[allow(unsafe_code)]
+                let to = unsafe { low.columns_mut(first + i, 0, of.ranks) };
+                to.copy_from_slice(&lower.row(i)[..of.ranks]);
+            }
+            for part in &of.parts {
+                for column in (0..part.columns).step_by(LANES) {
+                    let from = (0, part.rank);
+                    let sums = tile(of.level, lower.view(), from, part.b_transposed.view(), column, part.ranks);
+                    let end = part.columns.min(column + LANES);
+                    add_tile(product, first, count, part.column + column..part.column + end, &sums);
+                }
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn lower [W: Element] [W] (
+        of: &Factors,
+        rows: Range<usize>,
+        above: &Rows<W>,
+        of_low: &Rows<f32>,
+        of_x: Option<&Rows<W>>,
+    ) {
+        let widest = of.parts.iter().map(|part| part.columns).max().unwrap_or(0);
+        let (mut tile_above, mut lower) = (Matrix::zeros(TILE, widest), Matrix::loose(TILE, of.ranks));
+        for first in rows.clone().step_by(TILE) {
+            let count = TILE.min(rows.end - first);
+            for part in &of.parts {
+                for i in 0..count {
+                    let columns = part.column..part.column + part.columns;
+                    tile_above.put(i, &above.get(first + i)[columns], 1.0);
+                }
+                for rank in (0..part.ranks).step_by(LANES) {
+                    // What is beyond the part's ranks is zero here, and the next part's turn comes later.
+                    let sums = tile(of.level, tile_above.view(), (0, 0), part.b.view(), rank, part.columns);
+                    lower.put_tile(0, part.rank + rank, &sums);
+                }
+            }
+            for i in 0..count {
+                // SAFETY: these rows are those of this task alone.
+                #[allow(unsafe_code)]
+                let to = unsafe { of_low.columns_mut(first + i, 0, of.ranks) };
+                to.copy_from_slice(&lower.row(i)[..of.ranks]);
+            }
+            let Some(of_x) = of_x else { continue };
+            for column in (0..of.inputs).step_by(LANES) {
+                let sums = tile(of.level, lower.view(), (0, 0), of.a.view(), column, of.ranks);
+                add_tile(of_x, first, count, column..of.inputs.min(column + LANES), &sums);
+            }
+        }
+    }
+}
+
+/// Columns from `column` on as f32, at most a strip of them.
+#[inline(always)]
+fn strip<W: Element>(rows: &Rows<W>, columns: Range<usize>) -> Matrix {
+    let mut strip = Matrix::zeros(rows.len(), STRIP);
+    for i in 0..rows.len() {
+        strip.put(i, &rows.get(i)[columns.clone()], 1.0);
+    }
+    strip
+}
+
+vectorised! {
+    /// `scale * above^T low`, rows from `column` on of one B's gradient.
+    fn strip_of_b [W: Element] [W] (
+        of: &Factors,
+        part: usize,
+        column: usize,
+        above: &Rows<W>,
+        low: View<'_>,
+        out: &Rows<f32>,
+        scale: f32,
+    ) {
+        let part = &of.parts[part];
+        let end = part.columns.min(column + STRIP);
+        let strip = strip(above, part.column + column..part.column + end);
+        for first in (column..end).step_by(TILE) {
+            for rank in (0..part.ranks).step_by(LANES) {
+                let from = part.rank + rank;
+                let sums = tile_of_transposed(of.level, strip.view(), first - column, low, from, 0..above.len());
+                for (i, sums) in sums.iter().enumerate().take(end - first) {
+                    // SAFETY: these rows are those of this task alone.
+                    #[allow(unsafe_code)]
+                    let out = unsafe { out.columns_mut(first + i, rank, LANES.min(part.ranks - rank)) };
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out = sum * scale;
+                    }
+                }
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// `of_low^T x`, columns from `column` on of the gradients of all A.
+    fn strip_of_a [W: Element] [W] (
+        of: &Factors,
+        column: usize,
+        x: &Rows<W>,
+        of_low: View<'_>,
+        out: &[Rows<f32>],
+    ) {
+        let end = x.width().min(column + STRIP);
+        let strip = strip(x, column..end);
+        for (part, out) in of.parts.iter().zip(out) {
+            for rank in (0..part.ranks).step_by(TILE) {
+                for first in (column..end).step_by(LANES) {
+                    let from = part.rank + rank;
+                    let sums = tile_of_transposed(of.level, of_low, from, strip.view(), first - column, 0..x.len());
+                    for (i, sums) in sums.iter().enumerate().take(part.ranks - rank) {
+                        // SAFETY: these columns are those of this task alone.
+                        #[allow(unsafe_code)]
+                        let out = unsafe { out.columns_mut(rank + i, first, LANES.min(end - first)) };
+                        out.copy_from_slice(&sums[..out.len()]);
+                    }
+                }
+            }
+        }
+    }
+}

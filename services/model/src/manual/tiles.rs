@@ -1,0 +1,165 @@
+//! Products of small matrices in f32, a tile at a time: for what is too small, or too oddly cut, for libtorch's.
+
+use std::ops::Range;
+
+use super::kernels::Real;
+use crate::cpu::vector::{Level, fma, vectorised};
+
+/// Numbers that lie side by side in a tile, and rows of it.
+pub(super) const LANES: usize = 16;
+pub(super) const TILE: usize = 6;
+
+pub(crate) type Tile = [[f32; LANES]; TILE];
+
+/// The numbers of a matrix that has room for whole tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub numbers: &'a [f32],
+    pub width: usize,
+}
+
+impl<'a> View<'a> {
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.numbers[row * self.width..][..self.width]
+    }
+}
+
+/// A matrix with room for whole tiles. What is beyond its own rows and columns is zero until something is put there.
+pub(super) struct Matrix {
+    numbers: Vec<f32>,
+    width: usize,
+}
+
+impl Matrix {
+    /// With room for tiles that begin at multiples of their size.
+    pub fn zeros(rows: usize, columns: usize) -> Self {
+        let width = columns.next_multiple_of(LANES);
+        Self { numbers: vec![0.0; (rows + TILE) * width], width }
+    }
+
+    /// With room for tiles that begin in any column.
+    pub fn loose(rows: usize, columns: usize) -> Self {
+        Self::zeros(rows, columns + LANES)
+    }
+
+    #[inline(always)]
+    pub fn view(&self) -> View<'_> {
+        View { numbers: &self.numbers, width: self.width }
+    }
+
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.numbers[row * self.width..][..self.width]
+    }
+
+    #[inline(always)]
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.numbers[row * self.width..][..self.width]
+    }
+
+    /// Numbers of a row as f32, times `scale`.
+    #[inline(always)]
+    pub fn put<W: Real>(&mut self, row: usize, from: &[W], scale: f32) {
+        for (to, from) in self.row_mut(row).iter_mut().zip(from) {
+            *to = from.wide() * scale;
+        }
+    }
+
+    #[inline(always)]
+    pub fn put_column<W: Real>(&mut self, column: usize, from: &[W]) {
+        for (row, from) in from.iter().enumerate() {
+            self.numbers[row * self.width + column] = from.wide();
+        }
+    }
+
+    /// A tile of numbers.
+    #[inline(always)]
+    pub fn put_tile(&mut self, row: usize, column: usize, tile: &Tile) {
+        for (i, from) in tile.iter().enumerate() {
+            self.row_mut(row + i)[column..column + LANES].copy_from_slice(from);
+        }
+    }
+}
+
+/// A tile of a product: rows from `row` of `a`, of which `inner` numbers from `first` on count, times the columns from `column` of
+/// `b`.
+#[inline(always)]
+pub(super) fn tile(
+    level: Level,
+    a: View<'_>,
+    (row, first): (usize, usize),
+    b: View<'_>,
+    column: usize,
+    inner: usize,
+) -> Tile {
+    let mut sums = [[0f32; LANES]; TILE];
+    of_rows(level, a, row, first, b, column, inner, &mut sums);
+    sums
+}
+
+/// The same of the transposed `a`: columns from `row` of it, over `inner` of its rows.
+#[inline(always)]
+pub(super) fn tile_of_transposed(
+    level: Level,
+    a: View<'_>,
+    row: usize,
+    b: View<'_>,
+    column: usize,
+    inner: Range<usize>,
+) -> Tile {
+    let mut sums = [[0f32; LANES]; TILE];
+    of_columns(level, a, row, b, column, inner, &mut sums);
+    sums
+}
+
+vectorised! {
+    fn of_rows [] [] (a: View<'_>, row: usize, first: usize, b: View<'_>, column: usize, inner: usize, out: &mut Tile) {
+        let mut sums = [[0f32; LANES]; TILE];
+        let mut rows = [&a.numbers[..0]; TILE];
+        for i in 0..TILE {
+            rows[i] = &a.row(row + i)[first..first + inner];
+        }
+        for p in 0..inner {
+            let b: [f32; LANES] = lanes(b, p, column);
+            for i in 0..TILE {
+                let a = rows[i][p];
+                for lane in 0..LANES {
+                    sums[i][lane] = fma::<F>(a, b[lane], sums[i][lane]);
+                }
+            }
+        }
+        *out = sums;
+    }
+}
+
+vectorised! {
+    fn of_columns [] [] (
+        a: View<'_>,
+        row: usize,
+        b: View<'_>,
+        column: usize,
+        inner: Range<usize>,
+        out: &mut Tile,
+    ) {
+        let mut sums = [[0f32; LANES]; TILE];
+        for p in inner {
+            let b: [f32; LANES] = lanes(b, p, column);
+            let a: [f32; TILE] = lanes(a, p, row);
+            for i in 0..TILE {
+                for lane in 0..LANES {
+                    sums[i][lane] = fma::<F>(a[i], b[lane], sums[i][lane]);
+                }
+            }
+        }
+        *out = sums;
+    }
+}
+
+/// Numbers of one row, in a copy of their own, for which the compiler finds a single load.
+#[inline(always)]
+fn lanes<const N: usize>(of: View<'_>, row: usize, column: usize) -> [f32; N] {
+    let mut lanes = [0f32; N];
+    lanes.copy_from_slice(&of.numbers[row * of.width + column..][..N]);
+    lanes
+}

@@ -181,11 +181,11 @@ vectorised! {
                 let seen = first + count;
                 scores(shape.level, &queries, 0, &keys, seen, d, &mut weights);
                 let mut inverses = [0f32; TILE];
-                for i in 0..count {
+                for (i, inverse) in inverses.iter_mut().enumerate().take(count) {
                     let (row, beyond) = weights.row_mut(i)[..seen].split_at_mut(first + i + 1);
                     beyond.fill(0.0);
                     let (most, total) = masses::<F>(row);
-                    inverses[i] = 1.0 / total;
+                    *inverse = 1.0 / total;
                     // SAFETY: this head of these tokens is that of this part alone.
                     #[allow(unsafe_code)]
                     let log_sum = unsafe { log_sums.columns_mut(start + first + i, head, 1) };
@@ -194,12 +194,12 @@ vectorised! {
                 for column in (0..d).step_by(LANES) {
                     let sums = tile(shape.level, weights.view(), (0, 0), values.view(), column, seen);
                     let width = LANES.min(d - column);
-                    for i in 0..count {
+                    for (i, (sums, inverse)) in sums.iter().zip(inverses).enumerate().take(count) {
                         // SAFETY: as above.
                         #[allow(unsafe_code)]
                         let out = unsafe { out.columns_mut(start + first + i, head * d + column, width) };
-                        for (out, sum) in out.iter_mut().zip(sums[i]) {
-                            *out = W::of(sum * inverses[i]);
+                        for (out, sum) in out.iter_mut().zip(sums) {
+                            *out = W::of(sum * inverse);
                         }
                     }
                 }
@@ -362,4 +362,67 @@ fn dot<const F: bool, W: Real>(x: &[f32], y: &[W]) -> f32 {
         }
     }
     sum(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    const ROWS: i64 = 160;
+    /// A sequence of several blocks, one of a single token, one of some, and rows of none.
+    const SPANS: [Span; 3] =
+        [Span { start: 0, tokens: 130 }, Span { start: 130, tokens: 1 }, Span { start: 131, tokens: 17 }];
+
+    /// Two heads share keys and values, and a head is no whole number of tiles.
+    fn config() -> ModelConfig {
+        let config = golden::base("llama").config().clone();
+        ModelConfig { heads: 4, kv_heads: 2, head_dim: 20, ..config }
+    }
+
+    fn numbers(columns: i64, pitch: f64) -> Tensor {
+        let numbers = Tensor::arange(ROWS * columns, (Kind::Float, Device::Cpu)).view([ROWS, columns]);
+        (numbers * pitch).sin() * 2.0
+    }
+
+    /// libtorch's attention of each sequence by itself; rows of none are nothing.
+    fn expected(qkv: &Tensor) -> Tensor {
+        let heads = |x: Tensor| x.view([x.size()[0], -1, 20]).transpose(0, 1);
+        let mut mixed = Vec::new();
+        for span in SPANS {
+            let rows = qkv.narrow(0, span.start as i64, span.tokens as i64);
+            let [q, k, v] =
+                [(0, 80), (80, 40), (120, 40)].map(|(from, width)| heads(rows.narrow(1, from, width)));
+            let (k, v) = (k.repeat_interleave_self_int(2, 0, None), v.repeat_interleave_self_int(2, 0, None));
+            let of_heads =
+                Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None, false);
+            mixed.push(of_heads.transpose(0, 1).reshape([-1, 80]));
+        }
+        mixed.push(Tensor::zeros([ROWS - 148, 80], (Kind::Float, Device::Cpu)));
+        Tensor::cat(&mixed, 0)
+    }
+
+    #[test]
+    fn a_sequence_sees_itself_and_its_gradient_is_that_of_autograd() {
+        let (config, above) = (config(), numbers(80, 0.71));
+        let qkv = numbers(160, 0.37).set_requires_grad(true);
+        let mixed = expected(&qkv);
+        let gradient = Tensor::run_backward(&[(&mixed * &above).sum(Kind::Float)], &[&qkv], false, false);
+        let qkv = qkv.detach();
+        for level in [Level::Plain, Level::best()] {
+            let found = attend::<f32>(level, &config, &SPANS, &qkv).unwrap();
+            assert!(golden::distance(&found.mixed, &mixed) < 1e-5);
+            let of_qkv = attend_backward::<f32>(level, &config, &SPANS, &qkv, &found, &above).unwrap();
+            assert!(golden::distance(&of_qkv, &gradient[0]) < 1e-4);
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_is_none_afterwards() {
+        let qkv = numbers(160, 0.37);
+        let _ = qkv.get(3).narrow(0, 85, 1).fill_(f64::NAN);
+        let mixed = attend::<f32>(Level::best(), &config(), &SPANS, &qkv).unwrap().mixed;
+        assert!(mixed.get(3).isfinite().all().int64_value(&[]) == 0);
+        assert!(mixed.get(2).isfinite().all().int64_value(&[]) == 1);
+    }
 }

@@ -66,8 +66,8 @@ impl<'a, W: Element> Forward<'a, W> {
         let mut rows = vec![0i64; x.size()[0] as usize];
         for (first, tokens) in packed.spans() {
             spans.push(Span { start: taken.len(), tokens });
-            for token in first..first + tokens {
-                rows[token] = taken.len() as i64;
+            for (token, row) in rows.iter_mut().enumerate().skip(first).take(tokens) {
+                *row = taken.len() as i64;
                 taken.push(token as i64);
             }
         }

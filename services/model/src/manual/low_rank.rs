@@ -111,7 +111,7 @@ impl Factors {
         each_alone(strips.len(), |i| match strips[i] {
             (Some(part), column) => {
                 let (out, scale) = &of_b[part];
-                strip_of_b(self.level, self, part, column, &above, low.view(), out, *scale);
+                strip_of_b(self.level, self, (part, column), &above, low.view(), out, *scale);
             }
             (None, column) => strip_of_a(self.level, self, column, &x, of_low.view(), &of_a),
         });
@@ -125,7 +125,11 @@ fn both<W: Element>(rows: &Rows<W>) -> (Matrix, Matrix) {
     let (mut plain, mut transposed) = (Matrix::zeros(count, width), Matrix::zeros(width, count));
     for i in 0..count {
         plain.put(i, rows.get(i), 1.0);
-        transposed.put_column(i, rows.get(i));
+    }
+    for column in 0..width {
+        for (i, to) in transposed.row_mut(column).iter_mut().enumerate().take(count) {
+            *to = plain.row(i)[column];
+        }
     }
     (plain, transposed)
 }
@@ -234,17 +238,16 @@ fn strip<W: Element>(rows: &Rows<W>, columns: Range<usize>) -> Matrix {
 }
 
 vectorised! {
-    /// `scale * above^T low`, rows from `column` on of one B's gradient.
+    /// `scale * above^T low`, rows of one B's gradient, `from` a part and a row on.
     fn strip_of_b [W: Element] [W] (
         of: &Factors,
-        part: usize,
-        column: usize,
+        from: (usize, usize),
         above: &Rows<W>,
         low: View<'_>,
         out: &Rows<f32>,
         scale: f32,
     ) {
-        let part = &of.parts[part];
+        let (part, column) = (&of.parts[from.0], from.1);
         let end = part.columns.min(column + STRIP);
         let strip = strip(above, part.column + column..part.column + end);
         for first in (column..end).step_by(TILE) {
@@ -287,6 +290,56 @@ vectorised! {
                         out.copy_from_slice(&sums[..out.len()]);
                     }
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::golden;
+
+    fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
+        let numbers = Tensor::arange(rows * columns, (Kind::Float, Device::Cpu)).view([rows, columns]);
+        (numbers * pitch).sin()
+    }
+
+    /// Two parts of uneven rank, with a slice between them that has none; nothing is a whole number of tiles.
+    #[test]
+    fn it_is_what_the_products_are_one_after_the_other() {
+        let (rows, inputs, widths) = (61, 57, [9, 5, 51]);
+        let (x, above) = (numbers(rows, inputs, 0.3), numbers(rows, 65, 0.9));
+        let (a, b) = (numbers(24, inputs, 0.7), [numbers(9, 7, 1.1), numbers(51, 17, 1.3)]);
+        let low = x.matmul(&a.tr());
+        let added = [low.narrow(1, 0, 7).matmul(&b[0].tr()), low.narrow(1, 7, 17).matmul(&b[1].tr())];
+        let of_low =
+            Tensor::cat(&[above.narrow(1, 0, 9).matmul(&b[0]), above.narrow(1, 14, 51).matmul(&b[1])], 1);
+        let parts = vec![(0, b[0].shallow_clone()), (2, b[1].shallow_clone())];
+        let delta = Delta { a: a.shallow_clone(), ranks: vec![7, 17], parts };
+        for level in [Level::Plain, Level::best()] {
+            let factors = Factors::new::<f32>(level, &delta, &widths).unwrap();
+            let product = Tensor::ones([rows, 65], (Kind::Float, Device::Cpu));
+            let found = factors.add_to::<f32>(&x, &product).unwrap();
+            assert!(golden::distance(&(product.narrow(1, 0, 9) - 1), &added[0]) < 1e-4);
+            assert!(golden::distance(&(product.narrow(1, 14, 51) - 1), &added[1]) < 1e-4);
+            assert!(product.narrow(1, 9, 5).eq(1).all().int64_value(&[]) == 1);
+
+            let of_x = Tensor::ones([rows, inputs], (Kind::Float, Device::Cpu));
+            let of_a = [7, 17].map(|ranks| Tensor::zeros([ranks, inputs], (Kind::Float, Device::Cpu)));
+            let of_b = [(9, 7, 0.5), (51, 17, 2.0)].map(|(rows, ranks, scale)| {
+                (Tensor::zeros([rows, ranks], (Kind::Float, Device::Cpu)), scale)
+            });
+            factors.gradient::<f32>(&x, &found, &above, Some(&of_x), &of_a, &of_b).unwrap();
+            assert!(golden::distance(&(of_x - 1), &of_low.matmul(&a)) < 1e-3);
+            let expected = of_low.tr().matmul(&x);
+            assert!(golden::distance(&of_a[0], &expected.narrow(0, 0, 7)) < 1e-3);
+            assert!(golden::distance(&of_a[1], &expected.narrow(0, 7, 17)) < 1e-3);
+            for (i, (column, columns, rank, ranks)) in [(0, 9, 0, 7), (14, 51, 7, 17)].into_iter().enumerate()
+            {
+                let part = above.narrow(1, column, columns).tr().matmul(&low.narrow(1, rank, ranks));
+                let (found, scale) = &of_b[i];
+                assert!(golden::distance(found, &(part * f64::from(*scale))) < 1e-3);
             }
         }
     }

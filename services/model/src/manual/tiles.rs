@@ -82,19 +82,19 @@ impl Matrix {
     }
 }
 
-/// A tile of a product: rows from `row` of `a`, of which `inner` numbers from `first` on count, times the columns from `column` of
-/// `b`.
+/// A tile of a product: rows of `a`, of which `inner` numbers count, `from` a row and a column on, times the columns from `column`
+/// of `b`.
 #[inline(always)]
 pub(super) fn tile(
     level: Level,
     a: View<'_>,
-    (row, first): (usize, usize),
+    from: (usize, usize),
     b: View<'_>,
     column: usize,
     inner: usize,
 ) -> Tile {
     let mut sums = [[0f32; LANES]; TILE];
-    of_rows(level, a, row, first, b, column, inner, &mut sums);
+    of_rows(level, a, from, b, column, inner, &mut sums);
     sums
 }
 
@@ -114,18 +114,25 @@ pub(super) fn tile_of_transposed(
 }
 
 vectorised! {
-    fn of_rows [] [] (a: View<'_>, row: usize, first: usize, b: View<'_>, column: usize, inner: usize, out: &mut Tile) {
+    fn of_rows [] [] (
+        a: View<'_>,
+        from: (usize, usize),
+        b: View<'_>,
+        column: usize,
+        inner: usize,
+        out: &mut Tile,
+    ) {
+        let (row, first) = from;
         let mut sums = [[0f32; LANES]; TILE];
         let mut rows = [&a.numbers[..0]; TILE];
-        for i in 0..TILE {
-            rows[i] = &a.row(row + i)[first..first + inner];
+        for (i, of_row) in rows.iter_mut().enumerate() {
+            *of_row = &a.row(row + i)[first..first + inner];
         }
         for p in 0..inner {
             let b: [f32; LANES] = lanes(b, p, column);
-            for i in 0..TILE {
-                let a = rows[i][p];
-                for lane in 0..LANES {
-                    sums[i][lane] = fma::<F>(a, b[lane], sums[i][lane]);
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = fma::<F>(row[p], b, *sum);
                 }
             }
         }
@@ -146,9 +153,9 @@ vectorised! {
         for p in inner {
             let b: [f32; LANES] = lanes(b, p, column);
             let a: [f32; TILE] = lanes(a, p, row);
-            for i in 0..TILE {
-                for lane in 0..LANES {
-                    sums[i][lane] = fma::<F>(a[i], b[lane], sums[i][lane]);
+            for (sums, a) in sums.iter_mut().zip(a) {
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = fma::<F>(a, b, *sum);
                 }
             }
         }

@@ -24,11 +24,12 @@ use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::{Adapter, Group, Module};
 use crate::loss::{self, SequenceScore};
+use crate::optim::AdamWConfig;
 use crate::pack::Packed;
 use crate::quant::Quantisation;
 use attention::attend_backward;
 use forward::{Forward, Kept, Normed};
-use rows::{Element, Rows, each};
+use rows::{Element, Rows, each, each_alone};
 
 /// Whether the backward pass by hand knows this base.
 pub(crate) fn applies(base: &Base) -> bool {
@@ -90,6 +91,43 @@ fn learned_hidden_in<W: Element>(base: &Base, adapters: &ActiveAdapters, packed:
         x = forward.block(i, x)?.0;
     }
     Ok(forward.top(&x)?.out)
+}
+
+/// One step of AdamW, number `step`, over flat f32 vectors on the CPU, as [`crate::optim::AdamW::step`] describes it: one pass in
+/// place of a dozen.
+pub(crate) fn adamw(
+    weights: &Tensor,
+    gradient: &Tensor,
+    moments: [&Tensor; 2],
+    rate: f64,
+    step: u64,
+    config: &AdamWConfig,
+) -> Result<()> {
+    /// Numbers of a task.
+    const PIECE: usize = 1 << 14;
+    let (step, AdamWConfig { beta1, beta2, eps, weight_decay }) = (step as f64, *config);
+    let taken = kernels::Taken {
+        keep: (1.0 - rate * weight_decay) as f32,
+        first: (1.0 - beta1) as f32,
+        second: (1.0 - beta2) as f32,
+        scale: (-rate / (1.0 - beta1.powf(step))) as f32,
+        root: (1.0 - beta2.powf(step)).sqrt() as f32,
+        eps: eps as f32,
+    };
+    let (level, len) = (Level::best(), weights.size()[0]);
+    let row = |of: &Tensor| Rows::<f32>::of(of, len.max(1));
+    let [weights, gradient, mean, square] =
+        [row(weights)?, row(&gradient.f_contiguous()?)?, row(moments[0])?, row(moments[1])?];
+    let len = weights.len() * weights.width();
+    each_alone(len.div_ceil(PIECE), |i| {
+        let (first, count) = (i * PIECE, PIECE.min(len - i * PIECE));
+        // SAFETY: these numbers are those of this task alone.
+        #[allow(unsafe_code)]
+        let [weights, mean, square] =
+            unsafe { [&weights, &mean, &square].map(|rows| rows.columns_mut(0, first, count)) };
+        kernels::adamw(level, weights, &gradient.get(0)[first..first + count], mean, square, taken);
+    });
+    Ok(())
 }
 
 /// Puts in the place of logits [rows, vocabulary] the gradient of `weight * sum of NLL`; returns the NLL of each row.

@@ -258,17 +258,22 @@ impl Packed {
 
     /// The forward pass's input. Rows of one sequence each need no mask but the causal one.
     pub fn input(&self, device: Device) -> Input {
+        let mut input = self.unmasked(device);
+        if self.segments.iter().any(|&segment| segment > 0) {
+            let segments =
+                Tensor::from_slice(&self.segments).view([self.rows, self.length]).to_device(device);
+            let same = segments.unsqueeze(1).eq_tensor(&segments.unsqueeze(2));
+            input.mask = Mask::Block(same.tril(0).unsqueeze(1));
+        }
+        input
+    }
+
+    /// The same for those who see to it themselves that sequences do not see each other.
+    pub(crate) fn unmasked(&self, device: Device) -> Input {
         let shape = [self.rows, self.length];
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
-        let mask = if self.segments.iter().all(|&segment| segment <= 0) {
-            Mask::Causal
-        } else {
-            let segments = tensor(&self.segments);
-            let same = segments.unsqueeze(1).eq_tensor(&segments.unsqueeze(2));
-            Mask::Block(same.tril(0).unsqueeze(1))
-        };
         let entry = self.entry.as_ref().map(|e| Entry { layer: e.layer, x: e.x.shallow_clone() });
-        Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask, entry }
+        Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask: Mask::Causal, entry }
     }
 }
 

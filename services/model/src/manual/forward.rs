@@ -2,14 +2,15 @@
 //! what rows lack.
 
 use std::marker::PhantomData;
+use std::sync::OnceLock;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Span, attend};
 use super::kernels;
-use super::low_rank::Factors;
-use super::rows::{Element, Rows, each};
+use super::low_rank::{Factors, Source};
+use super::rows::{Element, Rows, each, each_alone};
 use crate::active::ActiveAdapters;
 use crate::cpu::vector::Level;
 use crate::llama::Base;
@@ -58,7 +59,7 @@ impl<'a, W: Element> Forward<'a, W> {
     /// With what enters the first block, [rows, hidden_size]. Rows are the tokens of sequences, without what fills up the packed
     /// rows.
     pub fn new(base: &'a Base, active: &ActiveAdapters, packed: &Packed) -> Result<(Self, Tensor)> {
-        let input = packed.input(Device::Cpu);
+        let input = packed.unmasked(Device::Cpu);
         let angles = input.positions.f_to_kind(Kind::Float)?.f_view([-1, 1])?.f_mul(&base.frequencies)?;
         let turns = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?;
         let ((from, x), places) = (base.enter(&input)?, packed.targets(Device::Cpu).0);
@@ -184,19 +185,26 @@ impl<'a, W: Element> Forward<'a, W> {
 /// What adapters add in the layers from `from` on, by layer and group.
 fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Result<Vec<[Vec<Factors>; 4]>> {
     let c = &base.config;
-    let mut factors: Vec<[Vec<Factors>; 4]> = (0..base.layers.len()).map(|_| Default::default()).collect();
-    for (layer, of_layer) in factors.iter_mut().enumerate().skip(from) {
-        for group in [Group::Qkv, Group::O, Group::GateUp, Group::Down] {
-            let widths = match group {
-                Group::Qkv => c.qkv_rows().to_vec(),
-                Group::GateUp => vec![c.intermediate_size; 2],
-                Group::O | Group::Down => vec![c.hidden_size],
-            };
-            let deltas = active.deltas(layer, group).iter();
-            of_layer[group as usize] = deltas
-                .map(|delta| Factors::new::<W>(Level::best(), delta, &widths))
-                .collect::<Result<_>>()?;
+    let groups = [
+        (Group::Qkv, c.qkv_rows().to_vec()),
+        (Group::O, vec![c.hidden_size]),
+        (Group::GateUp, vec![c.intermediate_size; 2]),
+        (Group::Down, vec![c.hidden_size]),
+    ];
+    let (mut places, mut sources) = (Vec::new(), Vec::new());
+    for layer in from..base.layers.len() {
+        for (group, widths) in &groups {
+            for delta in active.deltas(layer, *group) {
+                places.push((layer, *group));
+                sources.push(Source::<W>::of(delta, widths)?);
+            }
         }
+    }
+    let made: Vec<OnceLock<Factors>> = sources.iter().map(|_| OnceLock::new()).collect();
+    each_alone(sources.len(), |i| drop(made[i].set(sources[i].read(Level::best()))));
+    let mut factors: Vec<[Vec<Factors>; 4]> = (0..base.layers.len()).map(|_| Default::default()).collect();
+    for ((layer, group), made) in places.into_iter().zip(made) {
+        factors[layer][group as usize].extend(made.into_inner());
     }
     Ok(factors)
 }

@@ -127,6 +127,33 @@ vectorised! {
     }
 }
 
+/// What one step of AdamW takes of everything.
+#[derive(Clone, Copy)]
+pub(crate) struct Taken {
+    /// Of the weights, which decay.
+    pub keep: f32,
+    /// Of the gradient, for the mean, and of its square.
+    pub first: f32,
+    pub second: f32,
+    /// Minus the rate, over what a mean of so few steps lacks.
+    pub scale: f32,
+    /// What the root of the mean square lacks.
+    pub root: f32,
+    pub eps: f32,
+}
+
+vectorised! {
+    /// A step of AdamW (arXiv 1711.05101).
+    fn adamw [] [] (weights: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32], taken: Taken) {
+        let Taken { keep, first, second, scale, root, eps } = taken;
+        for (((weight, gradient), mean), square) in weights.iter_mut().zip(gradient).zip(mean).zip(square) {
+            *mean += first * (gradient - *mean);
+            *square += second * (gradient * gradient - *square);
+            *weight = *weight * keep + scale * (*mean / (square.sqrt() / root + eps));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

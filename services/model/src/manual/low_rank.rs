@@ -42,24 +42,40 @@ pub(crate) struct Part {
     b_transposed: Matrix,
 }
 
-impl Factors {
+/// The same as it lies in the tensors of an adapter that was made ready.
+pub(super) struct Source<W> {
+    a: Rows<W>,
+    /// The first column of each part, and its B.
+    parts: Vec<(usize, Rows<W>)>,
+}
+
+impl<W: Element> Source<W> {
     /// `widths` are those of the slices of the merged product.
-    pub fn new<W: Element>(level: Level, delta: &Delta, widths: &[i64]) -> Result<Self> {
-        let inputs = delta.a.size()[1];
-        let rows = Rows::<W>::of(&delta.a, inputs)?;
-        let (a, a_transposed) = both(&rows);
-        let mut parts = Vec::with_capacity(delta.parts.len());
-        let mut rank = 0;
-        for (&ranks, (slice, b)) in delta.ranks.iter().zip(&delta.parts) {
-            let (b, b_transposed) = both(&Rows::<W>::of(&b.f_contiguous()?, ranks)?);
+    pub fn of(delta: &Delta, widths: &[i64]) -> Result<Self> {
+        let part = |(&ranks, (slice, b)): (&i64, &(usize, Tensor))| {
             let column = widths[..*slice].iter().sum::<i64>() as usize;
-            let (ranks, columns) = (ranks as usize, widths[*slice] as usize);
-            parts.push(Part { rank, ranks, column, columns, b, b_transposed });
-            rank += ranks;
-        }
-        Ok(Self { level, inputs: inputs as usize, ranks: rank, a, a_transposed, parts })
+            Ok((column, Rows::of(&b.f_contiguous()?, ranks)?))
+        };
+        let parts = delta.ranks.iter().zip(&delta.parts).map(part).collect::<Result<_>>()?;
+        Ok(Self { a: Rows::of(&delta.a, delta.a.size()[1])?, parts })
     }
 
+    /// In f32, and transposed.
+    pub fn read(&self, level: Level) -> Factors {
+        let (a, a_transposed) = both(&self.a);
+        let mut rank = 0;
+        let part = |(column, b): &(usize, Rows<W>)| {
+            let (ranks, columns, first) = (b.width(), b.len(), rank);
+            let (b, b_transposed) = both(b);
+            rank += ranks;
+            Part { rank: first, ranks, column: *column, columns, b, b_transposed }
+        };
+        let parts = self.parts.iter().map(part).collect();
+        Factors { level, inputs: self.a.width(), ranks: self.a.len(), a, a_transposed, parts }
+    }
+}
+
+impl Factors {
     /// Room for `x A^T` of so many rows, f32.
     fn low(&self, rows: usize) -> Result<Tensor> {
         let (rows, width) = (rows + TILE, (self.ranks + LANES).next_multiple_of(LANES));
@@ -318,7 +334,7 @@ mod tests {
         let parts = vec![(0, b[0].shallow_clone()), (2, b[1].shallow_clone())];
         let delta = Delta { a: a.shallow_clone(), ranks: vec![7, 17], parts };
         for level in [Level::Plain, Level::best()] {
-            let factors = Factors::new::<f32>(level, &delta, &widths).unwrap();
+            let factors = Source::<f32>::of(&delta, &widths).unwrap().read(level);
             let product = Tensor::ones([rows, 65], (Kind::Float, Device::Cpu));
             let found = factors.add_to::<f32>(&x, &product).unwrap();
             assert!(golden::distance(&(product.narrow(1, 0, 9) - 1), &added[0]) < 1e-4);

@@ -25,6 +25,9 @@ const FEED_FORWARD_COPIES_BY_HAND: f64 = 2.0;
 /// answer from.
 const ADAPTER_WEIGHT_BYTES: f64 = 24.0;
 
+/// More bytes of it where the backward pass is written by hand: in f32 as it is read and transposed, also of the former self.
+const FACTOR_BYTES: f64 = 16.0;
+
 /// Bytes that a block's activations take for each token, until its backward pass.
 pub(crate) fn block_bytes_a_token(config: &ModelConfig, placement: &Placement) -> f64 {
     let width = placement.kind().elt_size_in_bytes() as f64;
@@ -89,7 +92,7 @@ impl Footprint {
             // Beside what is kept of every block, what the one that is computed takes: about twice as much.
             let stream = STREAM_COPIES_BY_HAND * config.hidden_size as f64;
             let kept = stream + FEED_FORWARD_COPIES_BY_HAND * config.intermediate_size as f64;
-            tokens * kept * width * (layers + 2.0)
+            tokens * kept * width * (layers + 2.0) + lora.parameter_count(config) as f64 * FACTOR_BYTES
         } else if placement.quantisation == Quantisation::None {
             block * layers
         } else {

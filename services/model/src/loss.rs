@@ -24,7 +24,7 @@ pub fn chunk_rows(vocabulary: i64, device: Device) -> i64 {
 }
 
 /// The logit of a token that has no part in a loss: its probability is nothing, and its logarithm a number.
-const UNSAYABLE: f64 = -1e4;
+pub(crate) const UNSAYABLE: f64 = -1e4;
 
 /// Tokens of one forward pass when scoring.
 const SCORE_TOKENS: usize = 4096;
@@ -240,7 +240,7 @@ pub(crate) fn above(
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
     if opinion.is_none() && !base.head.requires_grad() && manual::applies(base) {
-        return above_in_place(base, hidden, packed, weight);
+        return manual::above(base, hidden, packed, weight);
     }
     let mut chunks = Vec::new();
     let mut head: Option<Tensor> = None;
@@ -267,25 +267,6 @@ pub(crate) fn above(
         Ok(())
     })?;
     Ok(Above { scores: per_sequence(packed, &nll)?, hidden: Tensor::f_cat(&chunks, 0)?, head })
-}
-
-/// The same with each chunk's logits turned into their gradient in one pass over them.
-fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
-    let targets = packed.targets(base.device()).1;
-    let (total, rows) = (packed.learned_tokens() as i64, chunk_rows(base.config().vocab_size, base.device()));
-    let (mut chunks, mut nll) = (Vec::new(), Vec::new());
-    for start in (0..total).step_by(rows as usize) {
-        let count = rows.min(total - start);
-        let mut logits = hidden.f_narrow(0, start, count)?.f_linear(&base.head, None::<&Tensor>)?;
-        if let Some(spared) = packed.spared() {
-            let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
-            logits = logits.f_masked_fill_(&spared, UNSAYABLE)?;
-        }
-        nll.push(manual::cross_entropy(&logits, &targets.f_narrow(0, start, count)?, weight)?);
-        chunks.push(logits.f_matmul(&base.head)?);
-    }
-    let scores = per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
-    Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
 }
 
 /// As [`recorded_hidden`], without gradients.
@@ -336,7 +317,7 @@ fn each_chunk(
     Ok(Tensor::f_cat(&nll, 0)?)
 }
 
-fn per_sequence(packed: &Packed, nll: &Tensor) -> Result<Vec<SequenceScore>> {
+pub(crate) fn per_sequence(packed: &Packed, nll: &Tensor) -> Result<Vec<SequenceScore>> {
     let mut values = vec![0f32; packed.learned_tokens()];
     nll.f_to_device(Device::Cpu)?.f_copy_data(&mut values, packed.learned_tokens())?;
     let mut scores = vec![SequenceScore::default(); packed.sequences()];

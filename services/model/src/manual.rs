@@ -23,7 +23,7 @@ use crate::distillation::Teacher;
 use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::{Adapter, Group, Module};
-use crate::loss::{self, SequenceScore};
+use crate::loss::{self, Above, SequenceScore};
 use crate::optim::AdamWConfig;
 use crate::pack::Packed;
 use crate::quant::Quantisation;
@@ -130,8 +130,28 @@ pub(crate) fn adamw(
     Ok(())
 }
 
+/// As [`loss::above`], with each chunk's logits turned into their gradient in one pass over them.
+pub(crate) fn above(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+    let targets = packed.targets(base.device()).1;
+    let (total, rows) =
+        (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));
+    let (mut chunks, mut nll) = (Vec::new(), Vec::new());
+    for start in (0..total).step_by(rows as usize) {
+        let count = rows.min(total - start);
+        let mut logits = hidden.f_narrow(0, start, count)?.f_linear(&base.head, None::<&Tensor>)?;
+        if let Some(spared) = packed.spared() {
+            let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
+            logits = logits.f_masked_fill_(&spared, loss::UNSAYABLE)?;
+        }
+        nll.push(cross_entropy(&logits, &targets.f_narrow(0, start, count)?, weight)?);
+        chunks.push(logits.f_matmul(&base.head)?);
+    }
+    let scores = loss::per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
+    Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
+}
+
 /// Puts in the place of logits [rows, vocabulary] the gradient of `weight * sum of NLL`; returns the NLL of each row.
-pub(crate) fn cross_entropy(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
+fn cross_entropy(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
     match logits.f_kind()? {
         Kind::BFloat16 => cross_entropy_in::<bf16>(logits, targets, weight),
         _ => cross_entropy_in::<f32>(logits, targets, weight),

@@ -251,7 +251,7 @@ pub fn set_threads(threads: usize) {
 /// needed.
 ///
 /// Every thread that computes has its own. While a process has no more of them than cores, they wait for their next work without
-/// sleeping; otherwise each product has to wake them. So nobody keeps them who has nothing to do.
+/// sleeping; otherwise each product has to wake them. So learning and judging end with those that they had.
 #[must_use = "they end with it"]
 pub struct Helpers(PhantomData<*const ()>);
 

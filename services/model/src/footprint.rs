@@ -25,8 +25,9 @@ const FEED_FORWARD_COPIES_BY_HAND: f64 = 2.0;
 /// answer from.
 const ADAPTER_WEIGHT_BYTES: f64 = 24.0;
 
-/// More bytes of it where the backward pass is written by hand: in f32 as it is read and transposed, also of the former self.
-const FACTOR_BYTES: f64 = 16.0;
+/// More bytes of it where the backward pass is written by hand: in f32 as it is read and transposed, with room for whole tiles, also of
+/// the former self.
+const FACTOR_BYTES: f64 = 20.0;
 
 /// Bytes that a block's activations take for each token, until its backward pass.
 pub(crate) fn block_bytes_a_token(config: &ModelConfig, placement: &Placement) -> f64 {

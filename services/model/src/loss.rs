@@ -240,7 +240,7 @@ pub(crate) fn above(
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
     if opinion.is_none() && !base.head.requires_grad() && manual::applies(base) {
-        return manual::above(base, hidden, packed, weight);
+        return manual::above_in_place(base, hidden, packed, weight);
     }
     let mut chunks = Vec::new();
     let mut head: Option<Tensor> = None;
@@ -279,7 +279,7 @@ pub(crate) fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Pa
 }
 
 /// The hidden states that predict learned tokens, [learned tokens, hidden_size].
-fn recorded_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
+pub(crate) fn recorded_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
     if packed.learned_tokens() == 0 {
         return Ok(Tensor::f_zeros(
             [0, base.config().hidden_size],

@@ -1,9 +1,11 @@
-//! Gradients of an adapter on the CPU with a backward pass written by hand.
+//! What learning computes on a CPU, written by hand: an adapter's gradient, the hidden states that scores are made of, and the
+//! optimiser's step.
 //!
 //! Autograd spends on what lies between the products of a block about half as long as on the products, and several times
 //! as long where the processor multiplies bf16 itself: dozens of passes over activations, each with its own copy. Here
-//! each part between two products is one pass, slices of merged products are changed in place, the residual is added by
-//! the product itself, and nothing is computed below the lowest adapted layer's own gradient.
+//! each part between two products of the base is one pass, slices of merged products are changed in place, the residual is added
+//! by the product itself, a sequence is not multiplied with its neighbours, and nothing is computed below the lowest adapted
+//! layer's own gradient.
 
 mod attention;
 mod forward;
@@ -115,6 +117,8 @@ pub(crate) fn adamw(
         eps: eps as f32,
     };
     let (level, len) = (Level::best(), weights.size()[0]);
+    let alike = [gradient, moments[0], moments[1]].iter().all(|of| of.size() == [len]);
+    ensure!(alike, "the gradient or the moments are not as many as the {len} weights");
     let row = |of: &Tensor| Rows::<f32>::of(of, len.max(1));
     let [weights, gradient, mean, square] =
         [row(weights)?, row(&gradient.f_contiguous()?)?, row(moments[0])?, row(moments[1])?];
@@ -131,7 +135,7 @@ pub(crate) fn adamw(
 }
 
 /// As [`loss::above`], with each chunk's logits turned into their gradient in one pass over them.
-pub(crate) fn above(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+pub(crate) fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
     let targets = packed.targets(base.device()).1;
     let (total, rows) =
         (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));

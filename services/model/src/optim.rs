@@ -103,7 +103,7 @@ impl AdamW {
     /// Moves `weights` against `gradient`; both are flat f32 vectors of this optimiser's length.
     ///
     /// # Errors
-    /// Only those of libtorch.
+    /// When they are not, and those of libtorch.
     pub fn step(
         &mut self,
         weights: &mut Tensor,

@@ -91,8 +91,8 @@ pub(crate) struct Spared {
 
 /// Lays sequences into rows of at most `row_tokens` tokens, or of the longest sequence where that is longer.
 ///
-/// There are as few rows as that takes, and they are as short as so many can be, since what is missing of a row is computed
-/// like the rest of it: a pure function of the input.
+/// There are as few rows as that takes, and they are as short as so many can be, since most devices compute what is missing of a
+/// row like the rest of it: a pure function of the input.
 ///
 /// # Errors
 /// When a sequence does not fit the model: too long, ids beyond the vocabulary, ranges out of place.
@@ -318,6 +318,17 @@ mod tests {
             all.sort_unstable();
             prop_assert_eq!(all, (0..lengths.len()).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn spans_are_sequences_without_what_fills_up_rows() {
+        let base = golden::base("llama");
+        let packed =
+            pack(&base, &[sequence(3), sequence(7), sequence(0), sequence(5), sequence(1)], 10).unwrap();
+        assert_eq!(packed.shape(), (2, 8));
+        assert_eq!(packed.spans(), [(0, 7), (7, 1), (8, 5), (13, 3)]);
+        assert_eq!(pack(&base, &[sequence(3), sequence(2)], 1).unwrap().spans(), [(0, 3), (3, 2)]);
+        assert!(pack(&base, &[], 8).unwrap().spans().is_empty());
     }
 
     #[test]

@@ -26,7 +26,6 @@ use kit::link::{Door, Events};
 use kit::manifests::Registry;
 use kit::settings::Settings;
 use kit::store::Store;
-
 use model::anchor;
 use model::device::{Helpers, helpers};
 use model::hf::ModelConfig;

@@ -48,6 +48,11 @@ impl Level {
     }
 }
 
+/// All of them, the least first.
+#[cfg(test)]
+pub(crate) const LEVELS: [Level; 5] =
+    [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx];
+
 /// Whether a multiplication and an addition are one instruction without asking.
 pub(crate) const FUSED: bool = cfg!(target_arch = "aarch64");
 
@@ -64,6 +69,11 @@ macro_rules! vectorised {
         pub(crate) fn $name<$($generic)*>(level: $crate::cpu::vector::Level, $($arg: $type),*) {
             #[inline(always)]
             fn body<const F: bool, $($generic)*>($($arg: $type),*) $body
+
+            #[inline(never)]
+            fn plain<$($generic)*>($($arg: $type),*) {
+                body::<{ $crate::cpu::vector::FUSED }, $($given),*>($($arg),*);
+            }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
@@ -94,7 +104,7 @@ macro_rules! vectorised {
                 $crate::cpu::vector::Level::Avx2 => unsafe {
                     avx2::<$($given),*>($($arg),*);
                 },
-                _ => body::<{ $crate::cpu::vector::FUSED }, $($given),*>($($arg),*),
+                _ => plain::<$($given),*>($($arg),*),
             }
         }
     };
@@ -235,9 +245,6 @@ vectorised! {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    pub(super) const LEVELS: [Level; 5] =
-        [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx];
 
     #[test]
     fn the_exponential_is_near_the_libraries() {

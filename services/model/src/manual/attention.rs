@@ -10,9 +10,9 @@ use std::ops::Range;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::kernels::Real;
+use super::kernels::{LANES, Real};
 use super::rows::{Element, Rows, each_alone};
-use super::tiles::{LANES, Matrix, TILE, tile, tile_of_transposed};
+use super::tiles::{Matrix, TILE, tile, tile_of_transposed};
 use crate::cpu::vector::{Level, exp, fma, sum, vectorised};
 use crate::hf::ModelConfig;
 
@@ -59,18 +59,23 @@ impl Shape {
     }
 }
 
-/// One head of keys and values of one sequence: what is worked on at a time.
+/// What is worked on at a time: heads of one sequence that share one of keys and values.
 pub(crate) struct Part {
     span: Span,
     kv_head: usize,
+    heads: Range<usize>,
 }
 
-/// All of them, those of long sequences first, so that no thread begins one when the others end.
-fn parts(spans: &[Span], shape: Shape) -> Vec<Part> {
-    let mut parts: Vec<Part> = spans
-        .iter()
-        .flat_map(|&span| (0..shape.kv_heads()).map(move |kv_head| Part { span, kv_head }))
-        .collect();
+/// All of them, `together` heads at a time, those of long sequences first, so that no thread begins one when the others end.
+fn parts(spans: &[Span], shape: Shape, together: usize) -> Vec<Part> {
+    let of_span = |&span: &Span| {
+        (0..shape.heads).step_by(together).map(move |head| Part {
+            span,
+            kv_head: head / shape.group,
+            heads: head..head + together,
+        })
+    };
+    let mut parts: Vec<Part> = spans.iter().flat_map(of_span).collect();
     parts.sort_by_key(|part| std::cmp::Reverse(part.span.tokens));
     parts
 }
@@ -87,9 +92,12 @@ pub(super) fn attend<W: Element>(
     let width = (shape.heads * shape.head_dim) as i64;
     let mixed = Tensor::f_empty([rows, width], (W::KIND, Device::Cpu))?;
     clear_rest(&mixed, spans)?;
+    // Few long sequences are shared out by heads of queries, for which keys and values are read more than once.
+    let busy = spans.len() * shape.kv_heads() >= 4 * tch::get_num_threads().max(1) as usize;
+    let together = if busy { shape.group } else { 1 };
     let log_sums = Tensor::f_empty([rows, config.heads], (Kind::Float, Device::Cpu))?;
     {
-        let (parts, from) = (parts(spans, shape), Rows::<W>::of(qkv, qkv.size()[1])?);
+        let (parts, from) = (parts(spans, shape, together), Rows::<W>::of(qkv, qkv.size()[1])?);
         let (out, log_sums) = (Rows::<W>::of(&mixed, width)?, Rows::<f32>::of(&log_sums, config.heads)?);
         each_alone(parts.len(), |i| forward(shape.level, shape, &parts[i], &from, &out, &log_sums));
     }
@@ -107,7 +115,7 @@ pub(super) fn attend_backward<W: Element>(
 ) -> Result<Tensor> {
     let (shape, out) = (Shape::of(level, config), qkv.f_empty_like()?);
     let width = (shape.heads * shape.head_dim) as i64;
-    let parts = parts(spans, shape);
+    let parts = parts(spans, shape, shape.group);
     let given = Given {
         qkv: Rows::<W>::of(qkv, qkv.size()[1])?,
         mixed: Rows::of(&attended.mixed, width)?,
@@ -172,7 +180,7 @@ vectorised! {
             values.put(i, &row[of_value..of_value + d], 1.0);
         }
         let (mut queries, mut weights) = (Matrix::zeros(TILE, d), Matrix::zeros(TILE, tokens));
-        for head in part.kv_head * shape.group..(part.kv_head + 1) * shape.group {
+        for head in part.heads.clone() {
             for first in (0..tokens).step_by(TILE) {
                 let count = TILE.min(tokens - first);
                 for i in 0..count {
@@ -184,7 +192,7 @@ vectorised! {
                 for (i, inverse) in inverses.iter_mut().enumerate().take(count) {
                     let (row, beyond) = weights.row_mut(i)[..seen].split_at_mut(first + i + 1);
                     beyond.fill(0.0);
-                    let (most, total) = masses::<F>(row);
+                    let (most, total) = softmax_masses::<F>(row);
                     *inverse = 1.0 / total;
                     // SAFETY: this head of these tokens is that of this part alone.
                     #[allow(unsafe_code)]
@@ -210,7 +218,7 @@ vectorised! {
 
 /// Puts `e^(x - most)` in the place of scores; returns the most and the sum.
 #[inline(always)]
-fn masses<const F: bool>(row: &mut [f32]) -> (f32, f32) {
+fn softmax_masses<const F: bool>(row: &mut [f32]) -> (f32, f32) {
     let mut most = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
@@ -265,7 +273,7 @@ vectorised! {
             weights: Matrix::loose(rows, tokens),
             of_scores: Matrix::loose(rows, tokens),
         };
-        for head in part.kv_head * shape.group..(part.kv_head + 1) * shape.group {
+        for head in part.heads.clone() {
             for first in (0..tokens).step_by(BLOCK) {
                 let count = BLOCK.min(tokens - first);
                 for i in 0..count {
@@ -367,6 +375,7 @@ fn dot<const F: bool, W: Real>(x: &[f32], y: &[W]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::vector::LEVELS;
     use crate::golden;
 
     const ROWS: i64 = 160;
@@ -409,7 +418,7 @@ mod tests {
         let mixed = expected(&qkv);
         let gradient = Tensor::run_backward(&[(&mixed * &above).sum(Kind::Float)], &[&qkv], false, false);
         let qkv = qkv.detach();
-        for level in [Level::Plain, Level::best()] {
+        for level in LEVELS.into_iter().filter(|&level| level <= Level::best()) {
             let found = attend::<f32>(level, &config, &SPANS, &qkv).unwrap();
             assert!(golden::distance(&found.mixed, &mixed) < 1e-5);
             let of_qkv = attend_backward::<f32>(level, &config, &SPANS, &qkv, &found, &above).unwrap();

@@ -24,8 +24,8 @@ impl Real for bf16 {
     }
 }
 
-/// Numbers of a sum that go on side by side.
-const LANES: usize = 16;
+/// Numbers that go on side by side.
+pub(super) const LANES: usize = 16;
 
 /// The sum of `term(i)` over a row.
 #[inline(always)]

@@ -5,11 +5,12 @@
 
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
+use super::kernels::LANES;
 use super::rows::{Element, Rows, each_alone};
-use super::tiles::{LANES, Matrix, TILE, View, tile, tile_of_transposed};
+use super::tiles::{Matrix, TILE, View, tile, tile_of_transposed};
 use crate::active::Delta;
 use crate::cpu::vector::{Level, vectorised};
 
@@ -106,6 +107,8 @@ impl Factors {
         of_a: &[Tensor],
         of_b: &[(Tensor, f32)],
     ) -> Result<()> {
+        let parts = self.parts.len();
+        ensure!(of_a.len() == parts && of_b.len() == parts, "an adapter's gradient has other parts than it");
         let (x, above) = (Rows::<W>::of(x, x.size()[1])?, Rows::<W>::of(above, above.size()[1])?);
         let of_x = of_x.map(|of_x| Rows::<W>::of(of_x, of_x.size()[1])).transpose()?;
         let below = self.low(x.len())?;
@@ -314,6 +317,7 @@ vectorised! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::vector::LEVELS;
     use crate::golden;
 
     fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
@@ -333,7 +337,7 @@ mod tests {
             Tensor::cat(&[above.narrow(1, 0, 9).matmul(&b[0]), above.narrow(1, 14, 51).matmul(&b[1])], 1);
         let parts = vec![(0, b[0].shallow_clone()), (2, b[1].shallow_clone())];
         let delta = Delta { a: a.shallow_clone(), ranks: vec![7, 17], parts };
-        for level in [Level::Plain, Level::best()] {
+        for level in LEVELS.into_iter().filter(|&level| level <= Level::best()) {
             let factors = Source::<f32>::of(&delta, &widths).unwrap().read(level);
             let product = Tensor::ones([rows, 65], (Kind::Float, Device::Cpu));
             let found = factors.add_to::<f32>(&x, &product).unwrap();

@@ -35,7 +35,8 @@ pub(super) struct Rows<W> {
     _tensor: Tensor,
 }
 
-// SAFETY: threads get rows of it through `get`, whose callers give each row to one of them, or read alone.
+// SAFETY: threads get parts of it, and whoever writes promises that nobody else has the same part at the same time, to read or to
+// write: see `columns_mut`.
 #[allow(unsafe_code)]
 unsafe impl<W: Sync> Sync for Rows<W> {}
 
@@ -126,7 +127,9 @@ fn each_in(chunk: usize, count: usize, work: &(dyn Fn(usize) + Sync)) {
                 parallel(run, std::ptr::from_ref(&task).cast_mut().cast(), 0, 0);
             }
         }
-        None if count > chunk => task.take_with(tch::get_num_threads().max(1) as usize),
+        None if count > chunk => {
+            task.take_with((tch::get_num_threads().max(1) as usize).min(count.div_ceil(chunk)));
+        }
         _ => task.take(),
     }
     assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");

@@ -77,6 +77,29 @@ fn a_teacher_and_spared_tokens_are_heard() {
 }
 
 #[test]
+fn hidden_states_are_those_of_the_plain_pass_with_any_adapters() {
+    let _guard = tch::no_grad_guard();
+    let everywhere = LoraConfig { rank: 3, targets: Target::ALL.to_vec(), ..LoraConfig::default() };
+    for (precision, apart) in [(Precision::F32, 1e-4), (Precision::Bf16, 0.15)] {
+        let base = Base::load(&golden::dir("llama"), &Placement { precision, ..Placement::CPU_F32 }).unwrap();
+        let upper = adapter(&base, everywhere.clone().in_top_layers(1, base.config()).unwrap());
+        let (one, other) = (adapter(&base, everywhere.clone()), adapter(&base, LoraConfig::default()));
+        let sets: [&[(&Adapter, f64)]; 3] =
+            [&[], &[(&one, 1.0)], &[(&one, 0.5), (&upper, 1.0), (&other, -0.25)]];
+        for adapters in sets {
+            let active = base.activate(adapters).unwrap();
+            for row_tokens in [1, 64] {
+                let packed = pack(&base, &sequences(), row_tokens).unwrap();
+                let found = loss::learned_hidden(&base, &active, &packed).unwrap().to_kind(Kind::Float);
+                let plain = loss::recorded_hidden(&base, &active, &packed).unwrap().to_kind(Kind::Float);
+                let distance = golden::distance(&found, &plain);
+                assert!(distance < apart, "{precision:?}, {} adapters: {distance}", adapters.len());
+            }
+        }
+    }
+}
+
+#[test]
 fn in_sixteen_bits_it_is_as_near_to_f32_as_autograd_is() {
     let wide = golden::base("llama");
     let half = Placement { precision: Precision::Bf16, ..Placement::CPU_F32 };

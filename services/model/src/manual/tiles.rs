@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use super::kernels::Real;
+use super::kernels::{LANES, Real};
 use crate::cpu::vector::{Level, fma, vectorised};
 
-/// Numbers that lie side by side in a tile, and rows of it.
-pub(super) const LANES: usize = 16;
+/// Rows of a tile.
 pub(super) const TILE: usize = 6;
 
 pub(crate) type Tile = [[f32; LANES]; TILE];

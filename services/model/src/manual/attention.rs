@@ -421,6 +421,10 @@ mod tests {
         for level in LEVELS.into_iter().filter(|&level| level <= Level::best()) {
             let found = attend::<f32>(level, &config, &SPANS, &qkv).unwrap();
             assert!(golden::distance(&found.mixed, &mixed) < 1e-5);
+            // So few that each head of queries is a task.
+            let alone = attend::<f32>(level, &config, &SPANS[..1], &qkv).unwrap().mixed;
+            assert!(golden::distance(&alone.narrow(0, 0, 130), &mixed.narrow(0, 0, 130)) < 1e-5);
+            assert!(alone.narrow(0, 130, ROWS - 130).eq(0).all().int64_value(&[]) == 1);
             let of_qkv = attend_backward::<f32>(level, &config, &SPANS, &qkv, &found, &above).unwrap();
             assert!(golden::distance(&of_qkv, &gradient[0]) < 1e-4);
         }

@@ -21,8 +21,8 @@ use std::time::Instant;
 /// Sequences between two looks at waiting requests.
 const MICRO_SEQUENCES: usize = 8;
 
-/// Examples from which on a probe that is never trained on is asked.
-const HELD_OUT_MIN: u32 = 16;
+/// Examples from which on a sample is asked: of what is never trained on, or of what a batch does not rehearse.
+const SAMPLE_MIN: u32 = 16;
 
 /// How candidates are judged.
 #[derive(Debug, Clone)]
@@ -139,10 +139,11 @@ impl Worker {
         let counted = self.count(candidate, &fresh, &held)?;
         let older = held.head.as_deref().filter(|_| self.counting.is_some());
         let older = older.map(Head::from_bytes).transpose()?;
-        let (retained, counted) = self.measure(&mut probe, &adapter, counted, older.as_ref())?;
+        let rehearsed = candidate.batch.rehearsed.iter().map(|example| example.id).collect();
+        let (retained, counted) = self.measure(&mut probe, &adapter, &rehearsed, counted, older.as_ref())?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are
         // no sample of what was understood.
-        let least = |probe: &str| if probe.starts_with("held_out") { HELD_OUT_MIN } else { 0 };
+        let least = |probe: &str| if probe.starts_with("held_out") { SAMPLE_MIN } else { 0 };
         let harmed = retained.iter().find(|r| !gate::passes(&r.measure, least(&r.probe))).map(harm);
         let verdict = match harmed {
             Some(reason) => Verdict::Harmed(reason),
@@ -180,6 +181,7 @@ impl Worker {
         &self,
         probe: &mut Probe,
         adapter: &Adapter,
+        rehearsed: &BTreeSet<ExampleId>,
         counted: Option<Counted>,
         older: Option<&Head>,
     ) -> anyhow::Result<(Vec<Retained>, Option<Counted>)> {
@@ -211,15 +213,20 @@ impl Worker {
         // could be lost for what is allowed of the answers.
         for (((name, mut entries), heard), said) in parts.into_iter().zip(&heard).zip(&said) {
             let after: Vec<f32> = heard.iter().map(|heard| heard.loss).collect();
-            let (best, before): (Vec<f32>, Vec<f32>) = entries.iter().map(|e| (e.best, e.last)).unzip();
-            let base: Vec<f32> = entries.iter().map(|e| e.base).collect();
-            let allowed = gate::share_of_gain(&base, &best, gating.tolerance);
-            let mut measure = gate::measure(&best, &before, &after, allowed);
+            let now: Vec<(&Entry, f32)> =
+                entries.iter().map(|entry| &**entry).zip(after.iter().copied()).collect();
+            let mut measure = self.compare(&now);
             if entries.iter().all(|entry| entry.is_answer()) {
                 let (best, before) = marks(&entries);
                 measure.recited = Some(gate::recited(&best, &before, said, gating.tolerance));
             }
             rows.push(retained(name, measure));
+            let rested: Vec<_> =
+                now.into_iter().filter(|(entry, _)| !rehearsed.contains(&entry.id)).collect();
+            if name == "memory_text" && rested.len() >= SAMPLE_MIN as usize {
+                // What is rehearsed gets better whatever else the batch teaches.
+                rows.push(retained("rested_text", self.compare(&rested)));
+            }
             note(&mut entries, &after, said);
         }
         let after = self.losses(&[(adapter, 1.0)], &self.anchors)?;
@@ -231,6 +238,14 @@ impl Worker {
             anchor.1 = loss;
         }
         Ok((rows, counted.filter(|_| takes)))
+    }
+
+    /// Compares the losses of entries with those before.
+    fn compare(&self, now: &[(&Entry, f32)]) -> Measure {
+        let of = |loss: fn(&Entry) -> f32| now.iter().map(|(entry, _)| loss(entry)).collect::<Vec<f32>>();
+        let (base, best, before) = (of(|e| e.base), of(|e| e.best), of(|e| e.last));
+        let after: Vec<f32> = now.iter().map(|(_, after)| *after).collect();
+        gate::measure(&best, &before, &after, gate::share_of_gain(&base, &best, self.gating.tolerance))
     }
 
     /// The probe with what was learned, as a frame.

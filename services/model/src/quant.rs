@@ -2,7 +2,8 @@
 //!
 //! The weights of a matrix, row after row, form blocks of 64 that share a scale: the largest magnitude among
 //! them. Each weight is stored as the nearest of 255 steps (`int8`) or of the 16 quantiles of a normal
-//! distribution (`nf4`). With its scale that is 8.5 or 4.5 bits a weight. Embedding, head, norms and biases stay
+//! distribution (`nf4`). With 255 steps all blocks of a row have the largest of their scales, so that whole numbers
+//! are added up over all of it (see `cpu::dot`); that costs next to nothing, where 4 bits would lose much. With its scale that is 8.5 or 4.5 bits a weight. Embedding, head, norms and biases stay
 //! as they are, and adapters are f32.
 //!
 //! A product with many rows makes the dense matrix anew, uses it and drops it; one with few rows, as in
@@ -111,8 +112,8 @@ impl Matrix {
         let _guard = tch::no_grad_guard();
         Ok(match quantisation {
             Quantisation::None => Self::Dense(weight),
-            Quantisation::Int8 => Self::Quantised(Quantised::new(&weight, int8_codes)?),
-            Quantisation::Nf4 => Self::Quantised(Quantised::new(&weight, nf4_codes)?),
+            Quantisation::Int8 => Self::Quantised(Quantised::new(&weight, int8_codes, true)?),
+            Quantisation::Nf4 => Self::Quantised(Quantised::new(&weight, nf4_codes, false)?),
         })
     }
 
@@ -177,17 +178,22 @@ impl Matrix {
 }
 
 impl Quantised {
-    fn new(weight: &Tensor, encode: fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+    /// `whole_rows`: all blocks of a row have the largest of their scales, where rows are whole blocks.
+    fn new(weight: &Tensor, encode: fn(&Tensor) -> Result<Tensor>, whole_rows: bool) -> Result<Self> {
         let (rows, columns) = weight.size2().context("a matrix has rows and columns")?;
         let flat = weight.f_flatten(0, -1)?;
         let padding = (BLOCK - rows * columns % BLOCK) % BLOCK;
         let flat = if padding > 0 { flat.f_constant_pad_nd([0, padding])? } else { flat };
         let blocks = flat.f_view([-1, BLOCK])?;
         let count = blocks.size()[0];
+        let alike = if whole_rows && columns % BLOCK == 0 { (columns / BLOCK).max(1) } else { 1 };
+        let most = (CHUNK_BLOCKS / alike).max(1) * alike;
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
-        for start in (0..count).step_by(CHUNK_BLOCKS as usize) {
-            let chunk = blocks.f_narrow(0, start, CHUNK_BLOCKS.min(count - start))?.f_to_kind(Kind::Float)?;
+        for start in (0..count).step_by(most as usize) {
+            let chunk = blocks.f_narrow(0, start, most.min(count - start))?.f_to_kind(Kind::Float)?;
             let scale = chunk.f_abs()?.f_amax([-1i64], true)?;
+            let scale = scale.f_view([-1, alike])?.f_amax([-1i64], true)?;
+            let scale = scale.f_expand([-1, alike], false)?.f_reshape([-1, 1])?;
             // A block of zeros has any scale; one keeps the division finite.
             let scale = scale.f_where_self(&scale.f_gt(0.0)?, &scale.f_ones_like()?)?;
             codes.push(encode(&chunk.f_div(&scale)?)?);
@@ -302,6 +308,22 @@ mod tests {
         assert_eq!(bits(Quantisation::None), 16 * 64 * 128);
         assert_eq!(bits(Quantisation::Int8) * 2, 17 * 64 * 128);
         assert_eq!(bits(Quantisation::Nf4) * 2, 9 * 64 * 128);
+    }
+
+    #[test]
+    fn eight_bits_have_a_scale_a_row_and_four_a_scale_a_block() {
+        let weight =
+            Tensor::from_slice(&[[0.5f32; 64], [0.25; 64], [0.1; 64], [-0.2; 64]].concat()).view([2, 128]);
+        let scales = |q| Vec::<f32>::try_from(&quantised(&weight, q).scales).unwrap();
+        assert_eq!(scales(Quantisation::Int8), [0.5, 0.5, 0.2, 0.2]);
+        assert_eq!(scales(Quantisation::Nf4), [0.5, 0.25, 0.1, 0.2]);
+        // Of rows that are no whole blocks, a block has its own.
+        let odd = quantised(&weight.view([8, 32]), Quantisation::Int8);
+        assert_eq!(Vec::<f32>::try_from(&odd.scales).unwrap(), [0.5, 0.25, 0.1, 0.2]);
+        // Many rows are taken in parts.
+        let rows = Tensor::arange(12_000, (Kind::Float, Device::Cpu)).view([-1, 1]) + 1.0;
+        let tall = quantised(&rows.expand([-1, 192], false), Quantisation::Int8);
+        assert!(distance(&tall.scales.view([-1, 3]), &rows.expand([-1, 3], false)) == 0.0);
     }
 
     /// The kernel against libtorch's own operations, which other devices use.

@@ -32,6 +32,10 @@ const COMPARED: usize = 32;
 /// What an example loses in worth with each doubling of those that have its answer: about what importance can make
 /// up for, so that each of many labels keeps its place (class-balanced memory, Chrysakis and Moens 2020).
 const REPEATED_ANSWER: f32 = 0.5;
+/// One in so many texts rests in each batch.
+const RESTING_SHARE: usize = 3;
+/// Fewer resting ones are no sample, and none rests.
+const RESTING_MIN: usize = 16;
 /// The newest quarter of the capacity counts as recent.
 const RECENT_SHARE: usize = 4;
 
@@ -117,7 +121,10 @@ impl Buffer {
     /// Draws up to `count` examples of `domain` (of all, without one) by importance, without
     /// replacement: each gets the key u^(1/w) for its weight w, and the highest keys are drawn
     /// (Efraimidis and Spirakis 2006). The same seed draws the same examples.
-    pub fn draw(&self, domain: Option<&Domain>, count: usize, seed: u64) -> Vec<ExampleId> {
+    ///
+    /// With `rest` a third of the texts is left out, where it is enough to measure with: those that are rehearsed get better
+    /// whatever else a batch teaches, and only the others show the gate what it costs.
+    pub fn draw(&self, domain: Option<&Domain>, count: usize, seed: u64, rest: bool) -> Vec<ExampleId> {
         let eligible = self.held.iter().filter(|(_, h)| domain.is_none_or(|d| h.row.domain == *d));
         let mut keyed: Vec<(f64, ExampleId)> = eligible
             .map(|(id, held)| {
@@ -126,7 +133,17 @@ impl Buffer {
             })
             .collect();
         keyed.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        keyed.into_iter().take(count).map(|(_, id)| id).collect()
+        let is_text = |id: &ExampleId| self.held[id].row.answer.is_none();
+        let texts = keyed.iter().filter(|(_, id)| is_text(id)).count();
+        let mut resting = Some(texts / RESTING_SHARE).filter(|n| rest && *n >= RESTING_MIN).unwrap_or(0);
+        // The last to be drawn rest, so that how likely each is to be drawn stays as it is.
+        keyed.reverse();
+        keyed.retain(|(_, id)| {
+            let rests = resting > 0 && is_text(id);
+            resting -= usize::from(rests);
+            !rests
+        });
+        keyed.into_iter().rev().take(count).map(|(_, id)| id).collect()
     }
 
     /// Whether the next example of algorithm R gets a place; it may take another's.
@@ -414,13 +431,40 @@ mod tests {
         buffer.learn(learned.collect());
         let mut high = 0;
         for seed in 0..100 {
-            let drawn = buffer.draw(None, 10, seed);
+            let drawn = buffer.draw(None, 10, seed, false);
             assert_eq!(drawn.iter().collect::<BTreeSet<_>>().len(), 10);
             high += drawn.iter().filter(|id| id.ordinal < 10).count();
         }
         // By weight, an important one is ten times as likely to come first; uniform would be 200.
         assert!(high > 500, "{high}");
-        assert_eq!(buffer.draw(None, 10, 3), buffer.draw(None, 10, 3));
-        assert!(buffer.draw(Some(&Domain::new("b").expect("b")), 10, 3).is_empty());
+        assert_eq!(buffer.draw(None, 10, 3, false), buffer.draw(None, 10, 3, false));
+        assert!(buffer.draw(Some(&Domain::new("b").expect("b")), 10, 3, false).is_empty());
+    }
+
+    #[test]
+    fn a_third_of_many_texts_rests_and_no_answer_does() {
+        let of = |texts: u64, answers: u64| {
+            let mut buffer = Buffer::new(1000, Strategy::Hybrid, 1);
+            let answered = |n| (id(n), Row { answer: Some(n), ..row("a", n) });
+            buffer.learn(
+                (0..texts)
+                    .map(|n| (id(n), row("a", n)))
+                    .chain((1000..1000 + answers).map(answered))
+                    .collect(),
+            );
+            buffer
+        };
+        let drawn = |buffer: &Buffer, seed| {
+            let drawn = buffer.draw(None, 1000, seed, true);
+            let texts: BTreeSet<_> = drawn.iter().filter(|id| id.ordinal < 1000).copied().collect();
+            (drawn.len() - texts.len(), texts)
+        };
+        let buffer = of(60, 60);
+        let (answers, texts) = drawn(&buffer, 1);
+        assert_eq!((answers, texts.len()), (60, 40));
+        assert_ne!(drawn(&buffer, 2).1, texts, "others rest beside the next batch");
+        assert_eq!(buffer.draw(None, 1000, 1, false).len(), 120, "none rests where it is not asked for");
+        assert_eq!(drawn(&of(47, 3), 1).1.len(), 47, "fifteen would be no sample");
+        assert_eq!(drawn(&of(48, 3), 1).1.len(), 32);
     }
 }

@@ -20,6 +20,11 @@ use std::time::Duration;
 /// Passes until rehearsal comes round to the same examples. A few that are repeated in every pass are
 /// learned by heart, and all the others forgotten.
 const REHEARSAL_ROUNDS: usize = 8;
+/// Rehearsed examples beside each fresh text, up to so many: beside fewer a few texts of another kind, which
+/// nothing contradicts, take a share of what a domain understands with them.
+const BESIDE_A_TEXT: usize = 6;
+/// See [`BESIDE_A_TEXT`].
+const BESIDE_TEXTS_MAX: usize = 64;
 
 /// How batches are mixed.
 #[derive(Debug, Clone)]
@@ -44,6 +49,18 @@ pub struct Mixing {
     pub disk: PathBuf,
     /// See `disk`.
     pub disk_free_percent: f64,
+}
+
+impl Mixing {
+    /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for,
+    /// and twice as many again with each refusal by the gate that is to be avoided.
+    fn rehearsed_a_pass(&self, fresh: usize, texts: usize, care: u32) -> usize {
+        let ratio = self.new_data_ratio.clamp(0.01, 1.0);
+        let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;
+        let beside_texts = (texts * BESIDE_A_TEXT).min(BESIDE_TEXTS_MAX);
+        let least = if ratio < 1.0 { self.rehearse_min.max(beside_texts) } else { 0 };
+        asked.max(least) << care.min(4)
+    }
 }
 
 /// Mixes batches, one at a time: the next is planned when the manifest says what became of the last.
@@ -269,8 +286,12 @@ impl Mixer {
         let seed = seed(self.mixing.seed, &lineage, &at);
         // A lineage whose last batches only passed with more rehearsal at a lower rate starts there.
         let care = at.caution + at.attempt;
-        let rehearsed_a_pass = self.rehearsed_a_pass(window.examples.len(), care);
-        let rehearsed = self.rehearsal(only, rehearsed_a_pass, seed)?;
+        let texts = window.examples.iter().filter(|example| example.piece.answers().next().is_none()).count();
+        let rehearsed_a_pass = self.mixing.rehearsed_a_pass(window.examples.len(), texts, care);
+        // Answers take many passes, in which fewer texts beside them would be learned by heart.
+        let rest = texts == window.examples.len();
+        let ids = self.buffer.draw(only, rehearsed_a_pass * REHEARSAL_ROUNDS, seed, rest);
+        let rehearsed = ids.into_iter().map(|id| self.get(id)).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Some(Batch {
             parent: at.current.clone(),
             number: at.number,
@@ -289,21 +310,6 @@ impl Mixer {
             lineage,
         }))
     }
-
-    /// Examples that each pass rehearses: as many as the ratio asks for, and twice as many again with
-    /// each refusal by the gate that is to be avoided.
-    fn rehearsed_a_pass(&self, fresh: usize, care: u32) -> usize {
-        let ratio = self.mixing.new_data_ratio.clamp(0.01, 1.0);
-        let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;
-        let least = if ratio < 1.0 { self.mixing.rehearse_min } else { 0 };
-        asked.max(least) << care.min(4)
-    }
-
-    /// What a batch's passes rehearse in turn.
-    fn rehearsal(&self, domain: Option<&Domain>, a_pass: usize, seed: u64) -> anyhow::Result<Vec<Example>> {
-        let ids = self.buffer.draw(domain, a_pass * REHEARSAL_ROUNDS, seed);
-        ids.into_iter().map(|id| self.get(id)).collect()
-    }
 }
 
 fn row(example: &Example, first_loss: f32) -> Row {
@@ -321,4 +327,31 @@ fn seed(seed: u64, lineage: &Domain, at: &Lineage) -> u64 {
     let text = format!("{seed} {lineage} {} {} {}", at.number, at.attempt, at.cursor);
     let digest = blake3::hash(text.as_bytes());
     u64::from_le_bytes(digest.as_bytes()[..8].try_into().expect("a digest has 32 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_texts_are_rehearsed_beside_as_often_as_many() {
+        let mixing = Mixing {
+            capacity: 100,
+            strategy: Strategy::Hybrid,
+            new_data_ratio: 0.5,
+            rehearse_min: 16,
+            batch_examples: 256,
+            known_answers: false,
+            poll: Duration::from_secs(1),
+            seed: 0,
+            disk: PathBuf::new(),
+            disk_free_percent: 0.0,
+        };
+        let a_pass = |fresh, texts, care| mixing.rehearsed_a_pass(fresh, texts, care);
+        assert_eq!([1, 2, 9, 11, 64, 200].map(|texts| a_pass(texts, texts, 0)), [16, 16, 54, 64, 64, 200]);
+        assert_eq!([1, 9, 40].map(|answers| a_pass(answers, 0, 0)), [16, 16, 40], "answers need no more");
+        assert_eq!([0, 1, 2].map(|care| a_pass(9, 9, care)), [54, 108, 216]);
+        let share = |new_data_ratio| Mixing { new_data_ratio, ..mixing.clone() }.rehearsed_a_pass(9, 9, 0);
+        assert_eq!([0.1, 0.9, 1.0].map(share), [81, 54, 0]);
+    }
 }

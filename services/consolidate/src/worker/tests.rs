@@ -129,3 +129,42 @@ fn without_counting_what_was_counted_is_left_out() {
     assert_eq!((recited(&receipt).best, recited(&receipt).after), (0, 0));
     assert!(matches!(verdict, Verdict::Intact { counting: Answers::Off, .. }));
 }
+
+#[test]
+fn texts_that_a_batch_does_not_rehearse_are_measured_by_themselves() {
+    let worker = worker();
+    let text = |n: u64| {
+        let counting = worker.counting.as_ref().expect("counts");
+        let mut example =
+            counting.example(n, &format!("The lamp of pump {n} stays red until"), " it is drained.");
+        example.piece.learned = vec![(0, example.piece.tokens.len() as u32)];
+        example
+    };
+    let texts: Vec<Example> = (1..=40).map(text).collect();
+    let (held, _, receipt) = judge(&worker, texts.clone(), Held::default());
+    assert!(receipt.probes.iter().all(|row| row.probe != "rested_text"), "nothing is remembered yet");
+
+    let beside = |rehearsed: &[Example], held: &Held| {
+        let mut candidate = candidate(vec![text(41)]);
+        candidate.batch.rehearsed = rehearsed.to_vec();
+        let held = Held { probe: held.probe.clone(), ..Held::default() };
+        worker.judge(&candidate, &weights(&worker), held).expect("judged")
+    };
+    let rested = |receipt: &Receipt| {
+        receipt.probes.iter().find(|row| row.probe == "rested_text").map(|row| row.measure.examples)
+    };
+    assert_eq!(rested(&beside(&texts[..20], &held).1), Some(20));
+    assert_eq!(rested(&beside(&texts[..30], &held).1), None, "ten are no sample");
+
+    // Those that are rehearsed got much better, the others worse: in one mean that would be no loss.
+    let mut probe = Probe::from_bytes(held.probe.as_deref().expect("a probe")).expect("a probe");
+    for entry in &mut probe.memory {
+        entry.best += if entry.id.ordinal <= 20 { 1.0 } else { -0.5 };
+    }
+    let held = Held { probe: Some(probe.to_bytes().expect("bytes")), ..Held::default() };
+    let (verdict, _) = beside(&texts[..20], &held);
+    let Verdict::Harmed(reason) = verdict else { panic!("it was let through") };
+    assert!(reason.contains("on 20 rested text examples"), "{reason}");
+    let (verdict, _) = beside(&texts, &held);
+    assert!(matches!(verdict, Verdict::Intact { .. }));
+}

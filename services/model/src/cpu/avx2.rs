@@ -2,10 +2,11 @@
 
 use std::any::TypeId;
 use std::arch::x86_64::{
-    __m256, __m256i, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
-    _mm256_add_epi32, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32,
+    __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_shuffle_ps,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cvtepi8_epi16,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_setzero_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32,
 };
 
 use half::bf16;
@@ -17,6 +18,8 @@ use super::vector::Number;
 
 /// Weights that share a scale.
 const BLOCK: usize = 64;
+/// Numbers of 16 bits times codes of 8 whose sums, eight side by side, stay within 32 bits.
+const EXACT: usize = 4096;
 
 /// The product of the rows of `x` with those of `w`, which is f32, bf16 or f16, with rows of `k`.
 pub(super) fn dense<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
@@ -113,7 +116,7 @@ fn add_up(x: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
 }
 
-/// The product of `x` with rows of 8-bit codes, each block of which has a scale. Sums within a block are exact.
+/// The product of `x` with rows of 8-bit codes, all blocks of each of which have one scale.
 pub(super) fn int8(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &mut Band<'_>) {
     const ROWS: usize = 4;
     const COLUMNS: usize = 2;
@@ -128,6 +131,7 @@ pub(super) fn int8(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &
     }
 }
 
+/// Sums are exact over as many numbers as cannot leave 32 bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn int8_tile<const R: usize, const C: usize>(
@@ -138,43 +142,38 @@ fn int8_tile<const R: usize, const C: usize>(
     scales: &[f32],
     k: usize,
 ) -> [[f32; C]; R] {
-    let blocks = k / BLOCK;
     let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
     let codes: [*const i8; C] = std::array::from_fn(|j| row(codes, first_column + j, k));
-    let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
     let mut sums = [[_mm256_setzero_ps(); C]; R];
-    for block in 0..blocks {
-        for j in 0..C {
-            let at = block * BLOCK;
-            // SAFETY: a row of codes has `blocks` blocks of 64.
-            #[allow(unsafe_code)]
-            let w: [__m256i; 4] = unsafe {
-                let from = codes[j].add(at);
-                [0, 16, 32, 48].map(|i| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(i).cast())))
-            };
-            ahead(codes[j].wrapping_add(at + C * k));
-            let scale = _mm256_set1_ps(scale_of(j, block));
-            for i in 0..R {
-                // SAFETY: so has a row of `x`.
+    for from in (0..k).step_by(EXACT) {
+        let mut exact = [[_mm256_setzero_si256(); C]; R];
+        let mut at = from;
+        while at < k.min(from + EXACT) {
+            for j in 0..C {
+                // SAFETY: a row of codes has `k`, which are whole blocks of 64.
                 #[allow(unsafe_code)]
-                let exact = unsafe {
-                    let from = rows[i].add(at);
-                    let products =
-                        |n: usize| _mm256_madd_epi16(w[n], _mm256_loadu_si256(from.add(16 * n).cast()));
-                    let (early, late) = (
-                        _mm256_add_epi32(products(0), products(1)),
-                        _mm256_add_epi32(products(2), products(3)),
-                    );
-                    _mm256_add_epi32(early, late)
-                };
-                sums[i][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), scale, sums[i][j]);
+                let w = unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(codes[j].add(at).cast())) };
+                ahead(codes[j].wrapping_add(at + C * k));
+                for i in 0..R {
+                    // SAFETY: so has a row of `x`.
+                    #[allow(unsafe_code)]
+                    let x = unsafe { _mm256_loadu_si256(rows[i].add(at).cast()) };
+                    exact[i][j] = _mm256_add_epi32(exact[i][j], _mm256_madd_epi16(w, x));
+                }
+            }
+            at += 16;
+        }
+        for i in 0..R {
+            for j in 0..C {
+                sums[i][j] = _mm256_add_ps(sums[i][j], _mm256_cvtepi32_ps(exact[i][j]));
             }
         }
     }
     let mut out = [[0.0; C]; R];
     for i in 0..R {
         for j in 0..C {
-            out[i][j] = add_up(sums[i][j]) * (x.steps[first_row + i] / 127.0);
+            let scale = scales[(first_column + j) * (k / BLOCK)];
+            out[i][j] = add_up(sums[i][j]) * (scale * x.steps[first_row + i] * (1.0 / 127.0));
         }
     }
     out

@@ -4,11 +4,11 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi8_epi16,
-    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16, _mm512_set1_epi16,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
-    _mm512_srli_epi16, _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
+    _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16,
+    _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4,
+    _mm512_shuffle_ps, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 
 use std::mem::transmute;
@@ -25,6 +25,8 @@ const ROWS: usize = 4;
 const COLUMNS: usize = 4;
 /// Weights that share a scale.
 const BLOCK: usize = 64;
+/// Numbers of 16 bits times codes of 8 whose sums, sixteen side by side, stay within 32 bits.
+const EXACT: usize = 8192;
 /// The largest magnitude of a 4-bit code as a whole number: sums of four products with 16 bits stay within 32.
 const NF4_STEPS: f32 = 8191.0;
 
@@ -161,27 +163,93 @@ fn pairwise(a: __m512, b: __m512) -> __m512 {
     _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
 }
 
-/// The product of `x` with rows of 8-bit codes, each block of which has a scale.
+/// The product of `x` with rows of 8-bit codes, all blocks of each of which have one scale.
 pub(super) fn int8(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &mut Band<'_>) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn all(x: Int16<'_>, codes: &[u8], scales: &[f32], k: usize, band: &mut Band<'_>) {
-        cover!(band, blocks_tile::<false>, x, codes, scales, k);
+    fn all(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &mut Band<'_>) {
+        cover!(band, int8_tile, x, codes, scales, k);
     }
-    // SAFETY: bytes are bytes, with a sign or without.
-    #[allow(unsafe_code)]
-    let codes = unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) };
     // SAFETY: only called on a processor with these instructions.
     #[allow(unsafe_code)]
     unsafe {
         all(x, codes, scales, k, band);
     }
+}
+
+/// Sums are exact over as many numbers as cannot leave 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn int8_tile<const R: usize, const C: usize>(
+    first_row: usize,
+    first_column: usize,
+    x: Int16<'_>,
+    codes: &[i8],
+    scales: &[f32],
+    k: usize,
+) -> [[f32; C]; R] {
+    let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
+    let codes: [*const i8; C] = std::array::from_fn(|j| row(codes, first_column + j, k));
+    let mut sums = [[_mm512_setzero_ps(); C]; R];
+    // As above: a single row reads one row of codes after the other.
+    let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
+    for turn in 0..turns {
+        for from in (0..k).step_by(EXACT) {
+            let mut exact = [[_mm512_setzero_si512(); C]; R];
+            // A second sum for a single row, which would wait for the one before it.
+            let mut other = _mm512_setzero_si512();
+            let mut at = from;
+            while at < k.min(from + EXACT) {
+                for half in 0..2 {
+                    let at = at + 32 * half;
+                    let mut of_x = [_mm512_setzero_si512(); R];
+                    for i in 0..R {
+                        // SAFETY: a row has `k` numbers, which are whole blocks of 64.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            of_x[i] = _mm512_loadu_si512(rows[i].add(at).cast());
+                        }
+                    }
+                    for j in turn..turn + columns {
+                        // SAFETY: so has a row of codes.
+                        #[allow(unsafe_code)]
+                        let of_w =
+                            unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes[j].add(at).cast())) };
+                        if R > 1 && half == 0 {
+                            ahead(codes[j].wrapping_add(at + C * k));
+                        }
+                        for i in 0..R {
+                            if R == 1 && half == 1 {
+                                other = _mm512_dpwssd_epi32(other, of_x[i], of_w);
+                            } else {
+                                exact[i][j] = _mm512_dpwssd_epi32(exact[i][j], of_x[i], of_w);
+                            }
+                        }
+                    }
+                }
+                at += BLOCK;
+            }
+            for i in 0..R {
+                for j in turn..turn + columns {
+                    let exact = _mm512_add_epi32(exact[i][j], other);
+                    sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_cvtepi32_ps(exact));
+                }
+            }
+        }
+    }
+    let mut out = add_up(&sums);
+    for (row, step) in out.iter_mut().zip(&x.steps[first_row..]) {
+        for (j, sum) in row.iter_mut().enumerate() {
+            *sum *= scales[(first_column + j) * (k / BLOCK)] * step * (1.0 / 127.0);
+        }
+    }
+    out
 }
 
 /// The product of `x`, whose blocks have their even places first, with rows of 4-bit codes.
 pub(super) fn nf4(x: Int16<'_>, codes: &[u8], scales: &[f32], k: usize, band: &mut Band<'_>) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn all(x: Int16<'_>, codes: &[u8], scales: &[f32], k: usize, band: &mut Band<'_>) {
-        cover!(band, blocks_tile::<true>, x, codes, scales, k);
+        cover!(band, nf4_tile, x, codes, scales, k);
     }
     // SAFETY: only called on a processor with these instructions.
     #[allow(unsafe_code)]
@@ -190,10 +258,9 @@ pub(super) fn nf4(x: Int16<'_>, codes: &[u8], scales: &[f32], k: usize, band: &m
     }
 }
 
-/// `FOUR`: 4 bits a code, else 8.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
+fn nf4_tile<const R: usize, const C: usize>(
     first_row: usize,
     first_column: usize,
     x: Int16<'_>,
@@ -201,11 +268,11 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
     scales: &[f32],
     k: usize,
 ) -> [[f32; C]; R] {
-    let (blocks, bytes) = (k / BLOCK, if FOUR { BLOCK / 2 } else { BLOCK });
+    let (blocks, bytes) = (k / BLOCK, BLOCK / 2);
     let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
     let codes: [*const u8; C] = std::array::from_fn(|j| row(codes, first_column + j, blocks * bytes));
     let scale_of = |j: usize, block: usize| scales[(first_column + j) * blocks + block];
-    let table = if FOUR { nf4_table() } else { _mm512_setzero_si512() };
+    let table = nf4_table();
     let mut sums = [[_mm512_setzero_ps(); C]; R];
     // As above: a single row reads one row of codes after the other.
     let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
@@ -223,7 +290,7 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
             for j in turn..turn + columns {
                 // SAFETY: a row has `blocks` blocks of `bytes` codes.
                 #[allow(unsafe_code)]
-                let w = unsafe { unpack::<FOUR>(codes[j].add(block * bytes), table) };
+                let w = unsafe { unpack(codes[j].add(block * bytes), table) };
                 if R > 1 {
                     ahead(codes[j].wrapping_add((block + C * blocks) * bytes));
                 }
@@ -236,34 +303,25 @@ fn blocks_tile<const R: usize, const C: usize, const FOUR: bool>(
             }
         }
     }
-    let one = if FOUR { 1.0 / NF4_STEPS } else { 1.0 / 127.0 };
     let mut out = add_up(&sums);
     for (row, step) in out.iter_mut().zip(&x.steps[first_row..]) {
-        row.iter_mut().for_each(|sum| *sum *= step * one);
+        row.iter_mut().for_each(|sum| *sum *= step * (1.0 / NF4_STEPS));
     }
     out
 }
 
-/// The 64 codes of a block as whole numbers of 16 bits: in order, or those of 4 bits with the even places first.
+/// The 64 codes of a block as whole numbers of 16 bits, with the even places first.
 ///
 /// # Safety
-/// `codes` has 64 bytes behind it, or with `FOUR` 32.
+/// `codes` has 32 bytes behind it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 #[allow(unsafe_code)]
-unsafe fn unpack<const FOUR: bool>(codes: *const u8, table: __m512i) -> [__m512i; 2] {
+unsafe fn unpack(codes: *const u8, table: __m512i) -> [__m512i; 2] {
     // SAFETY: as the caller promises.
-    let (first, second) = unsafe {
-        let first = _mm256_loadu_si256(codes.cast());
-        (first, if FOUR { first } else { _mm256_loadu_si256(codes.wrapping_add(32).cast()) })
-    };
-    if FOUR {
-        let pairs = _mm512_cvtepu8_epi16(first);
-        let (even, odd) = (_mm512_srli_epi16::<4>(pairs), _mm512_and_si512(pairs, _mm512_set1_epi16(15)));
-        [_mm512_permutexvar_epi16(even, table), _mm512_permutexvar_epi16(odd, table)]
-    } else {
-        [_mm512_cvtepi8_epi16(first), _mm512_cvtepi8_epi16(second)]
-    }
+    let pairs = _mm512_cvtepu8_epi16(unsafe { _mm256_loadu_si256(codes.cast()) });
+    let (even, odd) = (_mm512_srli_epi16::<4>(pairs), _mm512_and_si512(pairs, _mm512_set1_epi16(15)));
+    [_mm512_permutexvar_epi16(even, table), _mm512_permutexvar_epi16(odd, table)]
 }
 
 /// The quantiles as whole numbers, twice.

@@ -71,4 +71,21 @@ mod tests {
     fn every_level_of_this_processor_is_trusted() {
         assert_eq!(level().unwrap(), Level::best());
     }
+
+    /// Sums of whole numbers that would leave 32 bits are taken out before.
+    #[test]
+    fn long_rows_of_the_largest_numbers_are_added_up_in_parts() {
+        let width = 4 * 4096 + 64;
+        let ones = |rows: i64| Tensor::ones([rows, width], (Kind::BFloat16, Device::Cpu));
+        let matrix = Matrix::new(ones(5), Quantisation::Int8).unwrap();
+        let weight = Weight::of_matrix(&matrix).unwrap();
+        for level in [Level::Avx2, Level::Avx512Dot].into_iter().filter(|level| *level <= Level::best()) {
+            for rows in [1, 5] {
+                let x = crate::generate::to_vec(&ones(rows).to_kind(Kind::Float)).unwrap();
+                for sum in product(&weight, &x, level) {
+                    assert!((sum - width as f32).abs() < 0.1, "{level:?}, {rows} rows: {sum}");
+                }
+            }
+        }
+    }
 }

@@ -73,7 +73,7 @@ impl FullBuffer {
     /// # Errors
     /// When a row cannot be read.
     pub fn draw(&self, count: usize, seed: u64) -> Result<Vec<Example>> {
-        let ids = self.buffer.draw(Some(&self.domain), count, seed);
+        let ids = self.buffer.draw(Some(&self.domain), count, seed, false);
         let read = |id: ExampleId| -> Result<Example> {
             let bytes = self.store.get(id)?.context("a row of the replay buffer is missing")?;
             Ok(wire::decode(Kind::Row, &bytes, wire::PAYLOAD_BYTES_MAX)?)

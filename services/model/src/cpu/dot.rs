@@ -4,13 +4,16 @@
 //! `x` lose less than bf16 does, and the sums within a block are exact.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
-    _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32,
-    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16,
-    _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4,
-    _mm512_shuffle_ps, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, __m512bh, __m512i, _mm_loadu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_broadcast_f32x4, _mm512_castps128_ps512, _mm512_cvtepi8_epi16,
+    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_ps, _mm512_set1_epi16, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps,
+    _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_srli_epi16, _mm512_storeu_ps,
+    _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 
+use std::arch::asm;
 use std::mem::transmute;
 
 use half::bf16 as Bf16;
@@ -99,7 +102,7 @@ fn bf16_tile<const R: usize, const C: usize>(
             }
         }
     }
-    add_up(&sums)
+    apart(add_up(&sums))
 }
 
 /// 32 numbers of bf16, of what has no meaning of its own.
@@ -113,11 +116,11 @@ fn pairs(bits: __m512i) -> __m512bh {
     }
 }
 
-/// The sum of the sixteen numbers of each: those that are eight places apart, of these sums those that are four apart, and so on.
-/// All at once, since a sum at a time is as much work as the products of a short row.
+/// The sum of the sixteen numbers of each, four of a row side by side: those that are eight places apart, of these sums those that
+/// are four apart, and so on. All at once, since a sum at a time is as much work as the products of a short row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn add_up<const R: usize, const C: usize>(sums: &[[__m512; C]; R]) -> [[f32; C]; R] {
+fn add_up<const R: usize, const C: usize>(sums: &[[__m512; C]; R]) -> __m512 {
     let mut columns = [_mm512_setzero_ps(); COLUMNS];
     for j in 0..C {
         let mut rows = [_mm512_setzero_ps(); ROWS];
@@ -132,10 +135,35 @@ fn add_up<const R: usize, const C: usize>(sums: &[[__m512; C]; R]) -> [[f32; C];
         );
     }
     let (left, right) = (pairwise(columns[0], columns[1]), pairwise(columns[2], columns[3]));
-    let whole = _mm512_add_ps(
+    _mm512_add_ps(
         _mm512_shuffle_ps::<0b01_00_01_00>(left, right),
         _mm512_shuffle_ps::<0b11_10_11_10>(left, right),
-    );
+    )
+}
+
+/// What [`add_up`] gives, times a number for each row and one for each column.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn scaled<const R: usize, const C: usize>(
+    whole: __m512,
+    of_rows: [f32; R],
+    of_columns: [f32; C],
+) -> [[f32; C]; R] {
+    let (mut rows, mut columns) = ([0f32; ROWS], [0f32; COLUMNS]);
+    rows[..R].copy_from_slice(&of_rows);
+    columns[..C].copy_from_slice(&of_columns);
+    let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    // SAFETY: both have four numbers.
+    #[allow(unsafe_code)]
+    let (rows, columns) = unsafe { (_mm_loadu_ps(rows.as_ptr()), _mm_loadu_ps(columns.as_ptr())) };
+    let rows = _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(rows));
+    apart(_mm512_mul_ps(whole, _mm512_mul_ps(rows, _mm512_broadcast_f32x4(columns))))
+}
+
+/// What [`add_up`] gives, by row and column.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn apart<const R: usize, const C: usize>(whole: __m512) -> [[f32; C]; R] {
     let mut flat = [0f32; ROWS * COLUMNS];
     // SAFETY: it has room for sixteen numbers.
     #[allow(unsafe_code)]
@@ -176,7 +204,20 @@ pub(super) fn int8(x: Int16<'_>, codes: &[i8], scales: &[f32], k: usize, band: &
     }
 }
 
-/// Sums are exact over as many numbers as cannot leave 32 bits.
+/// `sum` with the products of pairs of 16-bit integers. As the instruction itself: the compiler makes two of every other one,
+/// which is worth it on processors where it takes long.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn add_pairs(mut sum: __m512i, x: __m512i, w: __m512i) -> __m512i {
+    // SAFETY: an instruction between registers that this function is compiled for.
+    #[allow(unsafe_code)]
+    unsafe {
+        asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sum, in(zmm_reg) x, in(zmm_reg) w,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sum
+}
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn int8_tile<const R: usize, const C: usize>(
@@ -188,61 +229,75 @@ fn int8_tile<const R: usize, const C: usize>(
     k: usize,
 ) -> [[f32; C]; R] {
     let rows: [*const i16; R] = std::array::from_fn(|i| row(x.values, first_row + i, k));
+    let of_rows: [f32; R] = std::array::from_fn(|i| x.steps[first_row + i] * (1.0 / 127.0));
     let codes: [*const i8; C] = std::array::from_fn(|j| row(codes, first_column + j, k));
-    let mut sums = [[_mm512_setzero_ps(); C]; R];
+    let of_columns: [f32; C] = std::array::from_fn(|j| scales[(first_column + j) * (k / BLOCK)]);
+    let mut sums = exact(rows, codes, 0, k.min(EXACT), k);
+    for from in (EXACT..k).step_by(EXACT) {
+        let more = exact(rows, codes, from, k.min(from + EXACT), k);
+        for i in 0..R {
+            for j in 0..C {
+                sums[i][j] = _mm512_add_ps(sums[i][j], more[i][j]);
+            }
+        }
+    }
+    scaled(add_up(&sums), of_rows, of_columns)
+}
+
+/// Sums over the numbers from `from` to `to` of rows of `k`, sixteen side by side; exact, since there are no more than [`EXACT`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn exact<const R: usize, const C: usize>(
+    rows: [*const i16; R],
+    codes: [*const i8; C],
+    from: usize,
+    to: usize,
+    k: usize,
+) -> [[__m512; C]; R] {
+    let mut sums = [[_mm512_setzero_si512(); C]; R];
     // As above: a single row reads one row of codes after the other.
     let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
     for turn in 0..turns {
-        for from in (0..k).step_by(EXACT) {
-            let mut exact = [[_mm512_setzero_si512(); C]; R];
-            // A second sum for a single row, which would wait for the one before it.
-            let mut other = _mm512_setzero_si512();
-            let mut at = from;
-            while at < k.min(from + EXACT) {
-                for half in 0..2 {
-                    let at = at + 32 * half;
-                    let mut of_x = [_mm512_setzero_si512(); R];
-                    for i in 0..R {
-                        // SAFETY: a row has `k` numbers, which are whole blocks of 64.
-                        #[allow(unsafe_code)]
-                        unsafe {
-                            of_x[i] = _mm512_loadu_si512(rows[i].add(at).cast());
-                        }
-                    }
-                    for j in turn..turn + columns {
-                        // SAFETY: so has a row of codes.
-                        #[allow(unsafe_code)]
-                        let of_w =
-                            unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes[j].add(at).cast())) };
-                        if R > 1 && half == 0 {
-                            ahead(codes[j].wrapping_add(at + C * k));
-                        }
-                        for i in 0..R {
-                            if R == 1 && half == 1 {
-                                other = _mm512_dpwssd_epi32(other, of_x[i], of_w);
-                            } else {
-                                exact[i][j] = _mm512_dpwssd_epi32(exact[i][j], of_x[i], of_w);
-                            }
-                        }
+        // A second sum for a single row, which would wait for the one before it.
+        let mut other = _mm512_setzero_si512();
+        let mut at = from;
+        while at < to {
+            for half in 0..2 {
+                let at = at + 32 * half;
+                let mut of_x = [_mm512_setzero_si512(); R];
+                for i in 0..R {
+                    // SAFETY: a row has `k` numbers, which are whole blocks of 64.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        of_x[i] = _mm512_loadu_si512(rows[i].add(at).cast());
                     }
                 }
-                at += BLOCK;
-            }
-            for i in 0..R {
                 for j in turn..turn + columns {
-                    let exact = _mm512_add_epi32(exact[i][j], other);
-                    sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_cvtepi32_ps(exact));
+                    // SAFETY: so has a row of codes.
+                    #[allow(unsafe_code)]
+                    let of_w = unsafe { _mm512_cvtepi8_epi16(_mm256_loadu_si256(codes[j].add(at).cast())) };
+                    if R > 1 && half == 0 {
+                        ahead(codes[j].wrapping_add(at + C * k));
+                    }
+                    for i in 0..R {
+                        let sum = if R == 1 && half == 1 { &mut other } else { &mut sums[i][j] };
+                        *sum = add_pairs(*sum, of_x[i], of_w);
+                    }
                 }
             }
+            at += BLOCK;
+        }
+        if R == 1 {
+            sums[0][turn] = _mm512_add_epi32(sums[0][turn], other);
         }
     }
-    let mut out = add_up(&sums);
-    for (row, step) in out.iter_mut().zip(&x.steps[first_row..]) {
-        for (j, sum) in row.iter_mut().enumerate() {
-            *sum *= scales[(first_column + j) * (k / BLOCK)] * step * (1.0 / 127.0);
+    let mut wide = [[_mm512_setzero_ps(); C]; R];
+    for i in 0..R {
+        for j in 0..C {
+            wide[i][j] = _mm512_cvtepi32_ps(sums[i][j]);
         }
     }
-    out
+    wide
 }
 
 /// The product of `x`, whose blocks have their even places first, with rows of 4-bit codes.
@@ -303,11 +358,8 @@ fn nf4_tile<const R: usize, const C: usize>(
             }
         }
     }
-    let mut out = add_up(&sums);
-    for (row, step) in out.iter_mut().zip(&x.steps[first_row..]) {
-        row.iter_mut().for_each(|sum| *sum *= step * (1.0 / NF4_STEPS));
-    }
-    out
+    let of_rows = std::array::from_fn(|i| x.steps[first_row + i] * (1.0 / NF4_STEPS));
+    scaled(add_up(&sums), of_rows, [1.0; C])
 }
 
 /// The 64 codes of a block as whole numbers of 16 bits, with the even places first.

@@ -165,7 +165,7 @@ pub(super) fn name(probe: &str) -> &str {
     match probe {
         "memory_text" => "learned text",
         "memory_answers" => "learned answers",
-        "rested_text" => "learned text not rehearsed",
+        "rested_text" => "resting text",
         "held_out_text" => "held-out text",
         "held_out_answers" => "held-out answers",
         other => other,

@@ -223,7 +223,8 @@ impl Worker {
             rows.push(retained(name, measure));
             let rested: Vec<_> =
                 now.into_iter().filter(|(entry, _)| !rehearsed.contains(&entry.id)).collect();
-            if name == "memory_text" && rested.len() >= SAMPLE_MIN as usize {
+            let is_sample = !rehearsed.is_empty() && rested.len() >= SAMPLE_MIN as usize;
+            if name == "memory_text" && is_sample {
                 // What is rehearsed gets better whatever else the batch teaches.
                 rows.push(retained("rested_text", self.compare(&rested)));
             }

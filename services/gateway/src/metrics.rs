@@ -126,7 +126,9 @@ pub(crate) fn refresh(tally: &Tally, registry: &Registry) {
     for (domain, lineage) in registry.try_manifest().iter().flat_map(|manifest| &manifest.lineages) {
         metrics::gauge!(LIVE, "domain" => domain.to_string()).set(lineage.documents as f64);
         let current = lineage.current.as_ref().and_then(|id| registry.generation(id));
-        for row in current.iter().flat_map(|generation| &generation.receipt.probes) {
+        let rows = current.iter().flat_map(|generation| &generation.receipt.probes);
+        // Of texts that rest there is another sample each time, or none.
+        for row in rows.filter(|row| row.probe != "rested_text") {
             let labels = [("domain", domain.to_string()), ("probe", row.probe.clone())];
             metrics::gauge!(RETENTION, &labels).set(f64::from(row.measure.after));
             metrics::gauge!(RETENTION_BEST, &labels).set(f64::from(row.measure.best));

@@ -3,8 +3,8 @@
 //! The weights of a matrix, row after row, form blocks of 64 that share a scale: the largest magnitude among
 //! them. Each weight is stored as the nearest of 255 steps (`int8`) or of the 16 quantiles of a normal
 //! distribution (`nf4`). With 255 steps all blocks of a row have the largest of their scales, so that whole numbers
-//! are added up over all of it (see `cpu::dot`); that costs next to nothing, where 4 bits would lose much. With its scale that is 8.5 or 4.5 bits a weight. Embedding, head, norms and biases stay
-//! as they are, and adapters are f32.
+//! are added up over all of it (see `cpu::dot`); that costs next to nothing, where 4 bits would lose much. With its
+//! scale that is 8.5 or 4.5 bits a weight. Embedding, head, norms and biases stay as they are, and adapters are f32.
 //!
 //! A product with many rows makes the dense matrix anew, uses it and drops it; one with few rows, as in
 //! decoding on a CPU, reads the blocks directly (see `kernel`).

@@ -12,7 +12,7 @@ use kit::manifests::Registry;
 use kit::store::Store;
 use proto::wire::{self, Kind};
 use proto::{Batch, Domain, Example, ExampleId, Generation, LearnedExample, Lineage, Manifest};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -283,14 +283,17 @@ impl Mixer {
         if window.examples.is_empty() {
             return Ok(None);
         }
-        let seed = seed(self.mixing.seed, &lineage, &at);
+        let seed_of = |attempt| seed(self.mixing.seed, &lineage, &Lineage { attempt, ..at.clone() });
+        let seed = seed_of(at.attempt);
         // A lineage whose last batches only passed with more rehearsal at a lower rate starts there.
         let care = at.caution + at.attempt;
         let texts = window.examples.iter().filter(|example| example.piece.answers().next().is_none()).count();
         let rehearsed_a_pass = self.mixing.rehearsed_a_pass(window.examples.len(), texts, care);
         // Answers take many passes, in which fewer texts beside them would be learned by heart.
-        let rest = texts == window.examples.len();
-        let ids = self.buffer.draw(only, rehearsed_a_pass * REHEARSAL_ROUNDS, seed, rest);
+        let only_texts = texts == window.examples.len();
+        // The same ones for each attempt: with others, the gate would be asked until it is lucky.
+        let resting = if only_texts { self.buffer.resting(only, seed_of(0)) } else { BTreeSet::new() };
+        let ids = self.buffer.draw(only, rehearsed_a_pass * REHEARSAL_ROUNDS, seed, &resting);
         let rehearsed = ids.into_iter().map(|id| self.get(id)).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Some(Batch {
             parent: at.current.clone(),

@@ -16,7 +16,7 @@ use super::team::Band;
 use super::tiles::{ahead, cover, row};
 use super::vector::Number;
 
-/// Weights that share a scale.
+/// Weights that a scale is kept for.
 const BLOCK: usize = 64;
 /// Numbers of 16 bits times codes of 8 whose sums, eight side by side, stay within 32 bits.
 const EXACT: usize = 4096;
@@ -153,7 +153,9 @@ fn int8_tile<const R: usize, const C: usize>(
                 // SAFETY: a row of codes has `k`, which are whole blocks of 64.
                 #[allow(unsafe_code)]
                 let w = unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(codes[j].add(at).cast())) };
-                ahead(codes[j].wrapping_add(at + C * k));
+                if at % BLOCK == 0 {
+                    ahead(codes[j].wrapping_add(at + C * k));
+                }
                 for i in 0..R {
                     // SAFETY: so has a row of `x`.
                     #[allow(unsafe_code)]

@@ -1,7 +1,7 @@
 //! Products with the AVX-512 instructions that multiply and add pairs: of bf16, and of 16-bit integers.
 //!
 //! Weights in blocks are whole numbers times a scale, so they are multiplied as whole numbers: 16 bits for a row of
-//! `x` lose less than bf16 does, and the sums within a block are exact.
+//! `x` lose less than bf16 does, and sums are exact within a block of 4-bit codes, and over a row of 8-bit ones.
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm_loadu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
@@ -26,7 +26,7 @@ use crate::quant::NF4;
 /// Rows of `x`, and of `W`, that are taken at a time.
 const ROWS: usize = 4;
 const COLUMNS: usize = 4;
-/// Weights that share a scale.
+/// Weights that a scale is kept for.
 const BLOCK: usize = 64;
 /// Numbers of 16 bits times codes of 8 whose sums, sixteen side by side, stay within 32 bits.
 const EXACT: usize = 8192;

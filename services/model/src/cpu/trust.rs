@@ -25,7 +25,10 @@ pub(super) fn level() -> Result<Level> {
 pub(super) fn agrees(level: Level) -> Result<bool> {
     let waves = |rows: i64, columns: i64| -> Result<Tensor> {
         let numbers = Tensor::f_arange(rows * columns, (Kind::Float, Device::Cpu))?;
-        Ok((numbers.f_mul_scalar(0.37)?.f_square()?).f_sin()?.f_view([rows, columns])?)
+        // Rows of four sizes, so that the scale of another one is seen.
+        let sizes = Tensor::f_arange(rows, (Kind::Float, Device::Cpu))?.f_remainder(4.0)?;
+        let waves = (numbers.f_mul_scalar(0.37)?.f_square()?).f_sin()?.f_view([rows, columns])?;
+        Ok(waves.f_mul(&sizes.f_add_scalar(1.0)?.f_div_scalar(4.0)?.f_unsqueeze(1)?)?)
     };
     // Rows that no tile covers evenly, and of columns an odd number of tiles or more; blocks of 64 for those that need them, and an
     // end for the others.

@@ -9,6 +9,7 @@ use proto::{Domain, Example, ExampleId, Piece};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use replay::{Buffer, Row};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
@@ -73,7 +74,7 @@ impl FullBuffer {
     /// # Errors
     /// When a row cannot be read.
     pub fn draw(&self, count: usize, seed: u64) -> Result<Vec<Example>> {
-        let ids = self.buffer.draw(Some(&self.domain), count, seed, false);
+        let ids = self.buffer.draw(Some(&self.domain), count, seed, &BTreeSet::new());
         let read = |id: ExampleId| -> Result<Example> {
             let bytes = self.store.get(id)?.context("a row of the replay buffer is missing")?;
             Ok(wire::decode(Kind::Row, &bytes, wire::PAYLOAD_BYTES_MAX)?)

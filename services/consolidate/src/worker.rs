@@ -215,7 +215,7 @@ impl Worker {
             let after: Vec<f32> = heard.iter().map(|heard| heard.loss).collect();
             let now: Vec<(&Entry, f32)> =
                 entries.iter().map(|entry| &**entry).zip(after.iter().copied()).collect();
-            let mut measure = self.compare(&now);
+            let mut measure = self.compare(&now, gate::Z95);
             if entries.iter().all(|entry| entry.is_answer()) {
                 let (best, before) = marks(&entries);
                 measure.recited = Some(gate::recited(&best, &before, said, gating.tolerance));
@@ -226,14 +226,14 @@ impl Worker {
             let is_sample = !rehearsed.is_empty() && rested.len() >= SAMPLE_MIN as usize;
             if name == "memory_text" && is_sample {
                 // What is rehearsed gets better whatever else the batch teaches.
-                rows.push(retained("rested_text", self.compare(&rested)));
+                rows.push(retained("rested_text", self.compare(&rested, gate::NO_BOUND)));
             }
             note(&mut entries, &after, said);
         }
         let after = self.losses(&[(adapter, 1.0)], &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
         let allowed = gating.anchor_tolerance * gate::mean(&best);
-        rows.push(retained("anchor", gate::measure(&best, &before, &after, allowed)));
+        rows.push(retained("anchor", gate::measure(&best, &before, &after, allowed, gate::Z95)));
         for (anchor, loss) in probe.anchors.iter_mut().zip(after) {
             // The anchor's best stays the base's own: to fit it better than the base is no merit.
             anchor.1 = loss;
@@ -241,12 +241,12 @@ impl Worker {
         Ok((rows, counted.filter(|_| takes)))
     }
 
-    /// Compares the losses of entries with those before.
-    fn compare(&self, now: &[(&Entry, f32)]) -> Measure {
+    /// Compares the losses of entries with those before; for `z` see [`gate::measure`].
+    fn compare(&self, now: &[(&Entry, f32)], z: f32) -> Measure {
         let of = |loss: fn(&Entry) -> f32| now.iter().map(|(entry, _)| loss(entry)).collect::<Vec<f32>>();
         let (base, best, before) = (of(|e| e.base), of(|e| e.best), of(|e| e.last));
         let after: Vec<f32> = now.iter().map(|(_, after)| *after).collect();
-        gate::measure(&best, &before, &after, gate::share_of_gain(&base, &best, self.gating.tolerance))
+        gate::measure(&best, &before, &after, gate::share_of_gain(&base, &best, self.gating.tolerance), z)
     }
 
     /// The probe with what was learned, as a frame.

@@ -4,8 +4,8 @@ use proto::{Measure, Recited};
 
 /// One-sided 95 % quantile of the normal distribution.
 pub const Z95: f32 = 1.645;
-/// Of few texts that are others each time the bound would refuse good batches: three of 22 that added to what was
-/// understood. So their mean alone is asked.
+/// Of few texts that are others each time the bound refuses clean batches, three of 22 by trial. So their mean alone is
+/// asked.
 pub const NO_BOUND: f32 = 0.0;
 /// What a domain counts as having gained at least, as a share of its loss: with nothing gained, nothing could be
 /// allowed, and chance alone would refuse every candidate.

@@ -52,8 +52,8 @@ pub struct Mixing {
 }
 
 impl Mixing {
-    /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for,
-    /// and twice as many again with each refusal by the gate that is to be avoided.
+    /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for or
+    /// as are the least, and twice as many again with each refusal by the gate that is to be avoided.
     fn rehearsed_a_pass(&self, fresh: usize, texts: usize, care: u32) -> usize {
         let ratio = self.new_data_ratio.clamp(0.01, 1.0);
         let asked = (fresh as f32 * (1.0 - ratio) / ratio).round() as usize;

@@ -145,10 +145,30 @@ pub enum AdapterScope {
     Shared,
 }
 
+/// What learning multiplies with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Products {
+    /// What is fastest on this machine.
+    Auto,
+    /// The base's weights as they are.
+    Own,
+    /// The same rounded to 8 bits.
+    Int8,
+}
+
+impl Products {
+    /// Whether it is with 8 bits, where `faster` says whether that is faster.
+    pub fn are_int8(self, faster: impl FnOnce() -> bool) -> bool {
+        self == Self::Int8 || self == Self::Auto && faster()
+    }
+}
+
 section!(
     /// Learning.
     Train {
         enabled: bool,
+        products: Products,
         adapters: AdapterScope,
         rank: i64,
         alpha: f64,

@@ -1,16 +1,18 @@
 //! A base model in memory: its weights, and how they come there.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::active::ActiveAdapters;
 use crate::device::Placement;
 use crate::hf::ModelConfig;
 use crate::lora::Adapter;
-use crate::quant::Matrix;
+use crate::manual::{self, BlockCodes};
+use crate::quant::{Matrix, Quantisation};
 use crate::weights::{Weights, model_files};
 
 /// The weights of one block. Norms are f32 (on CUDA in the base's precision), matrices [outputs, inputs] in the base's
@@ -43,7 +45,7 @@ impl Layer {
     }
 
     /// Its matrices, in the order in which a block applies them.
-    fn matrices(&self) -> [&Matrix; 4] {
+    pub fn matrices(&self) -> [&Matrix; 4] {
         [&self.qkv, &self.o, &self.gate_up, &self.down]
     }
 }
@@ -57,6 +59,8 @@ pub struct Base {
     pub(crate) norm: Tensor,
     pub(crate) layers: Vec<Layer>,
     pub(crate) frequencies: Tensor,
+    /// By layer and group, for whoever learns.
+    pub(crate) codes: Option<Arc<[BlockCodes]>>,
 }
 
 impl Base {
@@ -146,7 +150,7 @@ impl Base {
         let norm = vector("model.norm.weight", h, of_norms)?;
         let frequencies: Vec<f32> = config.rope_frequencies().into_iter().map(|f| f as f32).collect();
         let frequencies = Tensor::from_slice(&frequencies).to_device(device);
-        Ok(Self { config, placement: *placement, embedding, head, norm, layers, frequencies })
+        Ok(Self { config, placement: *placement, embedding, head, norm, layers, frequencies, codes: None })
     }
 
     /// A base with random weights: normal with deviation 0.02, norms of one. For tests and measurements.
@@ -198,7 +202,44 @@ impl Base {
             norm: self.norm.shallow_clone(),
             layers: self.layers.iter().map(Layer::share).collect(),
             frequencies: self.frequencies.shallow_clone(),
+            codes: self.codes.clone(),
         }
+    }
+
+    /// Whether learning on a base of this shape in this form is faster with codes: see [`Base::with_codes`]. Not where its weights
+    /// have 4 bits, since who asks for these is short of memory.
+    pub fn is_faster_with_codes(config: &ModelConfig, placement: &Placement) -> bool {
+        manual::int8_pays()
+            && placement.quantisation != Quantisation::Nf4
+            && manual::applies_in_codes(config, placement)
+    }
+
+    /// Checks that a base of this shape in this form can have codes.
+    ///
+    /// # Errors
+    /// When the processor has no instruction for them, or bases of this kind are not learned on by hand.
+    pub fn check_codes(config: &ModelConfig, placement: &Placement) -> Result<()> {
+        ensure!(
+            manual::is_int8_possible(),
+            "this processor has no AVX-512 VNNI, which products in 8 bits need"
+        );
+        ensure!(
+            manual::applies_in_codes(config, placement),
+            "products in 8 bits are for bases on the CPU in f32 or bf16 without norms over heads"
+        );
+        Ok(())
+    }
+
+    /// The same with its matrices in 8 bits beside them, a byte a weight, which whoever learns multiplies with: gradients, and
+    /// the hidden states of a former self, are then those of the rounded base. Answers and the gate take a base without.
+    ///
+    /// # Errors
+    /// As for [`Base::check_codes`].
+    pub fn with_codes(mut self) -> Result<Self> {
+        Self::check_codes(&self.config, &self.placement)?;
+        let of_layer = |layer: &Layer| manual::block_codes(layer.matrices());
+        self.codes = Some(self.layers.iter().map(of_layer).collect::<Result<_>>()?);
+        Ok(self)
     }
 
     /// The shape of the model.

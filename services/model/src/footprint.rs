@@ -61,13 +61,15 @@ pub struct Footprint {
 
 impl Footprint {
     /// Of a base in the form that `placement` says, with room of `cache_bytes` for answers, learned on with adapters of
-    /// the shape `lora` in micro-batches of `micro_tokens`.
+    /// the shape `lora` in micro-batches of `micro_tokens`, with the base's matrices in 8 bits beside them where there are
+    /// `codes`.
     pub fn new(
         config: &ModelConfig,
         placement: &Placement,
         lora: &LoraConfig,
         cache_bytes: usize,
         micro_tokens: usize,
+        codes: bool,
     ) -> Self {
         let width = placement.kind().elt_size_in_bytes() as f64;
         let embeddings =
@@ -89,7 +91,7 @@ impl Footprint {
         };
         let (layers, tokens) = (config.layers as f64, micro_tokens as f64);
         let block = tokens * block_bytes_a_token(config, placement);
-        let activations = if manual::applies_to(config, placement) {
+        let activations = if codes || manual::applies_to(config, placement) {
             // Beside what is kept of every block, what the one that is computed takes: about twice as much.
             let stream = STREAM_COPIES_BY_HAND * config.hidden_size as f64;
             let kept = stream + FEED_FORWARD_COPIES_BY_HAND * config.intermediate_size as f64;
@@ -101,10 +103,11 @@ impl Footprint {
             block + tokens * config.hidden_size as f64 * width * layers + matrices / layers * width
         };
         let adapter = lora.parameter_count(config) as f64 * ADAPTER_WEIGHT_BYTES;
+        let codes = if codes { matrices } else { 0.0 };
         Self {
             base: RUNTIME_BYTES + embeddings * width + matrix_bytes + head,
             answering: cache_bytes as f64,
-            learning: activations + head_bytes(config) + adapter,
+            learning: activations + head_bytes(config) + adapter + codes,
         }
     }
 
@@ -122,7 +125,7 @@ mod tests {
     fn megabytes(shape: &str, quantisation: Quantisation, micro_tokens: usize) -> f64 {
         let config = Preset::find(shape).unwrap().model().unwrap();
         let placement = Placement { quantisation, precision: Precision::F32, ..Placement::CPU_F32 };
-        Footprint::new(&config, &placement, &LoraConfig::default(), 0, micro_tokens).total() / 1e6
+        Footprint::new(&config, &placement, &LoraConfig::default(), 0, micro_tokens, false).total() / 1e6
     }
 
     #[test]
@@ -148,7 +151,7 @@ mod tests {
         let config = Preset::find("base-200m").unwrap().model().unwrap();
         let of = |precision, cache| {
             let placement = Placement { precision, ..Placement::CPU_F32 };
-            Footprint::new(&config, &placement, &LoraConfig::default(), cache, 1024)
+            Footprint::new(&config, &placement, &LoraConfig::default(), cache, 1024, false)
         };
         let (full, half) = (of(Precision::F32, 0), of(Precision::Bf16, 1 << 20));
         assert!((full.base - half.base - 213.2e6 * 2.0).abs() < 1e6);

@@ -187,12 +187,12 @@ pub fn adapter_gradient(
     weight: f64,
     teacher: Option<&Teacher>,
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
+    if manual::applies(base) {
+        return manual::adapter_gradient(base, adapter, packed, weight, teacher);
+    }
     if base.is_quantised() {
         // Autograd would keep the dense copy of every block until its backward pass.
         return recompute::adapter_gradient(base, adapter, packed, weight, teacher);
-    }
-    if manual::applies(base) {
-        return manual::adapter_gradient(base, adapter, packed, weight, teacher);
     }
     let leaf = adapter.flat().f_detach()?.f_set_requires_grad(true)?;
     let adapter = adapter.with_flat(leaf.shallow_clone())?;

@@ -9,6 +9,7 @@
 
 mod attention;
 mod forward;
+mod int8;
 mod kernels;
 mod low_rank;
 mod rows;
@@ -29,21 +30,25 @@ use crate::loss::{self, Above, SequenceScore};
 use crate::optim::AdamWConfig;
 use crate::pack::Packed;
 use crate::quant::Quantisation;
+pub(crate) use int8::{BlockCodes, block_codes, is_possible as is_int8_possible, pays as int8_pays};
+
 use attention::attend_backward;
 use forward::{Forward, Kept, Normed};
 use rows::{Element, Rows, each, each_alone};
 
 /// Whether the backward pass by hand knows this base.
 pub(crate) fn applies(base: &Base) -> bool {
-    applies_to(base.config(), &base.placement())
+    base.codes.is_some() || applies_to(base.config(), &base.placement())
 }
 
-/// Whether it knows bases of this shape in this form: dense, on the CPU, in f32 or bf16, without norms over heads.
+/// Whether it knows bases of this shape in this form as they are: dense, on the CPU, in f32 or bf16, without norms over heads.
 pub(crate) fn applies_to(config: &ModelConfig, placement: &Placement) -> bool {
-    placement.device == Device::Cpu
-        && placement.precision != Precision::F16
-        && placement.quantisation == Quantisation::None
-        && !config.family.has_qk_norm()
+    placement.quantisation == Quantisation::None && applies_in_codes(config, placement)
+}
+
+/// Whether it knows them with codes beside their matrices: also those that are quantised.
+pub(crate) fn applies_in_codes(config: &ModelConfig, placement: &Placement) -> bool {
+    placement.device == Device::Cpu && placement.precision != Precision::F16 && !config.family.has_qk_norm()
 }
 
 /// Scores, and the gradient of the adapter's flat vector, of `weight * sum of NLL`, or of a student's loss.
@@ -227,26 +232,26 @@ impl<W: Element> Work<'_, W> {
     fn backward(&self, i: usize, kept: Kept, above: Tensor, wanted: bool) -> Result<Tensor> {
         let (forward, base) = (&self.forward, self.forward.base);
         let (c, layer) = (&base.config, &base.layers[i]);
-        let of_inner = above.f_mm(&layer.down.dense()?)?;
+        let of_inner = forward.times_backward(i, Group::Down, &above)?;
         if let Some(low) = &kept.low_down {
             let inner = forward.gate(&kept.gate_up)?;
             self.low_rank_backward((i, Group::Down), &inner, Some(low), &above, Some(&of_inner))?;
         }
         let of_gate_up = kept.gate_up;
         self.gate_backward(&of_gate_up, &of_inner)?;
-        let of_normed = of_gate_up.f_mm(&layer.gate_up.dense()?)?;
+        let of_normed = forward.times_backward(i, Group::GateUp, &of_gate_up)?;
         let (normed, low) = (&kept.mlp_norm.out, kept.low_gate_up.as_ref());
         self.low_rank_backward((i, Group::GateUp), normed, low, &of_gate_up, Some(&of_normed))?;
         self.norm_backward(&kept.mlp_norm, &layer.mlp_norm, &of_normed, &above)?;
 
-        let of_mixed = above.f_mm(&layer.o.dense()?)?;
+        let of_mixed = forward.times_backward(i, Group::O, &above)?;
         let (mixed, low) = (&kept.attended.mixed, kept.low_o.as_ref());
         self.low_rank_backward((i, Group::O), mixed, low, &above, Some(&of_mixed))?;
         let (level, spans) = (forward.level, &forward.spans);
         let of_qkv = attend_backward::<W>(level, c, spans, &kept.qkv, &kept.attended, &of_mixed)?;
         forward.turn(&of_qkv, -1.0)?;
         let (normed, low) = (&kept.attention_norm.out, kept.low_qkv.as_ref());
-        let of_normed = if wanted { Some(of_qkv.f_mm(&layer.qkv.dense()?)?) } else { None };
+        let of_normed = if wanted { Some(forward.times_backward(i, Group::Qkv, &of_qkv)?) } else { None };
         self.low_rank_backward((i, Group::Qkv), normed, low, &of_qkv, of_normed.as_ref())?;
         if let Some(of_normed) = of_normed {
             self.norm_backward(&kept.attention_norm, &layer.attention_norm, &of_normed, &above)?;

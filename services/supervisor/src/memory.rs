@@ -1,11 +1,12 @@
 //! Whether what runs will fit into memory, decided before it starts.
 
 use crate::{report, topology, up};
-use anyhow::{Result, bail};
-use kit::settings::Settings;
+use anyhow::{Context, Result, bail};
+use kit::settings::{Products, Settings};
 use model::device::Placement;
 use model::footprint::{Footprint, narrow_copy_bytes};
 use model::hf::ModelConfig;
+use model::llama::Base;
 use std::path::Path;
 use tch::Device;
 
@@ -15,9 +16,12 @@ const SHARE_OF_MACHINE: f64 = 0.8;
 /// Refuses a base that does not fit, as [`settle`] would in the worker, which could only die of it again and again.
 ///
 /// # Errors
-/// As for [`settle`], or when the base cannot be read.
+/// As for [`settle`], when the base cannot be read, or when it cannot be learned on as asked for.
 pub fn check(settings: &Settings, base_dir: &Path) -> Result<()> {
     let config = ModelConfig::load(base_dir)?;
+    if settings.train.products == Products::Int8 {
+        Base::check_codes(&config, &up::placement(settings)?).context(topology::INT8)?;
+    }
     // Where it fits in f32 it fits in any precision, and the device need not be asked for it.
     let f32 = Placement { quantisation: settings.base.quantisation.parse()?, ..Placement::CPU_F32 };
     if settle(&mut settings.clone(), &config, &f32).is_ok() {
@@ -26,8 +30,8 @@ pub fn check(settings: &Settings, base_dir: &Path) -> Result<()> {
     settle(&mut settings.clone(), &config, &up::placement(settings)?).map(drop)
 }
 
-/// Has answers do without a copy of the weights and learning take smaller micro-batches until all fits, and tells what it will take, in bytes. On CUDA, whose memory
-/// is its own, nothing is settled.
+/// Has learning do without the weights in 8 bits, answers without a copy of them, and learning take smaller micro-batches, until all
+/// fits, and tells what it will take, in bytes. On CUDA, whose memory is its own, nothing is settled.
 ///
 /// # Errors
 /// When it does not fit in any case.
@@ -47,7 +51,9 @@ pub fn settle(
     let least = settings.train.micro_tokens.min(settings.train.row_tokens);
     loop {
         let micro_tokens = settings.train.micro_tokens;
-        let mut footprint = Footprint::new(config, placement, &lora, cache_bytes, micro_tokens);
+        let faster = || Base::is_faster_with_codes(config, placement);
+        let codes = settings.train.enabled && settings.train.products.are_int8(faster);
+        let mut footprint = Footprint::new(config, placement, &lora, cache_bytes, micro_tokens, codes);
         if !settings.train.enabled {
             footprint.learning = 0.0;
         }
@@ -56,6 +62,10 @@ pub fn settle(
         }
         if footprint.total() <= limit {
             return Ok(Some(footprint));
+        }
+        if codes && settings.train.products == Products::Auto {
+            settings.train.products = Products::Own;
+            continue;
         }
         if settings.infer.narrow_copy {
             settings.infer.narrow_copy = false;

@@ -24,7 +24,7 @@ use kit::latents::Latents;
 use kit::ledger::Ledger;
 use kit::link::{Door, Events};
 use kit::manifests::Registry;
-use kit::settings::Settings;
+use kit::settings::{Products, Settings};
 use kit::store::Store;
 use model::anchor;
 use model::device::{Helpers, helpers};
@@ -46,6 +46,9 @@ const INTAKE_CREDIT: usize = 16;
 const LEARN_CREDIT: usize = 1;
 /// Questions that wait at an administration door.
 const DOOR_CREDIT: usize = 16;
+
+/// What a refusal of it is told with.
+pub const INT8: &str = "train.products=int8";
 
 /// Which part of the seed is whose.
 const REHEARSED_ANCHORS: u64 = 1;
@@ -227,8 +230,10 @@ impl Plant {
         let (turn, threads) = (Arc::clone(&self.turn), s.base.threads);
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
         let (latents, form) = (Arc::clone(&self.latents), format!("{} {}", self.base_id, base.placement()));
+        let products = s.train.products;
         Compute::start("train", move || {
             let _helpers = compute_with(threads);
+            let base = to_learn(base, products)?;
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
             let recall = Recall::new(latents, form, &anchors);
             Ok(train::Worker::new(base, training, anchors, recall, turn, stop))
@@ -350,6 +355,17 @@ pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
         },
         share_while_serving: s.train.share_while_serving,
     })
+}
+
+/// The base as learning multiplies with it.
+///
+/// # Errors
+/// When it cannot have what is asked for on this machine.
+pub fn to_learn(base: Base, products: Products) -> anyhow::Result<Base> {
+    if products.are_int8(|| Base::is_faster_with_codes(base.config(), &base.placement())) {
+        return base.with_codes().context(INT8);
+    }
+    Ok(base)
 }
 
 /// Anchor sequences: what the base says of its own accord. Sampled once a start, from a fixed seed.

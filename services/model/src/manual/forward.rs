@@ -96,21 +96,44 @@ impl<'a, W: Element> Forward<'a, W> {
     pub fn block(&self, i: usize, x: Tensor) -> Result<(Tensor, Kept)> {
         let (c, layer) = (&self.base.config, &self.base.layers[i]);
         let attention_norm = self.norm(x, &layer.attention_norm)?;
-        let qkv = layer.qkv.product(&attention_norm.out, layer.qkv_bias.as_ref())?;
+        let mut qkv = self.times(i, Group::Qkv, &attention_norm.out, None)?;
+        if let Some(bias) = &layer.qkv_bias {
+            qkv = qkv.f_add_(bias)?;
+        }
         let low_qkv = self.add_low_rank(i, Group::Qkv, &attention_norm.out, &qkv)?;
         self.turn(&qkv, 1.0)?;
         let attended = attend::<W>(self.level, c, &self.spans, &qkv)?;
-        let middle = attention_norm.x.f_addmm(&attended.mixed, &layer.o.dense()?.f_tr()?)?;
+        let middle = self.times(i, Group::O, &attended.mixed, Some(&attention_norm.x))?;
         let low_o = self.add_low_rank(i, Group::O, &attended.mixed, &middle)?;
         let mlp_norm = self.norm(middle, &layer.mlp_norm)?;
-        let gate_up = layer.gate_up.product(&mlp_norm.out, None)?;
+        let gate_up = self.times(i, Group::GateUp, &mlp_norm.out, None)?;
         let low_gate_up = self.add_low_rank(i, Group::GateUp, &mlp_norm.out, &gate_up)?;
         let inner = self.gate(&gate_up)?;
-        let out = mlp_norm.x.f_addmm(&inner, &layer.down.dense()?.f_tr()?)?;
+        let out = self.times(i, Group::Down, &inner, Some(&mlp_norm.x))?;
         let low_down = self.add_low_rank(i, Group::Down, &inner, &out)?;
         let kept =
             Kept { attention_norm, qkv, low_qkv, attended, low_o, mlp_norm, gate_up, low_gate_up, low_down };
         Ok((out, kept))
+    }
+
+    /// `x W^T` for a matrix of block `i`, and `more` added to it.
+    fn times(&self, i: usize, group: Group, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
+        if let Some(codes) = &self.base.codes {
+            return codes[i][group as usize].product::<W>(x, more);
+        }
+        let transposed = self.base.layers[i].matrices()[group as usize].dense()?.f_tr()?;
+        Ok(match more {
+            Some(more) => more.f_addmm(x, &transposed)?,
+            None => x.f_mm(&transposed)?,
+        })
+    }
+
+    /// `above W` for a matrix of block `i`: the gradient of what it multiplies, where `above` is that of the product.
+    pub fn times_backward(&self, i: usize, group: Group, above: &Tensor) -> Result<Tensor> {
+        if let Some(codes) = &self.base.codes {
+            return codes[i][group as usize].product_backward::<W>(above);
+        }
+        Ok(above.f_mm(&self.base.layers[i].matrices()[group as usize].dense()?)?)
     }
 
     /// What the adapter adds to one matrix, where there is one adapter.

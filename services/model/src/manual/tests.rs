@@ -113,3 +113,35 @@ fn in_sixteen_bits_it_is_as_near_to_f32_as_autograd_is() {
     println!("off by {ours} by hand, {theirs} by autograd");
     assert!(ours < 1.2 * theirs && ours < 0.05, "{ours} {theirs}");
 }
+
+/// The cosine of the angle between two vectors.
+fn likeness(one: &Tensor, two: &Tensor) -> f64 {
+    (one.dot(two) / (one.norm() * two.norm())).double_value(&[])
+}
+
+#[test]
+fn in_8_bits_the_gradient_points_the_same_way() {
+    for (name, quantisation) in
+        [("llama", Quantisation::None), ("qwen2", Quantisation::None), ("llama", Quantisation::Int8)]
+    {
+        let placement = Placement { quantisation, ..Placement::CPU_F32 };
+        let plain = Base::load(&golden::dir(name), &placement).unwrap();
+        let mut base = plain.share();
+        base.codes = Some(base.layers.iter().map(|layer| block_codes(layer.matrices()).unwrap()).collect());
+        assert!(applies(&base));
+        let adapter =
+            adapter(&base, LoraConfig { rank: 4, targets: Target::ALL.to_vec(), ..LoraConfig::default() });
+        let teacher = Teacher::new(plain.share(), Mix { alpha: 0.3, temperature: 2.0 }).unwrap();
+        let packed = pack(&base, &sequences(), 64).unwrap();
+        for teacher in [None, Some(&teacher)] {
+            let (scores, expected) =
+                loss::adapter_gradient(&plain, &adapter, &packed, 0.01, teacher).unwrap();
+            let (ours, found) = adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
+            let alike = likeness(&found, &expected);
+            assert!(alike > 0.999 && alike < 1.0 - 1e-9, "{name}, {quantisation}: {alike}");
+            for (one, two) in scores.iter().zip(ours) {
+                assert!((one.nll_sum / two.nll_sum - 1.0).abs() < 0.01 && one.tokens == two.tokens);
+            }
+        }
+    }
+}

@@ -55,7 +55,7 @@ impl Meanwhile {
         let course =
             Course { step, share, turn: Arc::clone(turn), stop: stop.clone(), tokens: Arc::clone(&tokens) };
         let (base, adapter, threads) =
-            (subject.base.share(), adapter(subject)?, subject.settings.base.threads);
+            (subject.to_learn()?, adapter(subject)?, subject.settings.base.threads);
         let thread = std::thread::Builder::new().name("train".into()).spawn(move || {
             if threads > 0 {
                 set_threads(threads);

@@ -1,7 +1,7 @@
 //! The base that a speed is measured on: a real one, or one of random weights in a given shape.
 
 use crate::text::Text;
-use crate::{base, up};
+use crate::{base, topology, up};
 use anyhow::{Context, Result};
 use infer::Language;
 use kit::settings::Settings;
@@ -69,6 +69,14 @@ impl Subject {
         };
         let language = Language { config: base.config().clone(), ..language };
         Ok(Self { base, language: Arc::new(language), settings, dir })
+    }
+
+    /// The base as the services learn on it.
+    ///
+    /// # Errors
+    /// When it cannot have what `train.products` asks for.
+    pub fn to_learn(&self) -> Result<Base> {
+        topology::to_learn(self.base.share(), self.settings.train.products)
     }
 
     /// Answers as the server gives them, whose keys and values take `cache_bytes` at most.

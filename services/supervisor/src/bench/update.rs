@@ -224,7 +224,7 @@ fn known(subject: &Subject, folder: &Path, work: &Work, lowest: usize) -> Result
 pub(super) fn measure(subject: &Subject, work: &Work) -> Result<Run> {
     let training = topology::training(&subject.settings, subject.base.config())?;
     let adapter = adapter(subject)?;
-    let mut learner = learner(subject.base.share(), &adapter, &training)?;
+    let mut learner = learner(subject.to_learn()?, &adapter, &training)?;
     let folder = tempfile::tempdir().context("no folder for hidden states")?;
     let known = known(subject, folder.path(), work, adapter.lowest_layer())?;
     let step = |learner: &mut Learner, sequences: &[Sequence]| -> Result<usize> {

@@ -1,0 +1,249 @@
+//! Products with frozen matrices in whole numbers of 8 bits, of which a processor multiplies twice as many at a time as of bf16:
+//! forward, and backward to the input (SwitchBack, arXiv 2304.13013). What an adapter adds, and the gradients of its
+//! weights, are computed as ever.
+//!
+//! Each row of activations or gradients has a step of its own, and so has each row of weights. A product adds up over inputs,
+//! so there the steps of the weights can wait. What goes back adds up over outputs, so there they go into the gradient before that
+//! is rounded. Both take the same codes: what goes back is the gradient of what went forward.
+
+mod kernel;
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Result, ensure};
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+use super::kernels::{LANES, Real};
+use super::rows::{Element, Rows, each_alone};
+use crate::cpu::vector::{Level, vectorised};
+use crate::quant::Matrix;
+
+/// Columns of a panel: four vectors of sums.
+const WIDE: usize = 64;
+/// Numbers that are added up at once.
+const GROUP: usize = 4;
+/// Bytes of a panel's columns for one group.
+const LINE: usize = WIDE * GROUP;
+/// Rows of a tile.
+const TILE: usize = 6;
+/// Rows of one task, which reads one panel for all of them.
+const ROWS: usize = 32 * TILE;
+/// Rows that one task rounds.
+const ROUNDED: usize = 16;
+/// What is added to codes of weights: one side of a product has no sign.
+const MIDDLE: u8 = 128;
+/// The largest code.
+const STEPS: f32 = 127.0;
+
+/// Whether this processor has the instruction.
+pub(crate) fn is_possible() -> bool {
+    kernel::there()
+}
+
+/// Whether products in 8 bits are faster here than those of bf16 and f32: with AVX-512's instruction for them, and without tiles,
+/// which are faster yet in bf16.
+pub(crate) fn pays() -> bool {
+    kernel::there() && Level::best() < Level::Amx
+}
+
+/// A frozen matrix, [outputs, inputs].
+pub(crate) struct Codes {
+    /// For each [`WIDE`] outputs, for each [`GROUP`] of inputs: so many codes of each output.
+    panels: Vec<u8>,
+    /// What a code is worth, by output.
+    steps: Vec<f32>,
+    inputs: usize,
+}
+
+/// Those of a block, in the order in which it applies them.
+pub(crate) type BlockCodes = [Codes; 4];
+
+/// Those of a block's matrices in 8 bits.
+pub(crate) fn block_codes(matrices: [&Matrix; 4]) -> Result<BlockCodes> {
+    let of = |matrix: &Matrix| -> Result<Codes> {
+        let weight = matrix.dense()?;
+        match weight.f_kind()? {
+            Kind::BFloat16 => Codes::new::<bf16>(&weight),
+            _ => Codes::new::<f32>(&weight),
+        }
+    };
+    let [qkv, o, gate_up, down] = matrices;
+    Ok([of(qkv)?, of(o)?, of(gate_up)?, of(down)?])
+}
+
+impl Codes {
+    /// The nearest ones to `weight`.
+    fn new<W: Element>(weight: &Tensor) -> Result<Self> {
+        let weight = Rows::<W>::of(weight, weight.size()[1])?;
+        let narrow = Narrow::new(&weight, None);
+        let (groups, outputs) = (narrow.width / GROUP, weight.len());
+        let mut panels = vec![MIDDLE; outputs.next_multiple_of(WIDE) * groups * GROUP];
+        for output in 0..outputs {
+            let first = output / WIDE * groups;
+            for (group, codes) in narrow.row(output).as_chunks::<GROUP>().0.iter().enumerate() {
+                let at = (first + group) * LINE + output % WIDE * GROUP;
+                for (to, code) in panels[at..at + GROUP].iter_mut().zip(codes) {
+                    *to = code.cast_unsigned().wrapping_add(MIDDLE);
+                }
+            }
+        }
+        let steps = narrow.rows.iter().map(|row| row.step).collect();
+        Ok(Self { panels, steps, inputs: weight.width() })
+    }
+
+    /// `x W^T` for x [rows, inputs], and `more` [rows, outputs] added to it where there is any.
+    pub(super) fn product<W: Element>(&self, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
+        let narrow = Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None);
+        let bytes = narrow.width * WIDE;
+        narrow.times::<W>(self.steps.len(), more, |panel, columns, work| {
+            work(&self.panels[panel * bytes..][..bytes], Some(&self.steps[columns]));
+        })
+    }
+
+    /// `above W` for above [rows, outputs]: the gradient of [`Codes::product`]'s input where `above` is that of its output.
+    pub(super) fn product_backward<W: Element>(&self, above: &Tensor) -> Result<Tensor> {
+        thread_local! {
+            static PANEL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        let outputs = self.steps.len();
+        let narrow = Narrow::new(&Rows::<W>::of(above, outputs as i64)?, Some(&self.steps));
+        let groups = self.inputs.div_ceil(GROUP);
+        narrow.times::<W>(self.inputs, None, |panel, _, work| {
+            PANEL.with_borrow_mut(|room| {
+                room.resize(outputs.next_multiple_of(WIDE) * WIDE, MIDDLE);
+                kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), room);
+                work(&room[..narrow.width * WIDE], None);
+            });
+        })
+    }
+}
+
+/// Rows of activations or gradients in 8 bits.
+struct Narrow {
+    /// [rows, width], with zeros at the end up to a whole group.
+    codes: Vec<i8>,
+    width: usize,
+    rows: Vec<Row>,
+}
+
+/// What belongs to a row of codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Row {
+    /// What a code is worth.
+    step: f32,
+    /// All codes added up.
+    sum: i32,
+}
+
+impl Narrow {
+    /// The nearest ones to `x`, whose columns are first multiplied by `times`.
+    fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>) -> Self {
+        let (level, width) = (Level::best(), x.width().next_multiple_of(GROUP));
+        let mut narrow = Self { codes: vec![0; x.len() * width], width, rows: vec![Row::default(); x.len()] };
+        let tasks: Vec<_> = narrow
+            .codes
+            .chunks_mut(ROUNDED * width)
+            .zip(narrow.rows.chunks_mut(ROUNDED))
+            .map(Mutex::new)
+            .collect();
+        each_alone(tasks.len(), |task| {
+            let mut taken = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+            let (codes, rows) = &mut *taken;
+            let mut room = vec![0f32; width.next_multiple_of(LANES)];
+            for (i, (codes, row)) in codes.chunks_exact_mut(width).zip(rows.iter_mut()).enumerate() {
+                widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), &mut room);
+                *row = kernel::round(&room, codes);
+            }
+        });
+        narrow
+    }
+
+    fn row(&self, i: usize) -> &[i8] {
+        &self.codes[i * self.width..][..self.width]
+    }
+
+    /// A product with so many `columns`, and `more` added to it. For each panel of columns `with` calls what it is given with
+    /// the panel's codes, and with a factor for each column where they have some.
+    fn times<W: Element>(
+        &self,
+        columns: usize,
+        more: Option<&Tensor>,
+        with: impl Fn(usize, Range<usize>, &dyn Fn(&[u8], Option<&[f32]>)) + Sync,
+    ) -> Result<Tensor> {
+        let (level, count, panels) = (Level::best(), self.rows.len(), columns.div_ceil(WIDE));
+        let out = Tensor::f_empty([count as i64, columns as i64], (W::KIND, Device::Cpu))?;
+        let outs = Rows::<W>::of(&out, columns as i64)?;
+        let more = more.map(|more| Rows::<W>::of(more, columns as i64)).transpose()?;
+        ensure!(more.as_ref().is_none_or(|more| more.len() == count), "a product and what is added differ");
+        each_alone(panels * count.div_ceil(ROWS), |task| {
+            let (panel, first) = (task % panels, task / panels * ROWS);
+            let of_panel = panel * WIDE..columns.min((panel + 1) * WIDE);
+            with(panel, of_panel.clone(), &|codes, factors| {
+                let mut of_columns = [1f32; WIDE];
+                if let Some(factors) = factors {
+                    of_columns[..factors.len()].copy_from_slice(factors);
+                }
+                let rows = first..count.min(first + ROWS);
+                block(level, self, rows, codes, &of_columns, &outs, of_panel.clone(), more.as_ref());
+            });
+        });
+        Ok(out)
+    }
+}
+
+vectorised! {
+    /// A row as f32, times `times` where there is any. What is beyond it in `room` stays.
+    fn widen [W: Real] [W] (x: &[W], times: &[f32], room: &mut [f32]) {
+        if times.is_empty() {
+            for (room, x) in room.iter_mut().zip(x) {
+                *room = x.wide();
+            }
+        } else {
+            for ((room, x), times) in room.iter_mut().zip(x).zip(times) {
+                *room = x.wide() * times;
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// Some rows of one panel of a product.
+    fn block [W: Element] [W] (
+        x: &Narrow,
+        rows: Range<usize>,
+        panel: &[u8],
+        of_columns: &[f32; WIDE],
+        out: &Rows<W>,
+        columns: Range<usize>,
+        more: Option<&Rows<W>>,
+    ) {
+        let mut sums = [[0f32; WIDE]; TILE];
+        for first in rows.clone().step_by(TILE) {
+            let count = TILE.min(rows.end - first);
+            kernel::tile(x, first..first + count, panel, &mut sums);
+            for (i, sums) in sums.iter().enumerate().take(count) {
+                let step = x.rows[first + i].step;
+                // SAFETY: these columns of these rows are those of one task alone.
+                #[allow(unsafe_code)]
+                let to = unsafe { out.columns_mut(first + i, columns.start, columns.len()) };
+                let scaled = to.iter_mut().zip(sums).zip(of_columns);
+                if let Some(more) = more {
+                    let more = &more.get(first + i)[columns.clone()];
+                    for (((to, sum), of_column), more) in scaled.zip(more) {
+                        *to = W::of(sum * (of_column * step) + more.wide());
+                    }
+                } else {
+                    for ((to, sum), of_column) in scaled {
+                        *to = W::of(sum * (of_column * step));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

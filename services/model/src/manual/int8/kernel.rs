@@ -1,0 +1,214 @@
+//! What products in 8 bits spend their time in, with AVX-512's instruction that multiplies and adds up fours of bytes; and the
+//! same for every processor, to check it by.
+
+use std::ops::Range;
+
+use super::{GROUP, LINE, MIDDLE, Narrow, Row, STEPS, TILE, WIDE};
+
+/// Whether this processor has the instruction.
+pub fn there() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512vnni")
+        && crate::cpu::vector::Level::best() >= crate::cpu::vector::Level::Avx512;
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// The nearest codes to a row. `x` is longer by less than a vector; what is beyond the row is zero. A row that is not finite has
+/// a step that is not, so that no product with it is.
+pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the processor has these instructions.
+        #[allow(unsafe_code)]
+        return unsafe { avx512::round(x, codes) };
+    }
+    plain::round(x, codes)
+}
+
+/// Sums over all groups of some rows of `x`, [`TILE`] at most, times a panel's columns.
+pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the processor has these instructions.
+        #[allow(unsafe_code)]
+        return unsafe { avx512::tile(x, rows, panel, out) };
+    }
+    plain::tile(x, rows, panel, out);
+}
+
+/// Turns panels of outputs, which have so many `groups` of inputs, into one of the [`WIDE`] inputs from the group `first` on: fours
+/// of inputs of an output become fours of outputs of an input. Inputs that there are not stay as they are.
+pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if there() {
+        // SAFETY: the processor has these instructions.
+        #[allow(unsafe_code)]
+        return unsafe { avx512::turn(panels, groups, first, out) };
+    }
+    plain::turn(panels, groups, first, out);
+}
+
+pub(super) mod plain {
+    use super::{GROUP, LINE, MIDDLE, Narrow, Range, Row, STEPS, TILE, WIDE};
+
+    pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+        // As whole numbers, of which those that are no number are the largest: they must not be lost.
+        let largest = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
+        let inverse = if largest > 0.0 { STEPS / largest } else { 0.0 };
+        for (code, x) in codes.iter_mut().zip(x) {
+            *code = (x * inverse).round_ties_even() as i8;
+        }
+        Row { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
+    }
+
+    pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+        for (row, out) in rows.zip(out) {
+            let mut sums = [-i32::from(MIDDLE) * x.rows[row].sum; WIDE];
+            for (line, codes) in panel.as_chunks::<LINE>().0.iter().zip(x.row(row).as_chunks::<GROUP>().0) {
+                for (sum, weights) in sums.iter_mut().zip(line.as_chunks::<GROUP>().0) {
+                    for (weight, code) in weights.iter().zip(codes) {
+                        *sum += i32::from(*weight) * i32::from(*code);
+                    }
+                }
+            }
+            *out = sums.map(|sum| sum as f32);
+        }
+    }
+
+    pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+        let inputs = WIDE.min((groups - first) * GROUP);
+        for (output, out) in out.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
+            for (i, out) in out.iter_mut().enumerate().take(inputs * GROUP) {
+                let (input, output) = (i / GROUP, output * GROUP + i % GROUP);
+                let line = output / WIDE * groups + first + input / GROUP;
+                *out = panels[line * LINE + output % WIDE * GROUP + input % GROUP];
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _mm_setr_epi8, _mm_storeu_si128, _mm512_add_epi32, _mm512_and_si512, _mm512_broadcast_i32x4,
+        _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_extracti32x4_epi32,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_cvtepi32_storeu_epi8, _mm512_max_epi32,
+        _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_storeu_ps,
+    };
+
+    use super::{GROUP, LINE, MIDDLE, Narrow, Range, Row, STEPS, TILE, WIDE};
+    use crate::manual::kernels::LANES;
+
+    /// Vectors of a panel's columns.
+    const VECTORS: usize = WIDE / LANES;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+        let x = x.as_chunks::<LANES>().0;
+        let (mut most, magnitude) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
+        for x in x {
+            // SAFETY: sixteen numbers.
+            #[allow(unsafe_code)]
+            let bits = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
+            most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
+        }
+        let largest = f32::from_bits(_mm512_reduce_max_epi32(most).cast_unsigned());
+        let inverse = _mm512_set1_ps(if largest > 0.0 { STEPS / largest } else { 0.0 });
+        let mut sums = _mm512_setzero_si512();
+        for (x, codes) in x.iter().zip(codes.chunks_mut(LANES)) {
+            let within = (0xffff_u32 >> (LANES - codes.len())) as u16;
+            // SAFETY: sixteen numbers, and as many codes as the mask says.
+            #[allow(unsafe_code)]
+            unsafe {
+                let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), inverse));
+                sums = _mm512_add_epi32(sums, nearest);
+                _mm512_mask_cvtepi32_storeu_epi8(codes.as_mut_ptr(), within, nearest);
+            }
+        }
+        Row { step: largest / STEPS, sum: _mm512_reduce_add_epi32(sums) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+        match rows.len() {
+            1 => of_rows::<1>(x, rows.start, panel, out),
+            2 => of_rows::<2>(x, rows.start, panel, out),
+            3 => of_rows::<3>(x, rows.start, panel, out),
+            4 => of_rows::<4>(x, rows.start, panel, out),
+            5 => of_rows::<5>(x, rows.start, panel, out),
+            _ => of_rows::<TILE>(x, rows.start, panel, out),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    fn of_rows<const R: usize>(x: &Narrow, first: usize, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+        let groups = panel.len() / LINE;
+        let mut rows = [std::ptr::null::<i8>(); R];
+        let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+        for i in 0..R {
+            rows[i] = x.row(first + i)[..groups * GROUP].as_ptr();
+            // A row that is not finite has no sum that means anything.
+            let start = x.rows[first + i].sum.wrapping_mul(-i32::from(MIDDLE));
+            sums[i] = [_mm512_set1_epi32(start); VECTORS];
+        }
+        let panel = panel.as_ptr();
+        for group in 0..groups {
+            let mut weights = [_mm512_setzero_si512(); VECTORS];
+            for j in 0..VECTORS {
+                // SAFETY: a panel has `groups` whole lines.
+                #[allow(unsafe_code)]
+                unsafe {
+                    weights[j] = _mm512_loadu_si512(panel.add(group * LINE + j * LANES * GROUP).cast());
+                }
+            }
+            for i in 0..R {
+                // SAFETY: a row has `groups` times four codes.
+                #[allow(unsafe_code)]
+                let codes = unsafe { rows[i].add(group * GROUP).cast::<i32>().read_unaligned() };
+                let codes = _mm512_set1_epi32(codes);
+                for j in 0..VECTORS {
+                    sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weights[j], codes);
+                }
+            }
+        }
+        for i in 0..R {
+            for j in 0..VECTORS {
+                // SAFETY: a row has room for so many vectors.
+                #[allow(unsafe_code)]
+                unsafe {
+                    _mm512_storeu_ps(out[i].as_mut_ptr().add(j * LANES), _mm512_cvtepi32_ps(sums[i][j]));
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+        /// Bytes of an output's group, or an input's: four by four codes.
+        const SQUARE: usize = GROUP * GROUP;
+        let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        let order = _mm512_broadcast_i32x4(order);
+        let count = (WIDE / GROUP).min(groups - first);
+        for (panel, out) in out.chunks_exact_mut(WIDE * WIDE).enumerate() {
+            for group in 0..count {
+                let from = &panels[(panel * groups + first + group) * LINE..][..LINE];
+                // Four squares at a time, each of which goes to a line of its own.
+                for (four, squares) in from.as_chunks::<{ 4 * SQUARE }>().0.iter().enumerate() {
+                    let to = &mut out[four * 4 * LINE + group * SQUARE..][..3 * LINE + SQUARE];
+                    // SAFETY: 64 bytes, and 16 in each of four places.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        let codes = _mm512_shuffle_epi8(_mm512_loadu_si512(squares.as_ptr().cast()), order);
+                        let to = to.as_mut_ptr();
+                        _mm_storeu_si128(to.cast(), _mm512_extracti32x4_epi32::<0>(codes));
+                        _mm_storeu_si128(to.add(LINE).cast(), _mm512_extracti32x4_epi32::<1>(codes));
+                        _mm_storeu_si128(to.add(2 * LINE).cast(), _mm512_extracti32x4_epi32::<2>(codes));
+                        _mm_storeu_si128(to.add(3 * LINE).cast(), _mm512_extracti32x4_epi32::<3>(codes));
+                    }
+                }
+            }
+        }
+    }
+}

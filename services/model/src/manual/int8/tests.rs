@@ -1,0 +1,94 @@
+use super::*;
+use crate::golden;
+
+fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
+    let numbers = Tensor::arange(rows * columns, (Kind::Float, Device::Cpu)).view([rows, columns]);
+    (numbers * pitch).sin()
+}
+
+/// Each row to the nearest of its own 255 steps.
+fn rounded(x: &Tensor) -> Tensor {
+    let step = (x.abs().amax([-1i64], true) / 127.0).clamp_min(1e-30);
+    (x / &step).round() * step
+}
+
+/// Nothing here is a whole number of tiles, panels or groups, but for one.
+const SHAPES: [(i64, i64, i64); 4] = [(13, 61, 70), (6, 64, 128), (1, 3, 1), (200, 130, 65)];
+
+#[test]
+fn products_are_those_of_what_was_rounded() {
+    for (rows, inputs, outputs) in SHAPES {
+        let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
+        let (more, above) = (numbers(rows, outputs, 0.11), numbers(rows, outputs, 0.53));
+        let codes = Codes::new::<f32>(&weight).unwrap();
+        let narrow = rounded(&weight);
+        let expected = rounded(&x).matmul(&narrow.tr());
+        assert!(golden::distance(&codes.product::<f32>(&x, None).unwrap(), &expected) < 1e-4);
+        assert!(
+            golden::distance(&codes.product::<f32>(&x, Some(&more)).unwrap(), &(expected + &more)) < 1e-4
+        );
+        // The steps of the weights are in the gradient before it is rounded.
+        let step = (weight.abs().amax([-1i64], false) / 127.0).clamp_min(1e-30);
+        let expected = rounded(&(&above * &step)).matmul(&(narrow / step.unsqueeze(1)));
+        let found = codes.product_backward::<f32>(&above).unwrap();
+        assert!(golden::distance(&found, &expected) < 1e-4, "{rows} {inputs} {outputs}");
+        assert!(golden::distance(&found, &above.matmul(&weight)) < 0.1);
+    }
+}
+
+#[test]
+fn every_processor_would_say_the_same() {
+    for (rows, inputs, outputs) in SHAPES {
+        let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
+        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None);
+        let codes = Codes::new::<f32>(&weight).unwrap();
+        let mut row = [vec![0i8; x.width], vec![0i8; x.width]];
+        let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
+            .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })
+            .collect();
+        let [found, expected] = &mut row;
+        assert_eq!(kernel::round(&given, found), kernel::plain::round(&given, expected));
+        assert_eq!(found, expected);
+
+        let mut tiles = [[[0f32; WIDE]; TILE]; 2];
+        let (first, count) = (rows as usize / TILE * TILE / 2, TILE.min(rows as usize));
+        let [found, expected] = &mut tiles;
+        kernel::tile(
+            &x,
+            first..first + count.min(rows as usize - first),
+            &codes.panels[..x.width * WIDE],
+            found,
+        );
+        kernel::plain::tile(
+            &x,
+            first..first + count.min(rows as usize - first),
+            &codes.panels[..x.width * WIDE],
+            expected,
+        );
+        assert_eq!(found, expected);
+
+        let groups = x.width / GROUP;
+        for first in (0..groups).step_by(WIDE / GROUP) {
+            let mut panels = [(); 2].map(|()| vec![MIDDLE; (outputs as usize).next_multiple_of(WIDE) * WIDE]);
+            let [found, expected] = &mut panels;
+            kernel::turn(&codes.panels, groups, first, found);
+            kernel::plain::turn(&codes.panels, groups, first, expected);
+            assert_eq!(found, expected);
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_is_not_lost() {
+    let codes = Codes::new::<f32>(&numbers(70, 40, 0.71)).unwrap();
+    for bad in [f64::NAN, f64::INFINITY] {
+        let x = numbers(7, 40, 0.37);
+        let _ = x.get(3).get(11).fill_(bad);
+        let product = codes.product::<f32>(&x, None).unwrap();
+        let finite = |row: i64| product.get(row).isfinite().all().int64_value(&[]) == 1;
+        assert!(finite(2) && finite(4));
+        assert_eq!(product.get(3).isfinite().any().int64_value(&[]), 0);
+    }
+    let zero = codes.product::<f32>(&Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), None).unwrap();
+    assert_eq!(f64::try_from(zero.abs().max()).unwrap(), 0.0);
+}

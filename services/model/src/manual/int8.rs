@@ -29,8 +29,8 @@ const GROUP: usize = 4;
 const LINE: usize = WIDE * GROUP;
 /// Rows of a tile.
 const TILE: usize = 6;
-/// Rows of one task, which reads one panel for all of them.
-const ROWS: usize = 32 * TILE;
+/// Rows of one task at least, as far as there are any, and at most: a panel is turned for them, and they stay near the processor.
+const ROWS: [usize; 2] = [8 * TILE, 64 * TILE];
 /// Rows that one task rounds.
 const ROUNDED: usize = 16;
 /// What is added to codes of weights: one side of a product has no sign.
@@ -97,32 +97,81 @@ impl Codes {
     /// `x W^T` for x [rows, inputs], and `more` [rows, outputs] added to it where there is any.
     pub(super) fn product<W: Element>(&self, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
         let narrow = Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None);
-        let bytes = narrow.width * WIDE;
-        narrow.times::<W>(self.steps.len(), more, |panel, columns, work| {
-            work(&self.panels[panel * bytes..][..bytes], Some(&self.steps[columns]));
-        })
+        self.times::<W>(&narrow, Way::Forward, more)
     }
 
     /// `above W` for above [rows, outputs]: the gradient of [`Codes::product`]'s input where `above` is that of its output.
     pub(super) fn product_backward<W: Element>(&self, above: &Tensor) -> Result<Tensor> {
-        thread_local! {
-            static PANEL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-        }
-        let outputs = self.steps.len();
-        let narrow = Narrow::new(&Rows::<W>::of(above, outputs as i64)?, Some(&self.steps));
-        let groups = self.inputs.div_ceil(GROUP);
-        narrow.times::<W>(self.inputs, None, |panel, _, work| {
-            PANEL.with_borrow_mut(|room| {
-                room.resize(outputs.next_multiple_of(WIDE) * WIDE, MIDDLE);
-                kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), room);
-                work(&room[..narrow.width * WIDE], None);
-            });
-        })
+        let above = Rows::<W>::of(above, self.steps.len() as i64)?;
+        self.times::<W>(&Narrow::new(&above, Some(&self.steps)), Way::Backward, None)
+    }
+
+    fn times<W: Element>(&self, x: &Narrow, way: Way, more: Option<&Tensor>) -> Result<Tensor> {
+        let columns = match way {
+            Way::Forward => self.steps.len(),
+            Way::Backward => self.inputs,
+        };
+        let (rows, panels) = (x.rows.len(), columns.div_ceil(WIDE));
+        let product = Tensor::f_empty([rows as i64, columns as i64], (W::KIND, Device::Cpu))?;
+        let out = Rows::<W>::of(&product, columns as i64)?;
+        let more = more.map(|more| Rows::<W>::of(more, columns as i64)).transpose()?;
+        ensure!(more.as_ref().is_none_or(|more| more.len() == rows), "a product and what is added differ");
+        let (level, bytes, of_task) = (Level::best(), x.width * WIDE, rows_of_task(rows, panels));
+        each_alone(panels * rows.div_ceil(of_task), |task| {
+            let (panel, first) = (task % panels, task / panels * of_task);
+            let place = Place {
+                rows: first..rows.min(first + of_task),
+                columns: panel * WIDE..columns.min((panel + 1) * WIDE),
+            };
+            let mut factors = [1f32; WIDE];
+            match way {
+                Way::Forward => {
+                    factors[..place.columns.len()].copy_from_slice(&self.steps[place.columns.clone()]);
+                    let codes = &self.panels[panel * bytes..][..bytes];
+                    block(level, x, place, codes, &factors, &out, more.as_ref());
+                }
+                Way::Backward => PANEL.with_borrow_mut(|codes| {
+                    codes.resize(self.steps.len().next_multiple_of(WIDE) * WIDE, MIDDLE);
+                    let groups = self.inputs.div_ceil(GROUP);
+                    kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), codes);
+                    block(level, x, place, &codes[..bytes], &factors, &out, more.as_ref());
+                }),
+            }
+        });
+        Ok(product)
     }
 }
 
+/// As many as leave each thread some tasks, so that none waits long for the others.
+fn rows_of_task(rows: usize, panels: usize) -> usize {
+    let wanted = (4 * tch::get_num_threads().max(1) as usize).div_ceil(panels);
+    let parts = wanted.min(rows / ROWS[0]).max(rows.div_ceil(ROWS[1])).max(1);
+    rows.div_ceil(parts).next_multiple_of(TILE).max(TILE)
+}
+
+thread_local! {
+    /// Room for the panel that a thread has turned, since the next is as large as often as not.
+    static PANEL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What a product adds up over.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Inputs.
+    Forward,
+    /// Outputs.
+    Backward,
+}
+
+/// A part of a product.
+pub(super) struct Place {
+    rows: Range<usize>,
+    /// Those of one panel.
+    columns: Range<usize>,
+}
+
 /// Rows of activations or gradients in 8 bits.
-struct Narrow {
+pub(super) struct Narrow {
     /// [rows, width], with zeros at the end up to a whole group.
     codes: Vec<i8>,
     width: usize,
@@ -164,34 +213,6 @@ impl Narrow {
     fn row(&self, i: usize) -> &[i8] {
         &self.codes[i * self.width..][..self.width]
     }
-
-    /// A product with so many `columns`, and `more` added to it. For each panel of columns `with` calls what it is given with
-    /// the panel's codes, and with a factor for each column where they have some.
-    fn times<W: Element>(
-        &self,
-        columns: usize,
-        more: Option<&Tensor>,
-        with: impl Fn(usize, Range<usize>, &dyn Fn(&[u8], Option<&[f32]>)) + Sync,
-    ) -> Result<Tensor> {
-        let (level, count, panels) = (Level::best(), self.rows.len(), columns.div_ceil(WIDE));
-        let out = Tensor::f_empty([count as i64, columns as i64], (W::KIND, Device::Cpu))?;
-        let outs = Rows::<W>::of(&out, columns as i64)?;
-        let more = more.map(|more| Rows::<W>::of(more, columns as i64)).transpose()?;
-        ensure!(more.as_ref().is_none_or(|more| more.len() == count), "a product and what is added differ");
-        each_alone(panels * count.div_ceil(ROWS), |task| {
-            let (panel, first) = (task % panels, task / panels * ROWS);
-            let of_panel = panel * WIDE..columns.min((panel + 1) * WIDE);
-            with(panel, of_panel.clone(), &|codes, factors| {
-                let mut of_columns = [1f32; WIDE];
-                if let Some(factors) = factors {
-                    of_columns[..factors.len()].copy_from_slice(factors);
-                }
-                let rows = first..count.min(first + ROWS);
-                block(level, self, rows, codes, &of_columns, &outs, of_panel.clone(), more.as_ref());
-            });
-        });
-        Ok(out)
-    }
 }
 
 vectorised! {
@@ -210,16 +231,16 @@ vectorised! {
 }
 
 vectorised! {
-    /// Some rows of one panel of a product.
+    /// A part of a product: `factors` are those of its columns, and `more` is added to it.
     fn block [W: Element] [W] (
         x: &Narrow,
-        rows: Range<usize>,
+        place: Place,
         panel: &[u8],
-        of_columns: &[f32; WIDE],
+        factors: &[f32; WIDE],
         out: &Rows<W>,
-        columns: Range<usize>,
         more: Option<&Rows<W>>,
     ) {
+        let Place { rows, columns } = place;
         let mut sums = [[0f32; WIDE]; TILE];
         for first in rows.clone().step_by(TILE) {
             let count = TILE.min(rows.end - first);
@@ -229,15 +250,15 @@ vectorised! {
                 // SAFETY: these columns of these rows are those of one task alone.
                 #[allow(unsafe_code)]
                 let to = unsafe { out.columns_mut(first + i, columns.start, columns.len()) };
-                let scaled = to.iter_mut().zip(sums).zip(of_columns);
+                let scaled = to.iter_mut().zip(sums).zip(factors);
                 if let Some(more) = more {
                     let more = &more.get(first + i)[columns.clone()];
-                    for (((to, sum), of_column), more) in scaled.zip(more) {
-                        *to = W::of(sum * (of_column * step) + more.wide());
+                    for (((to, sum), factor), more) in scaled.zip(more) {
+                        *to = W::of(sum * (factor * step) + more.wide());
                     }
                 } else {
-                    for ((to, sum), of_column) in scaled {
-                        *to = W::of(sum * (of_column * step));
+                    for ((to, sum), factor) in scaled {
+                        *to = W::of(sum * (factor * step));
                     }
                 }
             }

@@ -156,11 +156,11 @@ mod avx512 {
         let panel = panel.as_ptr();
         for group in 0..groups {
             let mut weights = [_mm512_setzero_si512(); VECTORS];
-            for j in 0..VECTORS {
+            for (j, weights) in weights.iter_mut().enumerate() {
                 // SAFETY: a panel has `groups` whole lines.
                 #[allow(unsafe_code)]
                 unsafe {
-                    weights[j] = _mm512_loadu_si512(panel.add(group * LINE + j * LANES * GROUP).cast());
+                    *weights = _mm512_loadu_si512(panel.add(group * LINE + j * LANES * GROUP).cast());
                 }
             }
             for i in 0..R {
@@ -173,12 +173,12 @@ mod avx512 {
                 }
             }
         }
-        for i in 0..R {
-            for j in 0..VECTORS {
-                // SAFETY: a row has room for so many vectors.
+        for (sums, out) in sums.iter().zip(out) {
+            for (sum, out) in sums.iter().zip(out.as_chunks_mut::<LANES>().0) {
+                // SAFETY: sixteen numbers.
                 #[allow(unsafe_code)]
                 unsafe {
-                    _mm512_storeu_ps(out[i].as_mut_ptr().add(j * LANES), _mm512_cvtepi32_ps(sums[i][j]));
+                    _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtepi32_ps(*sum));
                 }
             }
         }

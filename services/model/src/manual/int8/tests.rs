@@ -13,7 +13,7 @@ fn rounded(x: &Tensor) -> Tensor {
 }
 
 /// Nothing here is a whole number of tiles, panels or groups, but for one.
-const SHAPES: [(i64, i64, i64); 4] = [(13, 61, 70), (6, 64, 128), (1, 3, 1), (200, 130, 65)];
+const SHAPES: [(i64, i64, i64); 5] = [(13, 61, 70), (6, 64, 128), (1, 3, 1), (200, 130, 65), (900, 20, 9)];
 
 #[test]
 fn products_are_those_of_what_was_rounded() {
@@ -42,30 +42,21 @@ fn every_processor_would_say_the_same() {
         let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
         let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None);
         let codes = Codes::new::<f32>(&weight).unwrap();
-        let mut row = [vec![0i8; x.width], vec![0i8; x.width]];
         let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
             .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })
             .collect();
-        let [found, expected] = &mut row;
-        assert_eq!(kernel::round(&given, found), kernel::plain::round(&given, expected));
+        let [mut found, mut expected] = [vec![0i8; x.width], vec![0i8; x.width]];
+        assert_eq!(kernel::round(&given, &mut found), kernel::plain::round(&given, &mut expected));
         assert_eq!(found, expected);
 
-        let mut tiles = [[[0f32; WIDE]; TILE]; 2];
-        let (first, count) = (rows as usize / TILE * TILE / 2, TILE.min(rows as usize));
-        let [found, expected] = &mut tiles;
-        kernel::tile(
-            &x,
-            first..first + count.min(rows as usize - first),
-            &codes.panels[..x.width * WIDE],
-            found,
-        );
-        kernel::plain::tile(
-            &x,
-            first..first + count.min(rows as usize - first),
-            &codes.panels[..x.width * WIDE],
-            expected,
-        );
-        assert_eq!(found, expected);
+        let panel = &codes.panels[..x.width * WIDE];
+        for count in 1..=TILE.min(rows as usize) {
+            let mut tiles = [[[0f32; WIDE]; TILE]; 2];
+            let [found, expected] = &mut tiles;
+            kernel::tile(&x, 0..count, panel, found);
+            kernel::plain::tile(&x, 0..count, panel, expected);
+            assert_eq!(found, expected);
+        }
 
         let groups = x.width / GROUP;
         for first in (0..groups).step_by(WIDE / GROUP) {
@@ -91,4 +82,15 @@ fn what_is_no_number_is_not_lost() {
     }
     let zero = codes.product::<f32>(&Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), None).unwrap();
     assert_eq!(f64::try_from(zero.abs().max()).unwrap(), 0.0);
+}
+
+#[test]
+fn no_thread_waits_for_work_and_no_task_is_small() {
+    tch::set_num_threads(2);
+    // Rows, and panels of columns.
+    for (rows, panels, expected) in
+        [(270, 44, 270), (270, 8, 270), (270, 2, 72), (2000, 44, 336), (30, 1, 30), (0, 8, 6)]
+    {
+        assert_eq!(rows_of_task(rows, panels), expected, "{rows}, {panels}");
+    }
 }

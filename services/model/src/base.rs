@@ -214,6 +214,11 @@ impl Base {
             && manual::applies_in_codes(config, placement)
     }
 
+    /// Whether this one has codes.
+    pub fn has_codes(&self) -> bool {
+        self.codes.is_some()
+    }
+
     /// Checks that a base of this shape in this form can have codes.
     ///
     /// # Errors

@@ -234,6 +234,9 @@ impl Plant {
         Compute::start("train", move || {
             let _helpers = compute_with(threads);
             let base = to_learn(base, products)?;
+            if base.has_codes() {
+                tracing::info!("learning multiplies in 8 bits");
+            }
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
             let recall = Recall::new(latents, form, &anchors);
             Ok(train::Worker::new(base, training, anchors, recall, turn, stop))

@@ -115,6 +115,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         None => random(&subject, new + rehearsed, usize::try_from(args.tokens)?)?,
     };
     let work = Work::new(sequences, new, usize::try_from(args.batch)?);
+    let in_8_bits = subject.to_learn()?.has_codes();
     let peak = selftest::products(&subject.base.placement(), PEAK_TIME)?;
     let runs = (0..args.repeats).map(|_| measure(&subject, &work)).collect::<Result<Vec<Run>>>()?;
     let run = median(runs).context("nothing was measured")?;
@@ -124,7 +125,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let gflops = operations / run.seconds / 1e9;
     let per_1000 = run.seconds * 1000.0 / new as f64;
     let figures = json!({
-        "model": subject.json(), "adapter_parameters": adapter.parameter_count(),
+        "model": subject.json(), "products_in_8_bits": in_8_bits, "adapter_parameters": adapter.parameter_count(),
         "examples": new, "rehearsed": rehearsed, "batch": args.batch, "repeats": args.repeats,
         "data": args.data, "tokens": run.tokens, "learned_tokens": run.learned_tokens,
         "seconds": run.seconds, "seconds_per_1000_examples": per_1000,
@@ -132,7 +133,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         "matrix_peak_gflops": peak, "peak_rss_bytes": peak_rss, "settings": subject.settings,
     });
     report::store(args.subject.json.as_deref(), &figures)?;
-    writeln!(out, "{}", subject.describe())?;
+    let products = if in_8_bits { ", learned on with products in 8 bits" } else { "" };
+    writeln!(out, "{}{products}", subject.describe())?;
     writeln!(
         out,
         "{new} new examples and {rehearsed} rehearsed, {} tokens, {} of them learned, {} in a step",

@@ -11,7 +11,7 @@ use crate::active::ActiveAdapters;
 use crate::device::Placement;
 use crate::hf::ModelConfig;
 use crate::lora::Adapter;
-use crate::manual::{self, BlockCodes};
+use crate::manual::{self, BaseCodes};
 use crate::quant::{Matrix, Quantisation};
 use crate::weights::{Weights, model_files};
 
@@ -59,8 +59,8 @@ pub struct Base {
     pub(crate) norm: Tensor,
     pub(crate) layers: Vec<Layer>,
     pub(crate) frequencies: Tensor,
-    /// By layer and group, for whoever learns.
-    pub(crate) codes: Option<Arc<[BlockCodes]>>,
+    /// For whoever learns.
+    pub(crate) codes: Option<Arc<BaseCodes>>,
 }
 
 impl Base {
@@ -235,15 +235,14 @@ impl Base {
         Ok(())
     }
 
-    /// The same with its matrices in 8 bits beside them, a byte a weight, which whoever learns multiplies with: gradients, and
+    /// The same with its matrices and its head in 8 bits beside them, a byte a weight, which whoever learns multiplies with: gradients, and
     /// the hidden states of a former self, are then those of the rounded base. Answers and the gate take a base without.
     ///
     /// # Errors
     /// As for [`Base::check_codes`].
     pub fn with_codes(mut self) -> Result<Self> {
         Self::check_codes(&self.config, &self.placement)?;
-        let of_layer = |layer: &Layer| manual::block_codes(layer.matrices());
-        self.codes = Some(self.layers.iter().map(of_layer).collect::<Result<_>>()?);
+        self.codes = Some(Arc::new(BaseCodes::new(self.layers.iter().map(Layer::matrices), &self.head)?));
         Ok(self)
     }
 

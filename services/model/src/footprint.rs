@@ -61,8 +61,8 @@ pub struct Footprint {
 
 impl Footprint {
     /// Of a base in the form that `placement` says, with room of `cache_bytes` for answers, learned on with adapters of
-    /// the shape `lora` in micro-batches of `micro_tokens`, with the base's matrices in 8 bits beside them where there are
-    /// `codes`.
+    /// the shape `lora` in micro-batches of `micro_tokens`, with the base's matrices and head in 8 bits beside them where
+    /// there are `codes`.
     pub fn new(
         config: &ModelConfig,
         placement: &Placement,
@@ -103,7 +103,7 @@ impl Footprint {
             block + tokens * config.hidden_size as f64 * width * layers + matrices / layers * width
         };
         let adapter = lora.parameter_count(config) as f64 * ADAPTER_WEIGHT_BYTES;
-        let codes = if codes { matrices } else { 0.0 };
+        let codes = if codes { matrices + (config.vocab_size * config.hidden_size) as f64 } else { 0.0 };
         Self {
             base: RUNTIME_BYTES + embeddings * width + matrix_bytes + head,
             answering: cache_bytes as f64,

@@ -30,7 +30,7 @@ use crate::loss::{self, Above, SequenceScore};
 use crate::optim::AdamWConfig;
 use crate::pack::Packed;
 use crate::quant::Quantisation;
-pub(crate) use int8::{BlockCodes, block_codes, is_possible as is_int8_possible, pays as int8_pays};
+pub(crate) use int8::{BaseCodes, is_possible as is_int8_possible, pays as int8_pays};
 
 use attention::attend_backward;
 use forward::{Forward, Kept, Normed};
@@ -141,33 +141,41 @@ pub(crate) fn adamw(
 
 /// As [`loss::above`], with each chunk's logits turned into their gradient in one pass over them.
 pub(crate) fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
+    match hidden.f_kind()? {
+        Kind::BFloat16 => above_in::<bf16>(base, hidden, packed, weight),
+        _ => above_in::<f32>(base, hidden, packed, weight),
+    }
+}
+
+fn above_in<W: Element>(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
     let targets = packed.targets(base.device()).1;
+    let head = base.codes.as_ref().map(|codes| &codes.head);
     let (total, rows) =
         (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));
     let (mut chunks, mut nll) = (Vec::new(), Vec::new());
     for start in (0..total).step_by(rows as usize) {
         let count = rows.min(total - start);
-        let mut logits = hidden.f_narrow(0, start, count)?.f_linear(&base.head, None::<&Tensor>)?;
+        let hidden = hidden.f_narrow(0, start, count)?;
+        let mut logits = match head {
+            Some(head) => head.product::<W>(&hidden, None)?,
+            None => hidden.f_linear(&base.head, None::<&Tensor>)?,
+        };
         if let Some(spared) = packed.spared() {
             let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
             logits = logits.f_masked_fill_(&spared, loss::UNSAYABLE)?;
         }
-        nll.push(cross_entropy(&logits, &targets.f_narrow(0, start, count)?, weight)?);
-        chunks.push(logits.f_matmul(&base.head)?);
+        nll.push(cross_entropy::<W>(&logits, &targets.f_narrow(0, start, count)?, weight)?);
+        chunks.push(match head {
+            Some(head) => head.product_backward::<W>(&logits)?,
+            None => logits.f_matmul(&base.head)?,
+        });
     }
     let scores = loss::per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
     Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
 }
 
 /// Puts in the place of logits [rows, vocabulary] the gradient of `weight * sum of NLL`; returns the NLL of each row.
-fn cross_entropy(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
-    match logits.f_kind()? {
-        Kind::BFloat16 => cross_entropy_in::<bf16>(logits, targets, weight),
-        _ => cross_entropy_in::<f32>(logits, targets, weight),
-    }
-}
-
-fn cross_entropy_in<W: Element>(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
+fn cross_entropy<W: Element>(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
     let (level, vocabulary) = (Level::best(), logits.size()[1]);
     let targets: Vec<i64> = targets.f_flatten(0, -1)?.try_into()?;
     let nll = Tensor::f_zeros([targets.len() as i64], (Kind::Float, Device::Cpu))?;

@@ -119,7 +119,7 @@ impl<'a, W: Element> Forward<'a, W> {
     /// `x W^T` for a matrix of block `i`, and `more` added to it.
     fn times(&self, i: usize, group: Group, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
         if let Some(codes) = &self.base.codes {
-            return codes[i][group as usize].product::<W>(x, more);
+            return codes.layers[i][group as usize].product::<W>(x, more);
         }
         let transposed = self.base.layers[i].matrices()[group as usize].dense()?.f_tr()?;
         Ok(match more {
@@ -131,7 +131,7 @@ impl<'a, W: Element> Forward<'a, W> {
     /// `above W` for a matrix of block `i`: the gradient of what it multiplies, where `above` is that of the product.
     pub fn times_backward(&self, i: usize, group: Group, above: &Tensor) -> Result<Tensor> {
         if let Some(codes) = &self.base.codes {
-            return codes[i][group as usize].product_backward::<W>(above);
+            return codes.layers[i][group as usize].product_backward::<W>(above);
         }
         Ok(above.f_mm(&self.base.layers[i].matrices()[group as usize].dense()?)?)
     }

@@ -2,7 +2,7 @@
 //! forward, and backward to the input (SwitchBack, arXiv 2304.13013). What an adapter adds, and the gradients of its
 //! weights, are computed as ever.
 //!
-//! Each row of activations or gradients has a step of its own, and so has each row of weights. A product adds up over inputs,
+//! Each row of weights has a step of its own, and of activations and gradients each block of a row. A product adds up over inputs,
 //! so there the steps of the weights can wait. What goes back adds up over outputs, so there they go into the gradient before that
 //! is rounded. Both take the same codes: what goes back is the gradient of what went forward.
 
@@ -31,6 +31,9 @@ const LINE: usize = WIDE * GROUP;
 const TILE: usize = 6;
 /// Rows of one task at least, as far as there are any, and at most: a panel is turned for them, and they stay near the processor.
 const ROWS: [usize; 2] = [8 * TILE, 64 * TILE];
+/// Numbers of a row of activations or gradients that share a step: of a vocabulary's gradient the likeliest tokens should not
+/// round all others away.
+const BLOCK: usize = 512;
 /// Rows that one task rounds.
 const ROUNDED: usize = 16;
 /// What is added to codes of weights: one side of a product has no sign.
@@ -58,27 +61,33 @@ pub(crate) struct Codes {
     inputs: usize,
 }
 
-/// Those of a block, in the order in which it applies them.
-pub(crate) type BlockCodes = [Codes; 4];
+/// Those of a base.
+pub(crate) struct BaseCodes {
+    /// Of each layer's matrices, in the order in which it applies them.
+    pub(super) layers: Vec<[Codes; 4]>,
+    /// Of what makes logits.
+    pub(super) head: Codes,
+}
 
-/// Those of a block's matrices in 8 bits.
-pub(crate) fn block_codes(matrices: [&Matrix; 4]) -> Result<BlockCodes> {
-    let of = |matrix: &Matrix| -> Result<Codes> {
-        let weight = matrix.dense()?;
-        match weight.f_kind()? {
+impl BaseCodes {
+    /// The matrices of layers, and the head, in 8 bits.
+    pub fn new<'a>(layers: impl Iterator<Item = [&'a Matrix; 4]>, head: &Tensor) -> Result<Self> {
+        let of = |weight: Tensor| match weight.f_kind()? {
             Kind::BFloat16 => Codes::new::<bf16>(&weight),
             _ => Codes::new::<f32>(&weight),
-        }
-    };
-    let [qkv, o, gate_up, down] = matrices;
-    Ok([of(qkv)?, of(o)?, of(gate_up)?, of(down)?])
+        };
+        let of_layer = |[qkv, o, gate_up, down]: [&Matrix; 4]| {
+            Ok([of(qkv.dense()?)?, of(o.dense()?)?, of(gate_up.dense()?)?, of(down.dense()?)?])
+        };
+        Ok(Self { layers: layers.map(of_layer).collect::<Result<_>>()?, head: of(head.shallow_clone())? })
+    }
 }
 
 impl Codes {
     /// The nearest ones to `weight`.
     fn new<W: Element>(weight: &Tensor) -> Result<Self> {
         let weight = Rows::<W>::of(weight, weight.size()[1])?;
-        let narrow = Narrow::new(&weight, None);
+        let narrow = Narrow::new(&weight, None, usize::MAX);
         let (groups, outputs) = (narrow.width / GROUP, weight.len());
         let mut panels = vec![MIDDLE; outputs.next_multiple_of(WIDE) * groups * GROUP];
         for output in 0..outputs {
@@ -90,20 +99,20 @@ impl Codes {
                 }
             }
         }
-        let steps = narrow.rows.iter().map(|row| row.step).collect();
+        let steps = narrow.blocks.iter().map(|block| block.step).collect();
         Ok(Self { panels, steps, inputs: weight.width() })
     }
 
     /// `x W^T` for x [rows, inputs], and `more` [rows, outputs] added to it where there is any.
     pub(super) fn product<W: Element>(&self, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
-        let narrow = Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None);
+        let narrow = Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None, BLOCK);
         self.times::<W>(&narrow, Way::Forward, more)
     }
 
     /// `above W` for above [rows, outputs]: the gradient of [`Codes::product`]'s input where `above` is that of its output.
     pub(super) fn product_backward<W: Element>(&self, above: &Tensor) -> Result<Tensor> {
         let above = Rows::<W>::of(above, self.steps.len() as i64)?;
-        self.times::<W>(&Narrow::new(&above, Some(&self.steps)), Way::Backward, None)
+        self.times::<W>(&Narrow::new(&above, Some(&self.steps), BLOCK), Way::Backward, None)
     }
 
     fn times<W: Element>(&self, x: &Narrow, way: Way, more: Option<&Tensor>) -> Result<Tensor> {
@@ -111,7 +120,7 @@ impl Codes {
             Way::Forward => self.steps.len(),
             Way::Backward => self.inputs,
         };
-        let (rows, panels) = (x.rows.len(), columns.div_ceil(WIDE));
+        let (rows, panels) = (x.len(), columns.div_ceil(WIDE));
         let product = Tensor::f_empty([rows as i64, columns as i64], (W::KIND, Device::Cpu))?;
         let out = Rows::<W>::of(&product, columns as i64)?;
         let more = more.map(|more| Rows::<W>::of(more, columns as i64)).transpose()?;
@@ -175,12 +184,15 @@ pub(super) struct Narrow {
     /// [rows, width], with zeros at the end up to a whole group.
     codes: Vec<i8>,
     width: usize,
-    rows: Vec<Row>,
+    /// Row after row.
+    blocks: Vec<Block>,
+    /// Numbers in each, but for a row's last.
+    block: usize,
 }
 
-/// What belongs to a row of codes.
+/// What belongs to some codes of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Row {
+struct Block {
     /// What a code is worth.
     step: f32,
     /// All codes added up.
@@ -188,30 +200,46 @@ struct Row {
 }
 
 impl Narrow {
-    /// The nearest ones to `x`, whose columns are first multiplied by `times`.
-    fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>) -> Self {
+    /// The nearest ones to `x`, whose columns are first multiplied by `times`, with a step for so many numbers of a row.
+    fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>, block: usize) -> Self {
         let (level, width) = (Level::best(), x.width().next_multiple_of(GROUP));
-        let mut narrow = Self { codes: vec![0; x.len() * width], width, rows: vec![Row::default(); x.len()] };
+        let block = block.min(width);
+        let of_row = width.div_ceil(block);
+        let (codes, blocks) = (vec![0; x.len() * width], vec![Block::default(); x.len() * of_row]);
+        let mut narrow = Self { codes, width, blocks, block };
         let tasks: Vec<_> = narrow
             .codes
             .chunks_mut(ROUNDED * width)
-            .zip(narrow.rows.chunks_mut(ROUNDED))
+            .zip(narrow.blocks.chunks_mut(ROUNDED * of_row))
             .map(Mutex::new)
             .collect();
         each_alone(tasks.len(), |task| {
             let mut taken = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
-            let (codes, rows) = &mut *taken;
+            let (codes, blocks) = &mut *taken;
             let mut room = vec![0f32; width.next_multiple_of(LANES)];
-            for (i, (codes, row)) in codes.chunks_exact_mut(width).zip(rows.iter_mut()).enumerate() {
+            let rows = codes.chunks_exact_mut(width).zip(blocks.chunks_exact_mut(of_row));
+            for (i, (codes, blocks)) in rows.enumerate() {
                 widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), &mut room);
-                *row = kernel::round(&room, codes);
+                let parts = codes.chunks_mut(block).zip(room.chunks(block.next_multiple_of(LANES)));
+                for (of_block, (codes, x)) in blocks.iter_mut().zip(parts) {
+                    *of_block = kernel::round(x, codes);
+                }
             }
         });
         narrow
     }
 
+    fn len(&self) -> usize {
+        self.codes.len() / self.width
+    }
+
     fn row(&self, i: usize) -> &[i8] {
         &self.codes[i * self.width..][..self.width]
+    }
+
+    fn blocks(&self, i: usize) -> &[Block] {
+        let of_row = self.width.div_ceil(self.block);
+        &self.blocks[i * of_row..][..of_row]
     }
 }
 
@@ -246,7 +274,6 @@ vectorised! {
             let count = TILE.min(rows.end - first);
             kernel::tile(x, first..first + count, panel, &mut sums);
             for (i, sums) in sums.iter().enumerate().take(count) {
-                let step = x.rows[first + i].step;
                 // SAFETY: these columns of these rows are those of one task alone.
                 #[allow(unsafe_code)]
                 let to = unsafe { out.columns_mut(first + i, columns.start, columns.len()) };
@@ -254,11 +281,11 @@ vectorised! {
                 if let Some(more) = more {
                     let more = &more.get(first + i)[columns.clone()];
                     for (((to, sum), factor), more) in scaled.zip(more) {
-                        *to = W::of(sum * (factor * step) + more.wide());
+                        *to = W::of(sum * factor + more.wide());
                     }
                 } else {
                     for ((to, sum), factor) in scaled {
-                        *to = W::of(sum * (factor * step));
+                        *to = W::of(sum * factor);
                     }
                 }
             }

@@ -127,7 +127,8 @@ fn in_8_bits_the_gradient_points_the_same_way() {
         let placement = Placement { quantisation, ..Placement::CPU_F32 };
         let plain = Base::load(&golden::dir(name), &placement).unwrap();
         let mut base = plain.share();
-        base.codes = Some(base.layers.iter().map(|layer| block_codes(layer.matrices()).unwrap()).collect());
+        let layers = base.layers.iter().map(crate::base::Layer::matrices);
+        base.codes = Some(BaseCodes::new(layers, &base.head).unwrap().into());
         assert!(applies(&base));
         let adapter =
             adapter(&base, LoraConfig { rank: 4, targets: Target::ALL.to_vec(), ..LoraConfig::default() });
@@ -138,7 +139,7 @@ fn in_8_bits_the_gradient_points_the_same_way() {
                 loss::adapter_gradient(&plain, &adapter, &packed, 0.01, teacher).unwrap();
             let (ours, found) = adapter_gradient(&base, &adapter, &packed, 0.01, teacher).unwrap();
             let alike = likeness(&found, &expected);
-            assert!(alike > 0.999 && alike < 1.0 - 1e-9, "{name}, {quantisation}: {alike}");
+            assert!(alike > 0.997 && alike < 1.0 - 1e-9, "{name}, {quantisation}: {alike}");
             for (one, two) in scores.iter().zip(ours) {
                 assert!((one.nll_sum / two.nll_sum - 1.0).abs() < 0.01 && one.tokens == two.tokens);
             }

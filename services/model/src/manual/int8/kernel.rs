@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{GROUP, LINE, MIDDLE, Narrow, Row, STEPS, TILE, WIDE};
+use super::{Block, GROUP, LINE, MIDDLE, Narrow, STEPS, TILE, WIDE};
 
 /// Whether this processor has the instruction.
 pub fn there() -> bool {
@@ -14,9 +14,9 @@ pub fn there() -> bool {
     false
 }
 
-/// The nearest codes to a row. `x` is longer by less than a vector; what is beyond the row is zero. A row that is not finite has
-/// a step that is not, so that no product with it is.
-pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+/// The nearest codes to a block of numbers. `x` is longer by less than a vector; what is beyond the block is zero. A block that is
+/// not finite has a step that is not, so that no product with it is.
+pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
     #[cfg(target_arch = "x86_64")]
     if there() {
         // SAFETY: the processor has these instructions.
@@ -26,7 +26,7 @@ pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
     plain::round(x, codes)
 }
 
-/// Sums over all groups of some rows of `x`, [`TILE`] at most, times a panel's columns.
+/// Some rows of `x`, [`TILE`] at most, times a panel's columns.
 pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
     #[cfg(target_arch = "x86_64")]
     if there() {
@@ -50,29 +50,35 @@ pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
 }
 
 pub(super) mod plain {
-    use super::{GROUP, LINE, MIDDLE, Narrow, Range, Row, STEPS, TILE, WIDE};
+    use super::{Block, GROUP, LINE, MIDDLE, Narrow, Range, STEPS, TILE, WIDE};
 
-    pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+    pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
         // As whole numbers, of which those that are no number are the largest: they must not be lost.
         let largest = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
         let inverse = if largest > 0.0 { STEPS / largest } else { 0.0 };
         for (code, x) in codes.iter_mut().zip(x) {
             *code = (x * inverse).round_ties_even() as i8;
         }
-        Row { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
+        Block { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
     }
 
     pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
         for (row, out) in rows.zip(out) {
-            let mut sums = [-i32::from(MIDDLE) * x.rows[row].sum; WIDE];
-            for (line, codes) in panel.as_chunks::<LINE>().0.iter().zip(x.row(row).as_chunks::<GROUP>().0) {
-                for (sum, weights) in sums.iter_mut().zip(line.as_chunks::<GROUP>().0) {
-                    for (weight, code) in weights.iter().zip(codes) {
-                        *sum += i32::from(*weight) * i32::from(*code);
+            *out = [0.0; WIDE];
+            let parts = panel.chunks(x.block * WIDE).zip(x.row(row).chunks(x.block));
+            for (block, (panel, codes)) in x.blocks(row).iter().zip(parts) {
+                let mut sums = [-i32::from(MIDDLE) * block.sum; WIDE];
+                for (line, codes) in panel.as_chunks::<LINE>().0.iter().zip(codes.as_chunks::<GROUP>().0) {
+                    for (sum, weights) in sums.iter_mut().zip(line.as_chunks::<GROUP>().0) {
+                        for (weight, code) in weights.iter().zip(codes) {
+                            *sum += i32::from(*weight) * i32::from(*code);
+                        }
                     }
                 }
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = block.step.mul_add(sum as f32, *out);
+                }
             }
-            *out = sums.map(|sum| sum as f32);
         }
     }
 
@@ -93,19 +99,19 @@ mod avx512 {
     use std::arch::x86_64::{
         _mm_setr_epi8, _mm_storeu_si128, _mm512_add_epi32, _mm512_and_si512, _mm512_broadcast_i32x4,
         _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_extracti32x4_epi32,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_cvtepi32_storeu_epi8, _mm512_max_epi32,
-        _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps,
-        _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_storeu_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_cvtepi32_storeu_epi8,
+        _mm512_max_epi32, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32, _mm512_set1_epi32,
+        _mm512_set1_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_storeu_ps,
     };
 
-    use super::{GROUP, LINE, MIDDLE, Narrow, Range, Row, STEPS, TILE, WIDE};
+    use super::{Block, GROUP, LINE, MIDDLE, Narrow, Range, STEPS, TILE, WIDE};
     use crate::manual::kernels::LANES;
 
     /// Vectors of a panel's columns.
     const VECTORS: usize = WIDE / LANES;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn round(x: &[f32], codes: &mut [i8]) -> Row {
+    pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
         let x = x.as_chunks::<LANES>().0;
         let (mut most, magnitude) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
         for x in x {
@@ -127,7 +133,7 @@ mod avx512 {
                 _mm512_mask_cvtepi32_storeu_epi8(codes.as_mut_ptr(), within, nearest);
             }
         }
-        Row { step: largest / STEPS, sum: _mm512_reduce_add_epi32(sums) }
+        Block { step: largest / STEPS, sum: _mm512_reduce_add_epi32(sums) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -144,41 +150,49 @@ mod avx512 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn of_rows<const R: usize>(x: &Narrow, first: usize, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
-        let groups = panel.len() / LINE;
-        let mut rows = [std::ptr::null::<i8>(); R];
-        let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+        let mut blocks = [&[Block::default(); 0][..]; R];
         for i in 0..R {
-            rows[i] = x.row(first + i)[..groups * GROUP].as_ptr();
-            // A row that is not finite has no sum that means anything.
-            let start = x.rows[first + i].sum.wrapping_mul(-i32::from(MIDDLE));
-            sums[i] = [_mm512_set1_epi32(start); VECTORS];
+            blocks[i] = x.blocks(first + i);
+            out[i] = [0.0; WIDE];
         }
-        let panel = panel.as_ptr();
-        for group in 0..groups {
-            let mut weights = [_mm512_setzero_si512(); VECTORS];
-            for (j, weights) in weights.iter_mut().enumerate() {
-                // SAFETY: a panel has `groups` whole lines.
-                #[allow(unsafe_code)]
-                unsafe {
-                    *weights = _mm512_loadu_si512(panel.add(group * LINE + j * LANES * GROUP).cast());
+        for (block, panel) in panel.chunks(x.block * WIDE).enumerate() {
+            let mut rows = [std::ptr::null::<i8>(); R];
+            let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
+            for i in 0..R {
+                rows[i] = x.row(first + i)[block * x.block..][..panel.len() / WIDE].as_ptr();
+                // A block that is not finite has no sum that means anything.
+                let start = blocks[i][block].sum.wrapping_mul(-i32::from(MIDDLE));
+                sums[i] = [_mm512_set1_epi32(start); VECTORS];
+            }
+            for (group, line) in panel.as_chunks::<LINE>().0.iter().enumerate() {
+                let mut weights = [_mm512_setzero_si512(); VECTORS];
+                for (weights, from) in weights.iter_mut().zip(line.as_chunks::<{ LANES * GROUP }>().0) {
+                    // SAFETY: 64 bytes.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        *weights = _mm512_loadu_si512(from.as_ptr().cast());
+                    }
+                }
+                for i in 0..R {
+                    // SAFETY: of the row there is one code for each 64 bytes of the panel.
+                    #[allow(unsafe_code)]
+                    let codes = unsafe { rows[i].add(group * GROUP).cast::<i32>().read_unaligned() };
+                    let codes = _mm512_set1_epi32(codes);
+                    for j in 0..VECTORS {
+                        sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weights[j], codes);
+                    }
                 }
             }
             for i in 0..R {
-                // SAFETY: a row has `groups` times four codes.
-                #[allow(unsafe_code)]
-                let codes = unsafe { rows[i].add(group * GROUP).cast::<i32>().read_unaligned() };
-                let codes = _mm512_set1_epi32(codes);
-                for j in 0..VECTORS {
-                    sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weights[j], codes);
-                }
-            }
-        }
-        for (sums, out) in sums.iter().zip(out) {
-            for (sum, out) in sums.iter().zip(out.as_chunks_mut::<LANES>().0) {
-                // SAFETY: sixteen numbers.
-                #[allow(unsafe_code)]
-                unsafe {
-                    _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtepi32_ps(*sum));
+                let step = _mm512_set1_ps(blocks[i][block].step);
+                for (sum, out) in sums[i].iter().zip(out[i].as_chunks_mut::<LANES>().0) {
+                    // SAFETY: sixteen numbers.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        let before = _mm512_loadu_ps(out.as_ptr());
+                        let with = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(*sum), before);
+                        _mm512_storeu_ps(out.as_mut_ptr(), with);
+                    }
                 }
             }
         }

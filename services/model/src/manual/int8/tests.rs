@@ -6,6 +6,16 @@ fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
     (numbers * pitch).sin()
 }
 
+/// Each block of a row to the nearest of its own 255 steps.
+fn in_blocks(x: &Tensor) -> Tensor {
+    let width = x.size()[1];
+    let blocks: Vec<Tensor> = (0..width)
+        .step_by(BLOCK)
+        .map(|start| rounded(&x.narrow(1, start, (width - start).min(BLOCK as i64))))
+        .collect();
+    Tensor::cat(&blocks, 1)
+}
+
 /// Each row to the nearest of its own 255 steps.
 fn rounded(x: &Tensor) -> Tensor {
     let step = (x.abs().amax([-1i64], true) / 127.0).clamp_min(1e-30);
@@ -13,7 +23,13 @@ fn rounded(x: &Tensor) -> Tensor {
 }
 
 /// Nothing here is a whole number of tiles, panels or groups, but for one.
-const SHAPES: [(i64, i64, i64); 5] = [(13, 61, 70), (6, 64, 128), (1, 3, 1), (200, 130, 65), (900, 20, 9)];
+const SHAPES: [(i64, i64, i64); 6] =
+    [(13, 61, 70), (6, 64, 128), (1, 3, 1), (200, 130, 65), (900, 20, 9), (8, 1100, 2051)];
+
+/// The mean difference: of thousands of numbers some lie half-way between two codes.
+fn off(found: &Tensor, expected: &Tensor) -> f64 {
+    (found - expected).abs().mean(Kind::Double).double_value(&[])
+}
 
 #[test]
 fn products_are_those_of_what_was_rounded() {
@@ -22,17 +38,24 @@ fn products_are_those_of_what_was_rounded() {
         let (more, above) = (numbers(rows, outputs, 0.11), numbers(rows, outputs, 0.53));
         let codes = Codes::new::<f32>(&weight).unwrap();
         let narrow = rounded(&weight);
-        let expected = rounded(&x).matmul(&narrow.tr());
-        assert!(golden::distance(&codes.product::<f32>(&x, None).unwrap(), &expected) < 1e-4);
+        let expected = in_blocks(&x).matmul(&narrow.tr());
+        let found = codes.product::<f32>(&x, None).unwrap();
+        let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
         assert!(
-            golden::distance(&codes.product::<f32>(&x, Some(&more)).unwrap(), &(expected + &more)) < 1e-4
+            off(&found, &expected) < 1e-3 && golden::distance(&found, &x.matmul(&weight.tr())) < 0.3,
+            "{name}"
         );
+        let with_more = codes.product::<f32>(&x, Some(&more)).unwrap();
+        assert!(golden::distance(&with_more, &(&found + &more)) < 1e-5);
         // The steps of the weights are in the gradient before it is rounded.
         let step = (weight.abs().amax([-1i64], false) / 127.0).clamp_min(1e-30);
-        let expected = rounded(&(&above * &step)).matmul(&(narrow / step.unsqueeze(1)));
+        let expected = in_blocks(&(&above * &step)).matmul(&(narrow / step.unsqueeze(1)));
         let found = codes.product_backward::<f32>(&above).unwrap();
-        assert!(golden::distance(&found, &expected) < 1e-4, "{rows} {inputs} {outputs}");
-        assert!(golden::distance(&found, &above.matmul(&weight)) < 0.1);
+        let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
+        assert!(
+            off(&found, &expected) < 1e-3 && golden::distance(&found, &above.matmul(&weight)) < 0.3,
+            "{name}"
+        );
     }
 }
 
@@ -40,7 +63,7 @@ fn products_are_those_of_what_was_rounded() {
 fn every_processor_would_say_the_same() {
     for (rows, inputs, outputs) in SHAPES {
         let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
-        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None);
+        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None, BLOCK);
         let codes = Codes::new::<f32>(&weight).unwrap();
         let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
             .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })

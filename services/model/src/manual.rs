@@ -12,6 +12,7 @@ mod forward;
 mod int8;
 mod kernels;
 mod low_rank;
+mod pairs;
 mod rows;
 mod tiles;
 

@@ -73,7 +73,8 @@ impl<'a, W: Element> Forward<'a, W> {
             }
         }
         let taken = Tensor::from_slice(&taken);
-        let rounded = |rows: &Tensor| rounded_up::<W>(&rows.f_index_select(0, &taken)?);
+        let round = if base.codes.is_none() && W::KIND == Kind::BFloat16 { ROUND } else { 1 };
+        let rounded = |rows: &Tensor| rounded_up(&rows.f_index_select(0, &taken)?, round);
         let forward = Self {
             base,
             factors: factors::<W>(base, active, from)?,
@@ -235,8 +236,8 @@ fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Res
 /// oneDNN, which multiplies bf16, compiles a product anew for each number of rows: so there are few numbers of rows.
 const ROUND: i64 = 16;
 
-/// With rows of zeros at the end where numbers of rows are rounded up.
-fn rounded_up<W: Element>(rows: &Tensor) -> Result<Tensor> {
-    let lacking = if W::KIND == Kind::BFloat16 { -rows.size()[0] % ROUND + ROUND } else { 0 } % ROUND;
+/// With rows of zeros at the end up to a multiple of `round`.
+fn rounded_up(rows: &Tensor, round: i64) -> Result<Tensor> {
+    let lacking = (-rows.size()[0]).rem_euclid(round);
     Ok(rows.f_constant_pad_nd([0, 0, 0, lacking])?)
 }

@@ -6,16 +6,18 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
+use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use super::kernels::LANES;
+use super::pairs::Pairs;
 use super::rows::{Element, Rows, each_alone};
 use super::tiles::{Matrix, TILE, View, tile, tile_of_transposed};
 use crate::active::Delta;
 use crate::cpu::vector::{Level, vectorised};
 
 /// Rows of one task.
-const ROWS: usize = 4 * TILE;
+const ROWS: usize = 8 * TILE;
 /// Columns of one task of the gradient of weights.
 const STRIP: usize = 8 * TILE;
 
@@ -27,6 +29,8 @@ pub(crate) struct Factors {
     /// A of all parts, [ranks, inputs], and transposed.
     a: Matrix,
     a_transposed: Matrix,
+    /// A transposed in pairs, where rows are bf16 and the processor multiplies these itself.
+    a_pairs: Option<Pairs>,
     parts: Vec<Part>,
 }
 
@@ -41,6 +45,7 @@ pub(crate) struct Part {
     /// [columns, ranks], and transposed.
     b: Matrix,
     b_transposed: Matrix,
+    b_pairs: Option<Pairs>,
 }
 
 /// The same as it lies in the tensors of an adapter that was made ready.
@@ -61,18 +66,20 @@ impl<W: Element> Source<W> {
         Ok(Self { a: Rows::of(&delta.a, delta.a.size()[1])?, parts })
     }
 
-    /// In f32, and transposed.
+    /// In f32, and transposed, and in pairs.
     pub fn read(&self, level: Level) -> Factors {
         let (a, a_transposed) = both(&self.a);
+        let a_pairs = pairs(level, (self.a.width(), self.a.len()), |input, rank| self.a.get(rank)[input]);
         let mut rank = 0;
         let part = |(column, b): &(usize, Rows<W>)| {
             let (ranks, columns, first) = (b.width(), b.len(), rank);
+            let b_pairs = pairs(level, (columns, ranks), |column, rank| b.get(column)[rank]);
             let (b, b_transposed) = both(b);
             rank += ranks;
-            Part { rank: first, ranks, column: *column, columns, b, b_transposed }
+            Part { rank: first, ranks, column: *column, columns, b, b_transposed, b_pairs }
         };
         let parts = self.parts.iter().map(part).collect();
-        Factors { level, inputs: self.a.width(), ranks: self.a.len(), a, a_transposed, parts }
+        Factors { level, inputs: self.a.width(), ranks: self.a.len(), a, a_transposed, a_pairs, parts }
     }
 }
 
@@ -138,6 +145,26 @@ impl Factors {
     }
 }
 
+/// A matrix of so many rows and columns in pairs, where that is of use.
+fn pairs<W: Element>(
+    level: Level,
+    (inner, columns): (usize, usize),
+    number: impl Fn(usize, usize) -> W,
+) -> Option<Pairs> {
+    W::as_bf16(&[])
+        .and_then(|_| Pairs::new(level, inner, columns, |i, j| bf16::from_f32(number(i, j).wide())))
+}
+
+/// Columns of rows from `first` on as bf16, for [`Pairs`].
+#[inline(always)]
+fn as_bf16<W: Element>(rows: &Rows<W>, first: usize, count: usize, columns: Range<usize>) -> [&[bf16]; TILE] {
+    let mut of_tile = [&[][..]; TILE];
+    for (i, to) in of_tile.iter_mut().enumerate().take(count) {
+        *to = W::as_bf16(&rows.get(first + i)[columns.clone()]).unwrap_or_default();
+    }
+    of_tile
+}
+
 /// Rows as f32, and transposed.
 fn both<W: Element>(rows: &Rows<W>) -> (Matrix, Matrix) {
     let (count, width) = (rows.len(), rows.width());
@@ -183,12 +210,19 @@ vectorised! {
         let (mut tile_of_x, mut lower) = (Matrix::zeros(TILE, of.inputs), Matrix::loose(TILE, of.ranks));
         for first in rows.clone().step_by(TILE) {
             let count = TILE.min(rows.end - first);
-            for i in 0..count {
-                tile_of_x.put(i, x.get(first + i), 1.0);
-            }
-            for rank in (0..of.ranks).step_by(LANES) {
-                let sums = tile(of.level, tile_of_x.view(), (0, 0), of.a_transposed.view(), rank, of.inputs);
-                lower.put_tile(0, rank, &sums);
+            if let Some(pairs) = &of.a_pairs {
+                let rows = as_bf16(x, first, count, 0..of.inputs);
+                for rank in (0..of.ranks).step_by(LANES) {
+                    lower.put_tile(0, rank, &pairs.tile(&rows[..count], rank));
+                }
+            } else {
+                for i in 0..count {
+                    tile_of_x.put(i, x.get(first + i), 1.0);
+                }
+                for rank in (0..of.ranks).step_by(LANES) {
+                    let sums = tile(of.level, tile_of_x.view(), (0, 0), of.a_transposed.view(), rank, of.inputs);
+                    lower.put_tile(0, rank, &sums);
+                }
             }
             for i in 0..count {
                 // SAFETY: these rows are those of this task alone.
@@ -221,9 +255,16 @@ vectorised! {
         for first in rows.clone().step_by(TILE) {
             let count = TILE.min(rows.end - first);
             for part in &of.parts {
+                let columns = part.column..part.column + part.columns;
+                if let Some(pairs) = &part.b_pairs {
+                    let rows = as_bf16(above, first, count, columns);
+                    for rank in (0..part.ranks).step_by(LANES) {
+                        lower.put_tile(0, part.rank + rank, &pairs.tile(&rows[..count], rank));
+                    }
+                    continue;
+                }
                 for i in 0..count {
-                    let columns = part.column..part.column + part.columns;
-                    tile_above.put(i, &above.get(first + i)[columns], 1.0);
+                    tile_above.put(i, &above.get(first + i)[columns.clone()], 1.0);
                 }
                 for rank in (0..part.ranks).step_by(LANES) {
                     // What is beyond the part's ranks is zero here, and the next part's turn comes later.
@@ -360,6 +401,44 @@ mod tests {
                 let part = above.narrow(1, column, columns).tr().matmul(&low.narrow(1, rank, ranks));
                 let (found, scale) = &of_b[i];
                 assert!(golden::distance(found, &(part * f64::from(*scale))) < 1e-3);
+            }
+        }
+    }
+
+    /// Where the processor multiplies pairs of bf16, what is in f32 elsewhere.
+    #[test]
+    fn in_bf16_it_is_nearly_the_same() {
+        let (rows, inputs, widths) = (61, 58, [10, 51]);
+        let half = |of: &Tensor| of.to_kind(Kind::BFloat16);
+        let wide = |of: &Tensor| of.to_kind(Kind::Float);
+        let (x, above) = (half(&numbers(rows, inputs, 0.3)), half(&numbers(rows, 61, 0.9)));
+        let (a, b) = (half(&numbers(24, inputs, 0.7)), [(10, 7, 1.1), (51, 17, 1.3)]);
+        let b = b.map(|(columns, ranks, pitch)| half(&numbers(columns, ranks, pitch)));
+        let run = |level| {
+            let parts = b.iter().map(Tensor::shallow_clone).enumerate().collect();
+            let delta = Delta { a: a.shallow_clone(), ranks: vec![7, 17], parts };
+            let factors = Source::<bf16>::of(&delta, &widths).unwrap().read(level);
+            let product = half(&Tensor::zeros([rows, 61], (Kind::Float, Device::Cpu)));
+            let low = factors.add_to::<bf16>(&x, &product).unwrap();
+            let of_x = half(&Tensor::zeros([rows, inputs], (Kind::Float, Device::Cpu)));
+            let of_a = [7, 17].map(|ranks| Tensor::zeros([ranks, inputs], (Kind::Float, Device::Cpu)));
+            let of_b = [(10, 7), (51, 17)]
+                .map(|(rows, ranks)| (Tensor::zeros([rows, ranks], (Kind::Float, Device::Cpu)), 1.0));
+            factors.gradient::<bf16>(&x, &low, &above, Some(&of_x), &of_a, &of_b).unwrap();
+            [wide(&product), wide(&of_x), Tensor::cat(&of_a, 0)]
+        };
+        let low = wide(&x).matmul(&wide(&a).tr()).split_with_sizes([7, 17], 1);
+        let of_low = wide(&above).split_with_sizes(widths, 1);
+        let of_low = Tensor::cat(&[of_low[0].matmul(&wide(&b[0])), of_low[1].matmul(&wide(&b[1]))], 1);
+        let expected = [
+            Tensor::cat(&[low[0].matmul(&wide(&b[0]).tr()), low[1].matmul(&wide(&b[1]).tr())], 1),
+            of_low.matmul(&wide(&a)),
+            of_low.tr().matmul(&wide(&x)),
+        ];
+        for level in LEVELS.into_iter().filter(|&level| level <= Level::best()) {
+            for (found, expected) in run(level).iter().zip(&expected) {
+                let size = expected.abs().max().double_value(&[]);
+                assert!(golden::distance(found, expected) < 0.005 * size, "{level:?}");
             }
         }
     }

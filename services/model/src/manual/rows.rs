@@ -16,14 +16,25 @@ use crate::device::openmp;
 /// A format together with libtorch's name of it.
 pub(super) trait Element: Real {
     const KIND: Kind;
+
+    /// The same as bf16, where it is that.
+    fn as_bf16(row: &[Self]) -> Option<&[bf16]>;
 }
 
 impl Element for f32 {
     const KIND: Kind = Kind::Float;
+
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for bf16 {
     const KIND: Kind = Kind::BFloat16;
+
+    fn as_bf16(row: &[Self]) -> Option<&[bf16]> {
+        Some(row)
+    }
 }
 
 /// The rows of a contiguous tensor on the CPU.

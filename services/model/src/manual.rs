@@ -149,30 +149,38 @@ pub(crate) fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weig
 }
 
 fn above_in<W: Element>(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
-    let targets = packed.targets(base.device()).1;
-    let head = base.codes.as_ref().map(|codes| &codes.head);
+    let targets = packed.targets(base.device()).1.f_flatten(0, -1)?;
     let (total, rows) =
         (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));
     let (mut chunks, mut nll) = (Vec::new(), Vec::new());
     for start in (0..total).step_by(rows as usize) {
         let count = rows.min(total - start);
         let hidden = hidden.f_narrow(0, start, count)?;
-        let mut logits = match head {
-            Some(head) => head.product::<W>(&hidden, None)?,
+        let targets = targets.f_narrow(0, start, count)?;
+        let mut logits = match &base.codes {
+            Some(codes) => codes.head.product::<W>(&hidden, None)?,
             None => hidden.f_linear(&base.head, None::<&Tensor>)?,
         };
         if let Some(spared) = packed.spared() {
             let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
             logits = logits.f_masked_fill_(&spared, loss::UNSAYABLE)?;
         }
-        nll.push(cross_entropy::<W>(&logits, &targets.f_narrow(0, start, count)?, weight)?);
-        chunks.push(match head {
-            Some(head) => head.product_backward::<W>(&logits)?,
-            None => logits.f_matmul(&base.head)?,
-        });
+        nll.push(cross_entropy::<W>(&logits, &targets, weight)?);
+        chunks.push(below_head::<W>(base, &logits, &targets)?);
     }
     let scores = loss::per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
     Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
+}
+
+/// The gradient of the hidden states [rows, hidden_size] whose logits have the gradient `above`, which is spent.
+fn below_head<W: Element>(base: &Base, above: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let Some(codes) = &base.codes else { return Ok(above.f_matmul(&base.head)?) };
+    // A target's number is as large as all others of its row together, which beside it would round to nothing: it goes its own way.
+    let at = targets.f_unsqueeze(1)?;
+    let of_targets = above.f_gather(1, &at, false)?;
+    let others = above.shallow_clone().f_scatter_value_(1, &at, 0.0)?;
+    let below = codes.head.product_backward::<W>(&others)?;
+    Ok(below.f_add(&base.head.f_index_select(0, targets)?.f_mul(&of_targets)?)?)
 }
 
 /// Puts in the place of logits [rows, vocabulary] the gradient of `weight * sum of NLL`; returns the NLL of each row.

@@ -9,8 +9,6 @@ use std::arch::x86_64::{
     _mm256_slli_epi32,
 };
 
-use std::ops::Range;
-
 use half::bf16;
 
 use super::product::Int16;
@@ -50,17 +48,8 @@ fn dense_tile<const R: usize, const C: usize, W: Number>(
 ) -> [[f32; C]; R] {
     let x: [*const f32; R] = std::array::from_fn(|i| row(x, first_row + i, k));
     let w: [*const W; C] = std::array::from_fn(|j| row(w, first_column + j, k));
-    let mut out = [[0.0; C]; R];
-    let whole = k / 8 * 8;
-    if R == 1 {
-        // A single row waits for memory alone, which is fastest read as it lies there: one row of weights after the other.
-        for j in 0..C {
-            out[0][j] = add_up(single(x[0], w[j], whole));
-        }
-        add_rest(x, w, whole..k, &mut out);
-        return out;
-    }
     let mut sums = [[_mm256_setzero_ps(); C]; R];
+    let whole = k / 8 * 8;
     let mut at = 0;
     while at < whole {
         let mut wide = [_mm256_setzero_ps(); R];
@@ -82,56 +71,19 @@ fn dense_tile<const R: usize, const C: usize, W: Number>(
         }
         at += 8;
     }
+    let mut out = [[0.0; C]; R];
     for i in 0..R {
         for j in 0..C {
             out[i][j] = add_up(sums[i][j]);
-        }
-    }
-    add_rest(x, w, whole..k, &mut out);
-    out
-}
-
-/// Adds the products of the numbers that fill no vector.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn add_rest<const R: usize, const C: usize, W: Number>(
-    x: [*const f32; R],
-    w: [*const W; C],
-    rest: Range<usize>,
-    out: &mut [[f32; C]; R],
-) {
-    for (x, out) in x.iter().zip(out) {
-        for (w, out) in w.iter().zip(out) {
-            for at in rest.clone() {
-                // SAFETY: the callers' rows have so many numbers.
+            for at in whole..k {
+                // SAFETY: `at` is below `k`.
                 #[allow(unsafe_code)]
-                let (x, w) = unsafe { (*x.add(at), *w.add(at)) };
-                *out = x.mul_add(w.wide(), *out);
+                let (x, w) = unsafe { (*x[i].add(at), *w[j].add(at)) };
+                out[i][j] = x.mul_add(w.wide(), out[i][j]);
             }
         }
     }
-}
-
-/// The products of so many numbers, a multiple of eight, of two rows that have them, added up eight side by side: in four sums, since
-/// each would wait for the one before it.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn single<W: Number>(x: *const f32, w: *const W, count: usize) -> __m256 {
-    let mut sums = [_mm256_setzero_ps(); 4];
-    let mut at = 0;
-    while at < count {
-        let turns = ((count - at) / 8).min(4);
-        for (turn, sum) in sums.iter_mut().enumerate().take(turns) {
-            // SAFETY: the last of them ends at `count`.
-            #[allow(unsafe_code)]
-            unsafe {
-                let at = at + 8 * turn;
-                *sum = _mm256_fmadd_ps(_mm256_loadu_ps(x.add(at)), load(w.add(at)), *sum);
-            }
-        }
-        at += 32;
-    }
-    _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]))
+    out
 }
 
 /// Eight weights as f32.
@@ -195,7 +147,7 @@ fn int8_tile<const R: usize, const C: usize>(
     let mut sums = [[_mm256_setzero_ps(); C]; R];
     for from in (0..k).step_by(EXACT) {
         let mut exact = [[_mm256_setzero_si256(); C]; R];
-        // As above: a single row reads one row of codes after the other.
+        // A single row waits for memory alone, which is fastest read as it lies there: one row of codes after the other.
         let (turns, columns) = if R == 1 { (C, 1) } else { (1, C) };
         for turn in 0..turns {
             let mut at = from;

@@ -71,7 +71,7 @@ fn plain(rows: [&[bf16]; TILE], panel: &[bf16], width: usize) -> Tile {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn dots(rows: [&[bf16]; TILE], panel: &[bf16], width: usize) -> Tile {
     use std::arch::x86_64::{
-        __m512bh, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
         _mm512_storeu_ps,
     };
     use std::mem::transmute;
@@ -89,10 +89,10 @@ fn dots(rows: [&[bf16]; TILE], panel: &[bf16], width: usize) -> Tile {
         #[allow(unsafe_code)]
         unsafe {
             let of_panel = _mm512_loadu_si512(panel.as_ptr().add(2 * pair * width).cast());
-            let of_panel = transmute::<_, __m512bh>(of_panel);
+            let of_panel = transmute::<__m512i, __m512bh>(of_panel);
             for i in 0..TILE {
                 let x = _mm512_set1_epi32(starts[i].add(2 * pair).cast::<i32>().read_unaligned());
-                sums[i] = _mm512_dpbf16_ps(sums[i], transmute::<_, __m512bh>(x), of_panel);
+                sums[i] = _mm512_dpbf16_ps(sums[i], transmute::<__m512i, __m512bh>(x), of_panel);
             }
         }
     }

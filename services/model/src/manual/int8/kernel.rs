@@ -150,7 +150,8 @@ mod avx512 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn of_rows<const R: usize>(x: &Narrow, first: usize, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
-        let mut blocks = [&[Block::default(); 0][..]; R];
+        let none: &[Block] = &[];
+        let mut blocks = [none; R];
         for i in 0..R {
             blocks[i] = x.blocks(first + i);
             out[i] = [0.0; WIDE];

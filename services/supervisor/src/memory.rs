@@ -139,4 +139,25 @@ mod tests {
         assert!(settled(&["limits.memory_mb_max=1450"]).is_err());
         assert!(settled(&["limits.memory_mb_max=1450", "train.enabled=false"]).is_ok(), "nothing is learned");
     }
+
+    #[test]
+    fn short_memory_drops_what_learning_would_only_be_faster_with() {
+        let config = Preset::find("base-200m").and_then(|preset| preset.model()).expect("a shape");
+        let settled = |products: &str| {
+            let flags = ["limits.memory_mb_max=1900", "infer.cache_mb_max=64", products].map(str::to_owned);
+            let mut settings = Settings::load(None, &flags).expect("settings");
+            settle(&mut settings, &config, &Placement::CPU_F32).map(|_| settings.train.products)
+        };
+        let dropped = settled("train.products=auto").expect("fits without");
+        let expected = if Base::is_faster_with_codes(&config, &Placement::CPU_F32) {
+            Products::Own
+        } else {
+            Products::Auto
+        };
+        assert_eq!(dropped, expected);
+        let kept = settled("train.products=int8").expect("fits with fewer tokens at once");
+        assert_eq!(kept, Products::Int8, "what was asked for is not dropped");
+        let half = Placement { precision: model::device::Precision::F16, ..Placement::CPU_F32 };
+        assert!(Base::check_codes(&config, &half).is_err());
+    }
 }

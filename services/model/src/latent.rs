@@ -3,6 +3,8 @@
 //!
 //! They are kept in the base's precision. So what is learned is what would be learned without: only the sums within a
 //! row of another packing are rounded differently.
+//! Where a learner multiplies with a base's codes ([`Base::with_codes`]), what is kept is of the base's own weights all the same,
+//! and so nearer to what is served than what is computed without.
 
 use anyhow::Result;
 use tch::{Device, Tensor};

@@ -142,7 +142,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     )?;
     writeln!(out, "  {per_1000:8.2} s for 1,000 new examples")?;
     writeln!(out, "  {:8.0} tokens/s", run.tokens as f64 / run.seconds)?;
-    writeln!(out, "  {gflops:8.0} GFLOP/s of {peak:.0} in square products")?;
+    let of_peak = if in_8_bits { " of the base's own precision" } else { "" };
+    writeln!(out, "  {gflops:8.0} GFLOP/s of {peak:.0} in square products{of_peak}")?;
     writeln!(out, "  {:8.0} MB at the peak", peak_rss as f64 / 1e6)?;
     Ok(())
 }

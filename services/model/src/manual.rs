@@ -35,7 +35,18 @@ pub(crate) use int8::{BaseCodes, is_possible as is_int8_possible, pays as int8_p
 
 use attention::attend_backward;
 use forward::{Forward, Kept, Normed};
+use int8::More;
+use low_rank::Given;
 use rows::{Element, Rows, each, each_alone};
+
+/// Which way a product goes.
+#[derive(Clone, Copy)]
+pub(crate) enum Way {
+    /// From inputs to outputs: it adds up over inputs.
+    Forward,
+    /// From the gradient of outputs to that of inputs: it adds up over outputs.
+    Backward,
+}
 
 /// Whether the backward pass by hand knows this base.
 pub(crate) fn applies(base: &Base) -> bool {
@@ -158,7 +169,7 @@ fn above_in<W: Element>(base: &Base, hidden: &Tensor, packed: &Packed, weight: f
         let hidden = hidden.f_narrow(0, start, count)?;
         let targets = targets.f_narrow(0, start, count)?;
         let mut logits = match &base.codes {
-            Some(codes) => codes.head.product::<W>(&hidden, None)?,
+            Some(codes) => codes.head.product::<W>(Way::Forward, &hidden, More::default())?,
             None => hidden.f_linear(&base.head, None::<&Tensor>)?,
         };
         if let Some(spared) = packed.spared() {
@@ -179,7 +190,7 @@ fn below_head<W: Element>(base: &Base, above: &Tensor, targets: &Tensor) -> Resu
     let at = targets.f_unsqueeze(1)?;
     let of_targets = above.f_gather(1, &at, false)?;
     let others = above.shallow_clone().f_scatter_value_(1, &at, 0.0)?;
-    let below = codes.head.product_backward::<W>(&others)?;
+    let below = codes.head.product::<W>(Way::Backward, &others, More::default())?;
     Ok(below.f_add(&base.head.f_index_select(0, targets)?.f_mul(&of_targets)?)?)
 }
 
@@ -249,44 +260,53 @@ impl<W: Element> Work<'_, W> {
     fn backward(&self, i: usize, kept: Kept, above: Tensor, wanted: bool) -> Result<Tensor> {
         let (forward, base) = (&self.forward, self.forward.base);
         let (c, layer) = (&base.config, &base.layers[i]);
-        let of_inner = forward.times_backward(i, Group::Down, &above)?;
+        let back = |group: Group, above: &Tensor| forward.times(Way::Backward, (i, group), above, None);
+        let (of_inner, of_low) = back(Group::Down, &above)?;
         if let Some(low) = &kept.low_down {
             let inner = forward.gate(&kept.gate_up)?;
-            self.low_rank_backward((i, Group::Down), &inner, Some(low), &above, Some(&of_inner))?;
+            self.low_rank_gradient((i, Group::Down), &inner, Some(low), &above, of_low.as_ref())?;
         }
         let of_gate_up = kept.gate_up;
         self.gate_backward(&of_gate_up, &of_inner)?;
-        let of_normed = forward.times_backward(i, Group::GateUp, &of_gate_up)?;
+        let (of_normed, of_low) = back(Group::GateUp, &of_gate_up)?;
         let (normed, low) = (&kept.mlp_norm.out, kept.low_gate_up.as_ref());
-        self.low_rank_backward((i, Group::GateUp), normed, low, &of_gate_up, Some(&of_normed))?;
+        self.low_rank_gradient((i, Group::GateUp), normed, low, &of_gate_up, of_low.as_ref())?;
         self.norm_backward(&kept.mlp_norm, &layer.mlp_norm, &of_normed, &above)?;
 
-        let of_mixed = forward.times_backward(i, Group::O, &above)?;
+        let (of_mixed, of_low) = back(Group::O, &above)?;
         let (mixed, low) = (&kept.attended.mixed, kept.low_o.as_ref());
-        self.low_rank_backward((i, Group::O), mixed, low, &above, Some(&of_mixed))?;
+        self.low_rank_gradient((i, Group::O), mixed, low, &above, of_low.as_ref())?;
         let (level, spans) = (forward.level, &forward.spans);
         let of_qkv = attend_backward::<W>(level, c, spans, &kept.qkv, &kept.attended, &of_mixed)?;
         forward.turn(&of_qkv, -1.0)?;
         let (normed, low) = (&kept.attention_norm.out, kept.low_qkv.as_ref());
-        let of_normed = if wanted { Some(forward.times_backward(i, Group::Qkv, &of_qkv)?) } else { None };
-        self.low_rank_backward((i, Group::Qkv), normed, low, &of_qkv, of_normed.as_ref())?;
-        if let Some(of_normed) = of_normed {
+        if wanted {
+            let (of_normed, of_low) = back(Group::Qkv, &of_qkv)?;
+            self.low_rank_gradient((i, Group::Qkv), normed, low, &of_qkv, of_low.as_ref())?;
             self.norm_backward(&kept.attention_norm, &layer.attention_norm, &of_normed, &above)?;
+        } else {
+            let factors = forward.factors(i, Group::Qkv).first();
+            let of_low = factors.map(|of| of.down(Way::Backward, &of_qkv)).transpose()?;
+            self.low_rank_gradient((i, Group::Qkv), normed, low, &of_qkv, of_low.as_ref())?;
         }
         Ok(above)
     }
 
-    /// Writes the gradients of one matrix's A and B, and adds to `of_x` what goes through them to the input `x`. `low` is
-    /// `x A^T`; `above` the gradient of the product.
-    fn low_rank_backward(
+    /// Writes the gradients of one matrix's A and B. `low` is what the input `x` came down to, `of_low` what the gradient of the
+    /// product did, `above`.
+    fn low_rank_gradient(
         &self,
         (layer, group): (usize, Group),
         x: &Tensor,
         low: Option<&Tensor>,
         above: &Tensor,
-        of_x: Option<&Tensor>,
+        of_low: Option<&Tensor>,
     ) -> Result<()> {
-        let (Some(factors), Some(low)) = (self.forward.factors(layer, group), low) else { return Ok(()) };
+        let (Some(factors), Some(low), Some(of_low)) =
+            (self.forward.factors(layer, group).first(), low, of_low)
+        else {
+            return Ok(());
+        };
         let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
         for module in self.modules(layer, group) {
             let (a, b) = self.gradient.factors(module);
@@ -294,7 +314,7 @@ impl<W: Element> Work<'_, W> {
             // B was scaled before it was used.
             of_b.push((b, module.scale as f32));
         }
-        factors.gradient::<W>(x, low, above, of_x, &of_a, &of_b)
+        factors.gradient(Given { x, low, above, of_low }, &of_a, &of_b)
     }
 
     fn modules(&self, layer: usize, group: Group) -> impl Iterator<Item = &Module> {

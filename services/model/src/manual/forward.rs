@@ -8,9 +8,10 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Span, attend};
-use super::kernels;
-use super::low_rank::{Factors, Source};
+use super::int8::More;
+use super::low_rank::{LowRank, Source};
 use super::rows::{Element, Rows, each, each_alone};
+use super::{Way, kernels};
 use crate::active::ActiveAdapters;
 use crate::cpu::vector::Level;
 use crate::llama::Base;
@@ -43,7 +44,7 @@ pub(super) struct Kept {
 pub(super) struct Forward<'a, W> {
     pub base: &'a Base,
     /// What adapters add, by layer and group.
-    factors: Vec<[Vec<Factors>; 4]>,
+    factors: Vec<[Vec<Box<dyn LowRank>>; 4]>,
     pub level: Level,
     pub spans: Vec<Span>,
     /// Where the blocks are entered.
@@ -97,64 +98,74 @@ impl<'a, W: Element> Forward<'a, W> {
     pub fn block(&self, i: usize, x: Tensor) -> Result<(Tensor, Kept)> {
         let (c, layer) = (&self.base.config, &self.base.layers[i]);
         let attention_norm = self.norm(x, &layer.attention_norm)?;
-        let mut qkv = self.times(i, Group::Qkv, &attention_norm.out, None)?;
+        let (mut qkv, low_qkv) = self.times(Way::Forward, (i, Group::Qkv), &attention_norm.out, None)?;
         if let Some(bias) = &layer.qkv_bias {
             qkv = qkv.f_add_(bias)?;
         }
-        let low_qkv = self.add_low_rank(i, Group::Qkv, &attention_norm.out, &qkv)?;
         self.turn(&qkv, 1.0)?;
         let attended = attend::<W>(self.level, c, &self.spans, &qkv)?;
-        let middle = self.times(i, Group::O, &attended.mixed, Some(&attention_norm.x))?;
-        let low_o = self.add_low_rank(i, Group::O, &attended.mixed, &middle)?;
+        let (middle, low_o) =
+            self.times(Way::Forward, (i, Group::O), &attended.mixed, Some(&attention_norm.x))?;
         let mlp_norm = self.norm(middle, &layer.mlp_norm)?;
-        let gate_up = self.times(i, Group::GateUp, &mlp_norm.out, None)?;
-        let low_gate_up = self.add_low_rank(i, Group::GateUp, &mlp_norm.out, &gate_up)?;
+        let (gate_up, low_gate_up) = self.times(Way::Forward, (i, Group::GateUp), &mlp_norm.out, None)?;
         let inner = self.gate(&gate_up)?;
-        let out = self.times(i, Group::Down, &inner, Some(&mlp_norm.x))?;
-        let low_down = self.add_low_rank(i, Group::Down, &inner, &out)?;
+        let (out, low_down) = self.times(Way::Forward, (i, Group::Down), &inner, Some(&mlp_norm.x))?;
         let kept =
             Kept { attention_norm, qkv, low_qkv, attended, low_o, mlp_norm, gate_up, low_gate_up, low_down };
         Ok((out, kept))
     }
 
-    /// `x W^T` for a matrix of block `i`, and `more` added to it.
-    fn times(&self, i: usize, group: Group, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
-        if let Some(codes) = &self.base.codes {
-            return codes.layers[i][group as usize].product::<W>(x, more);
+    /// `x W^T` for a matrix of a block, or on the way back `x W`: the gradient of what it multiplies, where `x` is that of the product.
+    /// With what adapters add to it, and `more`. Returns also what `x` comes down to in the last adapter.
+    pub fn times(
+        &self,
+        way: Way,
+        (layer, group): (usize, Group),
+        x: &Tensor,
+        more: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let factors = self.factors(layer, group);
+        let mut low: Vec<Tensor> = factors.iter().map(|of| of.down(way, x)).collect::<Result<_>>()?;
+        let (product, mut added) = match &self.base.codes {
+            Some(codes) => {
+                let of_low = factors.iter().zip(&low).map_while(|(of, low)| Some((of.panels(way)?, low)));
+                let of_low = of_low.map(|(panels, low)| Ok((panels, Rows::of(low, low.size()[1])?)));
+                let rows = more.map(|more| Rows::of(more, more.size()[1])).transpose()?;
+                let more = More { rows, low: of_low.collect::<Result<Vec<_>>>()? };
+                let added = more.low.len();
+                (codes.layers[layer][group as usize].product::<W>(way, x, more)?, added)
+            }
+            None => (self.own_times(way, (layer, group), x, more)?, 0),
+        };
+        while added < factors.len() {
+            factors[added].up(way, &low[added], &product)?;
+            added += 1;
         }
-        let transposed = self.base.layers[i].matrices()[group as usize].dense()?.f_tr()?;
+        Ok((product, low.pop()))
+    }
+
+    /// The same of the base's own weights alone.
+    fn own_times(
+        &self,
+        way: Way,
+        (layer, group): (usize, Group),
+        x: &Tensor,
+        more: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let weight = self.base.layers[layer].matrices()[group as usize].dense()?;
+        let weight = match way {
+            Way::Forward => weight.f_tr()?,
+            Way::Backward => weight,
+        };
         Ok(match more {
-            Some(more) => more.f_addmm(x, &transposed)?,
-            None => x.f_mm(&transposed)?,
+            Some(more) => more.f_addmm(x, &weight)?,
+            None => x.f_mm(&weight)?,
         })
     }
 
-    /// `above W` for a matrix of block `i`: the gradient of what it multiplies, where `above` is that of the product.
-    pub fn times_backward(&self, i: usize, group: Group, above: &Tensor) -> Result<Tensor> {
-        if let Some(codes) = &self.base.codes {
-            return codes.layers[i][group as usize].product_backward::<W>(above);
-        }
-        Ok(above.f_mm(&self.base.layers[i].matrices()[group as usize].dense()?)?)
-    }
-
-    /// What the adapter adds to one matrix, where there is one adapter.
-    pub fn factors(&self, layer: usize, group: Group) -> Option<&Factors> {
-        self.factors[layer][group as usize].first()
-    }
-
-    /// Adds to `product`, in place, what adapters add to it; returns `x A^T` of the last one.
-    fn add_low_rank(
-        &self,
-        layer: usize,
-        group: Group,
-        x: &Tensor,
-        product: &Tensor,
-    ) -> Result<Option<Tensor>> {
-        let mut last = None;
-        for factors in &self.factors[layer][group as usize] {
-            last = Some(factors.add_to::<W>(x, product)?);
-        }
-        Ok(last)
+    /// What adapters add to one matrix.
+    pub fn factors(&self, layer: usize, group: Group) -> &[Box<dyn LowRank>] {
+        &self.factors[layer][group as usize]
     }
 
     fn norm(&self, x: Tensor, weight: &Tensor) -> Result<Normed> {
@@ -207,7 +218,11 @@ impl<'a, W: Element> Forward<'a, W> {
 }
 
 /// What adapters add in the layers from `from` on, by layer and group.
-fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Result<Vec<[Vec<Factors>; 4]>> {
+fn factors<W: Element>(
+    base: &Base,
+    active: &ActiveAdapters,
+    from: usize,
+) -> Result<Vec<[Vec<Box<dyn LowRank>>; 4]>> {
     let c = &base.config;
     let groups = [
         (Group::Qkv, c.qkv_rows().to_vec()),
@@ -224,9 +239,10 @@ fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Res
             }
         }
     }
-    let made: Vec<OnceLock<Factors>> = sources.iter().map(|_| OnceLock::new()).collect();
+    let made: Vec<OnceLock<Box<dyn LowRank>>> = sources.iter().map(|_| OnceLock::new()).collect();
     each_alone(sources.len(), |i| drop(made[i].set(sources[i].read(Level::best()))));
-    let mut factors: Vec<[Vec<Factors>; 4]> = (0..base.layers.len()).map(|_| Default::default()).collect();
+    let mut factors: Vec<[Vec<Box<dyn LowRank>>; 4]> =
+        (0..base.layers.len()).map(|_| Default::default()).collect();
     for ((layer, group), made) in places.into_iter().zip(made) {
         factors[layer][group as usize].extend(made.into_inner());
     }

@@ -16,19 +16,18 @@ use anyhow::{Result, ensure};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
+use super::Way;
 use super::kernels::{LANES, Real};
+use super::pairs::Panels;
 use super::rows::{Element, Rows, each_alone};
+use super::tiles::{TILE, WIDE};
 use crate::cpu::vector::{Level, vectorised};
 use crate::quant::Matrix;
 
-/// Columns of a panel: four vectors of sums.
-const WIDE: usize = 64;
 /// Numbers that are added up at once.
 const GROUP: usize = 4;
 /// Bytes of a panel's columns for one group.
 const LINE: usize = WIDE * GROUP;
-/// Rows of a tile.
-const TILE: usize = 6;
 /// Rows of one task at least, as far as there are any, and at most: a panel is turned for them, and they stay near the processor.
 const ROWS: [usize; 2] = [8 * TILE, 64 * TILE];
 /// Numbers of a row of activations or gradients that share a step: of a vocabulary's gradient the likeliest tokens should not
@@ -103,28 +102,24 @@ impl Codes {
         Ok(Self { panels, steps, inputs: weight.width() })
     }
 
-    /// `x W^T` for x [rows, inputs], and `more` [rows, outputs] added to it where there is any.
-    pub(super) fn product<W: Element>(&self, x: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
-        let narrow = Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None, BLOCK);
-        self.times::<W>(&narrow, Way::Forward, more)
-    }
-
-    /// `above W` for above [rows, outputs]: the gradient of [`Codes::product`]'s input where `above` is that of its output.
-    pub(super) fn product_backward<W: Element>(&self, above: &Tensor) -> Result<Tensor> {
-        let above = Rows::<W>::of(above, self.steps.len() as i64)?;
-        self.times::<W>(&Narrow::new(&above, Some(&self.steps), BLOCK), Way::Backward, None)
-    }
-
-    fn times<W: Element>(&self, x: &Narrow, way: Way, more: Option<&Tensor>) -> Result<Tensor> {
-        let columns = match way {
-            Way::Forward => self.steps.len(),
-            Way::Backward => self.inputs,
+    /// Forward `x W^T` for x [rows, inputs]; back `x W` for x [rows, outputs], the gradient of the former's input where `x` is that of
+    /// its output. `more` is added to it.
+    pub(super) fn product<W: Element>(&self, way: Way, x: &Tensor, more: More<'_, W>) -> Result<Tensor> {
+        let (x, columns) = match way {
+            Way::Forward => {
+                (Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None, BLOCK), self.steps.len())
+            }
+            Way::Backward => {
+                let x = Rows::<W>::of(x, self.steps.len() as i64)?;
+                (Narrow::new(&x, Some(&self.steps), BLOCK), self.inputs)
+            }
         };
         let (rows, panels) = (x.len(), columns.div_ceil(WIDE));
         let product = Tensor::f_empty([rows as i64, columns as i64], (W::KIND, Device::Cpu))?;
         let out = Rows::<W>::of(&product, columns as i64)?;
-        let more = more.map(|more| Rows::<W>::of(more, columns as i64)).transpose()?;
-        ensure!(more.as_ref().is_none_or(|more| more.len() == rows), "a product and what is added differ");
+        let fits = more.rows.as_ref().is_none_or(|more| (more.len(), more.width()) == (rows, columns))
+            && more.low.iter().all(|(_, low)| low.len() == rows);
+        ensure!(fits, "a product and what is added differ");
         let (level, bytes, of_task) = (Level::best(), x.width * WIDE, rows_of_task(rows, panels));
         each_alone(panels * rows.div_ceil(of_task), |task| {
             let (panel, first) = (task % panels, task / panels * of_task);
@@ -137,17 +132,31 @@ impl Codes {
                 Way::Forward => {
                     factors[..place.columns.len()].copy_from_slice(&self.steps[place.columns.clone()]);
                     let codes = &self.panels[panel * bytes..][..bytes];
-                    block(level, x, place, codes, &factors, &out, more.as_ref());
+                    block(level, &x, place, codes, &factors, &out, &more);
                 }
                 Way::Backward => PANEL.with_borrow_mut(|codes| {
                     codes.resize(self.steps.len().next_multiple_of(WIDE) * WIDE, MIDDLE);
                     let groups = self.inputs.div_ceil(GROUP);
                     kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), codes);
-                    block(level, x, place, &codes[..bytes], &factors, &out, more.as_ref());
+                    block(level, &x, place, &codes[..bytes], &factors, &out, &more);
                 }),
             }
         });
         Ok(product)
+    }
+}
+
+/// What is added to a product.
+pub(super) struct More<'a, W> {
+    /// As many rows and columns as it has.
+    pub rows: Option<Rows<W>>,
+    /// Products of rows with panels of as many columns.
+    pub low: Vec<(&'a Panels, Rows<bf16>)>,
+}
+
+impl<W> Default for More<'_, W> {
+    fn default() -> Self {
+        Self { rows: None, low: Vec::new() }
     }
 }
 
@@ -161,15 +170,6 @@ fn rows_of_task(rows: usize, panels: usize) -> usize {
 thread_local! {
     /// Room for the panel that a thread has turned, since the next is as large as often as not.
     static PANEL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-/// What a product adds up over.
-#[derive(Clone, Copy)]
-enum Way {
-    /// Inputs.
-    Forward,
-    /// Outputs.
-    Backward,
 }
 
 /// A part of a product.
@@ -266,26 +266,28 @@ vectorised! {
         panel: &[u8],
         factors: &[f32; WIDE],
         out: &Rows<W>,
-        more: Option<&Rows<W>>,
+        more: &More<'_, W>,
     ) {
         let Place { rows, columns } = place;
         let mut sums = [[0f32; WIDE]; TILE];
         for first in rows.clone().step_by(TILE) {
             let count = TILE.min(rows.end - first);
-            kernel::tile(x, first..first + count, panel, &mut sums);
+            kernel::tile(x, first..first + count, panel, factors, &mut sums);
+            for (panels, low) in &more.low {
+                panels.add(columns.start / WIDE, low, (first, count), &mut sums);
+            }
             for (i, sums) in sums.iter().enumerate().take(count) {
                 // SAFETY: these columns of these rows are those of one task alone.
                 #[allow(unsafe_code)]
                 let to = unsafe { out.columns_mut(first + i, columns.start, columns.len()) };
-                let scaled = to.iter_mut().zip(sums).zip(factors);
-                if let Some(more) = more {
+                if let Some(more) = &more.rows {
                     let more = &more.get(first + i)[columns.clone()];
-                    for (((to, sum), factor), more) in scaled.zip(more) {
-                        *to = W::of(sum * factor + more.wide());
+                    for ((to, sum), more) in to.iter_mut().zip(sums).zip(more) {
+                        *to = W::of(sum + more.wide());
                     }
                 } else {
-                    for ((to, sum), factor) in scaled {
-                        *to = W::of(sum * factor);
+                    for (to, sum) in to.iter_mut().zip(sums) {
+                        *to = W::of(*sum);
                     }
                 }
             }

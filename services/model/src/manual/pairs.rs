@@ -1,30 +1,32 @@
-//! Rows of bf16 times a narrow matrix, with AVX-512's products of pairs: twice as many numbers at a time as in f32, and read as they
-//! lie there.
+//! Products of bf16 with a narrow matrix, with AVX-512's products of pairs: twice as many numbers at a time as in f32, and read as
+//! they lie there. An adapter goes down to its ranks by them, up again, and to its gradient.
+
+mod kernel;
+
+use std::ops::Range;
 
 use half::bf16;
 
 use super::kernels::LANES;
-use super::tiles::{TILE, Tile};
+use super::rows::Rows;
+use super::tiles::{TILE, Tile, WIDE};
 use crate::cpu::vector::Level;
 
-/// A matrix [inner, columns] whose rows lie in pairs: [inner / 2, columns, 2]. There are whole vectors of columns, of which the last
-/// may be zero.
+/// Whether this level multiplies pairs.
+pub(super) fn there(level: Level) -> bool {
+    level >= Level::Avx512Dot
+}
+
+/// A matrix [inner, columns] of few columns, whose rows lie in pairs: [inner / 2, columns, 2]. There are whole vectors of columns, of
+/// which the last may be zero.
 pub(crate) struct Pairs {
     numbers: Vec<bf16>,
     width: usize,
 }
 
 impl Pairs {
-    /// With these numbers, by row and column; none where the processor has no such products, or there is no whole number of pairs.
-    pub fn new(
-        level: Level,
-        inner: usize,
-        columns: usize,
-        number: impl Fn(usize, usize) -> bf16,
-    ) -> Option<Self> {
-        if level < Level::Avx512Dot || inner % 2 == 1 {
-            return None;
-        }
+    /// With these numbers, by row and column. `inner` is even.
+    pub fn new(inner: usize, columns: usize, number: impl Fn(usize, usize) -> bf16) -> Self {
         let width = columns.next_multiple_of(LANES);
         let mut numbers = vec![bf16::ZERO; inner * width];
         for row in 0..inner {
@@ -32,7 +34,7 @@ impl Pairs {
                 numbers[(row / 2 * width + column) * 2 + row % 2] = number(row, column);
             }
         }
-        Some(Self { numbers, width })
+        Self { numbers, width }
     }
 
     /// Some rows, [`TILE`] at most, times the [`LANES`] columns from `column` on. What is beyond the rows has no meaning.
@@ -42,97 +44,107 @@ impl Pairs {
         for (to, row) in of_tile.iter_mut().zip(rows) {
             *to = &row[..inner];
         }
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: there is none of these without a processor that has the instructions.
-        #[allow(unsafe_code)]
-        return unsafe { dots(of_tile, &self.numbers[2 * column..], self.width) };
-        #[cfg(not(target_arch = "x86_64"))]
-        plain(of_tile, &self.numbers[2 * column..], self.width)
+        kernel::tile(of_tile, &self.numbers[2 * column..], self.width)
     }
 }
 
-/// The same on every processor, to check it by.
-#[cfg(any(test, not(target_arch = "x86_64")))]
-fn plain(rows: [&[bf16]; TILE], panel: &[bf16], width: usize) -> Tile {
-    use crate::cpu::vector::Number;
-
-    let mut sums = [[0f32; LANES]; TILE];
-    for (sums, row) in sums.iter_mut().zip(rows) {
-        for (p, x) in row.iter().enumerate() {
-            for (column, sum) in sums.iter_mut().enumerate() {
-                *sum += x.wide() * panel[(p / 2 * width + column) * 2 + p % 2].wide();
-            }
-        }
-    }
-    sums
+/// A part of a matrix that is not zero.
+pub(super) struct Block {
+    /// Its rows, an even one first.
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn dots(rows: [&[bf16]; TILE], panel: &[bf16], width: usize) -> Tile {
-    use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_storeu_ps,
-    };
-    use std::mem::transmute;
+/// A matrix [inner, columns] of few rows, in panels of [`WIDE`] columns: of each only the rows that are not zero there, in pairs.
+pub(crate) struct Panels {
+    numbers: Vec<bf16>,
+    /// Where each panel begins, and its pairs of rows.
+    places: Vec<(usize, Range<usize>)>,
+}
 
-    let pairs = rows[0].len() / 2;
-    assert!(pairs == 0 || panel.len() >= 2 * ((pairs - 1) * width + LANES));
-    let mut starts = [std::ptr::null::<bf16>(); TILE];
-    for (start, row) in starts.iter_mut().zip(rows) {
-        assert!(row.len() == 2 * pairs);
-        *start = row.as_ptr();
+impl Panels {
+    /// With these numbers, by block, and row and column within it.
+    pub fn new(blocks: &[Block], number: impl Fn(usize, usize, usize) -> bf16) -> Self {
+        let columns = blocks.iter().map(|block| block.columns.end).max().unwrap_or(0);
+        let (mut numbers, mut places) = (Vec::new(), Vec::new());
+        for first in (0..columns).step_by(WIDE) {
+            let of_panel =
+                |block: &Block| block.columns.start.max(first)..block.columns.end.min(first + WIDE);
+            let here = || blocks.iter().enumerate().filter(|(_, block)| !of_panel(block).is_empty());
+            let pairs = here().map(|(_, block)| block.rows.start / 2).min().unwrap_or(0)
+                ..here().map(|(_, block)| block.rows.end.div_ceil(2)).max().unwrap_or(0);
+            let start = numbers.len();
+            numbers.resize(start + pairs.len() * WIDE * 2, bf16::ZERO);
+            for (i, block) in here() {
+                for row in block.rows.clone() {
+                    for column in of_panel(block) {
+                        let at = (row / 2 - pairs.start) * WIDE + column - first;
+                        numbers[start + 2 * at + row % 2] =
+                            number(i, row - block.rows.start, column - block.columns.start);
+                    }
+                }
+            }
+            places.push((start, pairs));
+        }
+        Self { numbers, places }
     }
-    let mut sums = [_mm512_setzero_ps(); TILE];
-    for pair in 0..pairs {
-        // SAFETY: the panel has a vector of pairs here, and each row has a pair: see above.
-        #[allow(unsafe_code)]
-        unsafe {
-            let of_panel = _mm512_loadu_si512(panel.as_ptr().add(2 * pair * width).cast());
-            let of_panel = transmute::<__m512i, __m512bh>(of_panel);
-            for i in 0..TILE {
-                let x = _mm512_set1_epi32(starts[i].add(2 * pair).cast::<i32>().read_unaligned());
-                sums[i] = _mm512_dpbf16_ps(sums[i], transmute::<__m512i, __m512bh>(x), of_panel);
+
+    /// Adds to `sums` rows from `first` on, so many of them, times the columns of a panel.
+    pub fn add(
+        &self,
+        panel: usize,
+        rows: &Rows<bf16>,
+        (first, count): (usize, usize),
+        sums: &mut [[f32; WIDE]; TILE],
+    ) {
+        let Some((start, pairs)) = self.places.get(panel) else { return };
+        let numbers = 2 * pairs.start..2 * pairs.end;
+        let mut of_tile = [&rows.get(first)[numbers.clone()]; TILE];
+        for (i, row) in of_tile.iter_mut().enumerate().take(count) {
+            *row = &rows.get(first + i)[numbers.clone()];
+        }
+        kernel::add(of_tile, &self.numbers[*start..][..numbers.len() * WIDE], sums);
+    }
+}
+
+/// Columns of some rows, the rows in pairs: [rows / 2, columns, 2]; what is added up over rows.
+pub(super) struct Upright {
+    numbers: Vec<bf16>,
+    /// With columns of zeros up to a whole number of [`kernel::FEWEST`].
+    columns: usize,
+}
+
+impl Upright {
+    pub fn new(of: &Rows<bf16>, columns: Range<usize>) -> Self {
+        let width = columns.len().next_multiple_of(kernel::FEWEST);
+        let mut numbers = vec![bf16::ZERO; of.len().next_multiple_of(2) * width];
+        for i in 0..of.len() {
+            let pair = &mut numbers[i / 2 * 2 * width..][..2 * width];
+            for (pair, number) in pair.as_chunks_mut::<2>().0.iter_mut().zip(&of.get(i)[columns.clone()]) {
+                pair[i % 2] = *number;
             }
         }
+        Self { numbers, columns: width }
     }
-    let mut out = [[0f32; LANES]; TILE];
-    for (out, sum) in out.iter_mut().zip(sums) {
-        // SAFETY: sixteen numbers.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm512_storeu_ps(out.as_mut_ptr(), sum);
+
+    /// With columns of zeros at the end.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Adds to `sums`, [columns of these, `columns`], the product of these transposed and `columns` of `other`.
+    pub fn product(&self, other: &Rows<bf16>, columns: Range<usize>, sums: &mut [f32]) {
+        /// Rows at a time, which stay near the processor while all sums take theirs.
+        const ROWS: usize = 64;
+        assert_eq!(sums.len(), self.columns * columns.len());
+        for first in (0..other.len()).step_by(ROWS) {
+            let count = ROWS.min(other.len() - first);
+            let rows = kernel::Strip { numbers: other.some(first, count), width: other.width() };
+            let pairs = &self.numbers[first * self.columns..][..count.next_multiple_of(2) * self.columns];
+            kernel::gather(pairs, self.columns, rows, columns.clone(), sums);
         }
     }
-    out
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn they_are_the_products() {
-        let number = |i: usize| bf16::from_f32((i as f32 * 0.37).sin());
-        let (inner, columns) = (70, 23);
-        let Some(pairs) =
-            Pairs::new(Level::best(), inner, columns, |row, column| number(row * columns + column))
-        else {
-            return;
-        };
-        assert!(Pairs::new(Level::best(), 71, columns, |_, _| bf16::ZERO).is_none());
-        let rows: Vec<Vec<bf16>> =
-            (0..TILE).map(|i| (0..inner).map(|p| number(7 * i + 3 * p)).collect()).collect();
-        let all: Vec<&[bf16]> = rows.iter().map(Vec::as_slice).collect();
-        for column in [0, LANES] {
-            let expected = plain(std::array::from_fn(|i| all[i]), &pairs.numbers[2 * column..], pairs.width);
-            for count in 1..=TILE {
-                for (found, expected) in pairs.tile(&all[..count], column).iter().zip(expected).take(count) {
-                    assert!(found.iter().zip(expected).all(|(x, y)| (x - y).abs() < 1e-4));
-                }
-            }
-            let beyond = expected[0][columns.saturating_sub(column).min(LANES)..].iter();
-            assert!(beyond.clone().all(|x| *x == 0.0), "{column}");
-        }
-    }
-}
+mod tests;

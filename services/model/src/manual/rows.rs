@@ -16,25 +16,14 @@ use crate::device::openmp;
 /// A format together with libtorch's name of it.
 pub(super) trait Element: Real {
     const KIND: Kind;
-
-    /// The same as bf16, where it is that.
-    fn as_bf16(row: &[Self]) -> Option<&[bf16]>;
 }
 
 impl Element for f32 {
     const KIND: Kind = Kind::Float;
-
-    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
-        None
-    }
 }
 
 impl Element for bf16 {
     const KIND: Kind = Kind::BFloat16;
-
-    fn as_bf16(row: &[Self]) -> Option<&[bf16]> {
-        Some(row)
-    }
 }
 
 /// The rows of a contiguous tensor on the CPU.
@@ -84,6 +73,16 @@ impl<W: Element> Rows<W> {
         }
     }
 
+    /// Rows one after the other, to read.
+    pub fn some(&self, first: usize, count: usize) -> &[W] {
+        assert!(first + count <= self.count);
+        // SAFETY: as for `get`.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.start.wrapping_add(first * self.width), count * self.width)
+        }
+    }
+
     /// One row, to write.
     ///
     /// # Safety
@@ -109,10 +108,7 @@ impl<W: Element> Rows<W> {
 impl Rows<f32> {
     /// All of it, to read.
     pub fn view(&self) -> View<'_> {
-        // SAFETY: the tensor's memory, which lives as long as this; whoever writes it has it alone.
-        #[allow(unsafe_code)]
-        let numbers = unsafe { std::slice::from_raw_parts(self.start, self.count * self.width) };
-        View { numbers, width: self.width }
+        View { numbers: self.some(0, self.count), width: self.width }
     }
 }
 

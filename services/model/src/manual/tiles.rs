@@ -7,6 +7,8 @@ use crate::cpu::vector::{Level, fma, vectorised};
 
 /// Rows of a tile.
 pub(super) const TILE: usize = 6;
+/// Columns of a panel, where whole panels are worked on: four vectors of sums.
+pub(super) const WIDE: usize = 64;
 
 pub(crate) type Tile = [[f32; LANES]; TILE];
 

@@ -26,15 +26,21 @@ pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
     plain::round(x, codes)
 }
 
-/// Some rows of `x`, [`TILE`] at most, times a panel's columns.
-pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+/// Some rows of `x`, [`TILE`] at most, times a panel's columns, and these times `factors`.
+pub fn tile(
+    x: &Narrow,
+    rows: Range<usize>,
+    panel: &[u8],
+    factors: &[f32; WIDE],
+    out: &mut [[f32; WIDE]; TILE],
+) {
     #[cfg(target_arch = "x86_64")]
     if there() {
         // SAFETY: the processor has these instructions.
         #[allow(unsafe_code)]
-        return unsafe { avx512::tile(x, rows, panel, out) };
+        return unsafe { avx512::tile(x, rows, panel, factors, out) };
     }
-    plain::tile(x, rows, panel, out);
+    plain::tile(x, rows, panel, factors, out);
 }
 
 /// Turns panels of outputs, which have so many `groups` of inputs, into one of the [`WIDE`] inputs from the group `first` on: fours
@@ -62,7 +68,13 @@ pub(super) mod plain {
         Block { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
     }
 
-    pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+    pub fn tile(
+        x: &Narrow,
+        rows: Range<usize>,
+        panel: &[u8],
+        factors: &[f32; WIDE],
+        out: &mut [[f32; WIDE]; TILE],
+    ) {
         for (row, out) in rows.zip(out) {
             *out = [0.0; WIDE];
             let parts = panel.chunks(x.block * WIDE).zip(x.row(row).chunks(x.block));
@@ -75,8 +87,8 @@ pub(super) mod plain {
                         }
                     }
                 }
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out = block.step.mul_add(sum as f32, *out);
+                for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
+                    *out = (block.step * factor).mul_add(sum as f32, *out);
                 }
             }
         }
@@ -137,19 +149,31 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn tile(x: &Narrow, rows: Range<usize>, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+    pub fn tile(
+        x: &Narrow,
+        rows: Range<usize>,
+        panel: &[u8],
+        factors: &[f32; WIDE],
+        out: &mut [[f32; WIDE]; TILE],
+    ) {
         match rows.len() {
-            1 => of_rows::<1>(x, rows.start, panel, out),
-            2 => of_rows::<2>(x, rows.start, panel, out),
-            3 => of_rows::<3>(x, rows.start, panel, out),
-            4 => of_rows::<4>(x, rows.start, panel, out),
-            5 => of_rows::<5>(x, rows.start, panel, out),
-            _ => of_rows::<TILE>(x, rows.start, panel, out),
+            1 => of_rows::<1>(x, rows.start, panel, factors, out),
+            2 => of_rows::<2>(x, rows.start, panel, factors, out),
+            3 => of_rows::<3>(x, rows.start, panel, factors, out),
+            4 => of_rows::<4>(x, rows.start, panel, factors, out),
+            5 => of_rows::<5>(x, rows.start, panel, factors, out),
+            _ => of_rows::<TILE>(x, rows.start, panel, factors, out),
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn of_rows<const R: usize>(x: &Narrow, first: usize, panel: &[u8], out: &mut [[f32; WIDE]; TILE]) {
+    fn of_rows<const R: usize>(
+        x: &Narrow,
+        first: usize,
+        panel: &[u8],
+        factors: &[f32; WIDE],
+        out: &mut [[f32; WIDE]; TILE],
+    ) {
         let none: &[Block] = &[];
         let mut blocks = [none; R];
         for i in 0..R {
@@ -186,13 +210,14 @@ mod avx512 {
             }
             for i in 0..R {
                 let step = _mm512_set1_ps(blocks[i][block].step);
-                for (sum, out) in sums[i].iter().zip(out[i].as_chunks_mut::<LANES>().0) {
+                for j in 0..VECTORS {
+                    let out = out[i][j * LANES..][..LANES].as_mut_ptr();
                     // SAFETY: sixteen numbers.
                     #[allow(unsafe_code)]
                     unsafe {
-                        let before = _mm512_loadu_ps(out.as_ptr());
-                        let with = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(*sum), before);
-                        _mm512_storeu_ps(out.as_mut_ptr(), with);
+                        let factor = _mm512_mul_ps(step, _mm512_loadu_ps(factors.as_ptr().add(j * LANES)));
+                        let sum = _mm512_cvtepi32_ps(sums[i][j]);
+                        _mm512_storeu_ps(out, _mm512_fmadd_ps(factor, sum, _mm512_loadu_ps(out)));
                     }
                 }
             }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::golden;
+use crate::manual::pairs::Block;
 
 fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
     let numbers = Tensor::arange(rows * columns, (Kind::Float, Device::Cpu)).view([rows, columns]);
@@ -39,18 +40,28 @@ fn products_are_those_of_what_was_rounded() {
         let codes = Codes::new::<f32>(&weight).unwrap();
         let narrow = rounded(&weight);
         let expected = in_blocks(&x).matmul(&narrow.tr());
-        let found = codes.product::<f32>(&x, None).unwrap();
+        let found = codes.product::<f32>(Way::Forward, &x, More::default()).unwrap();
         let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
         assert!(
             off(&found, &expected) < 1e-3 && golden::distance(&found, &x.matmul(&weight.tr())) < 0.3,
             "{name}"
         );
-        let with_more = codes.product::<f32>(&x, Some(&more)).unwrap();
+        let with_more = codes.product(Way::Forward, &x, added(&more)).unwrap();
         assert!(golden::distance(&with_more, &(&found + &more)) < 1e-5);
+        let low = numbers(rows, 6, 0.23).to_kind(Kind::BFloat16);
+        let up = numbers(6, outputs, 0.19).to_kind(Kind::BFloat16);
+        let both = |row: i64, column: i64| bf16::from_f64(up.double_value(&[row, column]));
+        let block = Block { rows: 0..6, columns: 0..outputs as usize };
+        let panels = Panels::new(&[block], |_, row, column| both(row as i64, column as i64));
+        let mut with_low = added(&more);
+        with_low.low = vec![(&panels, Rows::of(&low, 6).unwrap())];
+        let with_low = codes.product(Way::Forward, &x, with_low).unwrap();
+        let of_low = low.to_kind(Kind::Float).matmul(&up.to_kind(Kind::Float));
+        assert!(golden::distance(&with_low, &(&with_more + of_low)) < 1e-4);
         // The steps of the weights are in the gradient before it is rounded.
         let step = (weight.abs().amax([-1i64], false) / 127.0).clamp_min(1e-30);
         let expected = in_blocks(&(&above * &step)).matmul(&(narrow / step.unsqueeze(1)));
-        let found = codes.product_backward::<f32>(&above).unwrap();
+        let found = codes.product::<f32>(Way::Backward, &above, More::default()).unwrap();
         let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
         assert!(
             off(&found, &expected) < 1e-3 && golden::distance(&found, &above.matmul(&weight)) < 0.3,
@@ -73,11 +84,12 @@ fn every_processor_would_say_the_same() {
         assert_eq!(found, expected);
 
         let panel = &codes.panels[..x.width * WIDE];
+        let factors = std::array::from_fn(|i| 1.0 + i as f32 / 7.0);
         for count in 1..=TILE.min(rows as usize) {
             let mut tiles = [[[0f32; WIDE]; TILE]; 2];
             let [found, expected] = &mut tiles;
-            kernel::tile(&x, 0..count, panel, found);
-            kernel::plain::tile(&x, 0..count, panel, expected);
+            kernel::tile(&x, 0..count, panel, &factors, found);
+            kernel::plain::tile(&x, 0..count, panel, &factors, expected);
             assert_eq!(found, expected);
         }
 
@@ -98,12 +110,14 @@ fn what_is_no_number_is_not_lost() {
     for bad in [f64::NAN, f64::INFINITY] {
         let x = numbers(7, 40, 0.37);
         let _ = x.get(3).get(11).fill_(bad);
-        let product = codes.product::<f32>(&x, None).unwrap();
+        let product = codes.product::<f32>(Way::Forward, &x, More::default()).unwrap();
         let finite = |row: i64| product.get(row).isfinite().all().int64_value(&[]) == 1;
         assert!(finite(2) && finite(4));
         assert_eq!(product.get(3).isfinite().any().int64_value(&[]), 0);
     }
-    let zero = codes.product::<f32>(&Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), None).unwrap();
+    let zero = codes
+        .product::<f32>(Way::Forward, &Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), More::default())
+        .unwrap();
     assert_eq!(f64::try_from(zero.abs().max()).unwrap(), 0.0);
 }
 
@@ -116,4 +130,9 @@ fn no_thread_waits_for_work_and_no_task_is_small() {
     {
         assert_eq!(rows_of_task(rows, panels), expected, "{rows}, {panels}");
     }
+}
+
+/// Rows added to a product.
+fn added(more: &Tensor) -> More<'static, f32> {
+    More { rows: Some(Rows::of(more, more.size()[1]).unwrap()), low: Vec::new() }
 }

@@ -40,11 +40,14 @@ pub(super) struct Kept {
     pub low_down: Option<Tensor>,
 }
 
+/// What adapters add in one layer, by group.
+type OfLayer = [Vec<Box<dyn LowRank>>; 4];
+
 /// Packed sequences on their way through a base with adapters.
 pub(super) struct Forward<'a, W> {
     pub base: &'a Base,
     /// What adapters add, by layer and group.
-    factors: Vec<[Vec<Box<dyn LowRank>>; 4]>,
+    factors: Vec<OfLayer>,
     pub level: Level,
     pub spans: Vec<Span>,
     /// Where the blocks are entered.
@@ -218,11 +221,7 @@ impl<'a, W: Element> Forward<'a, W> {
 }
 
 /// What adapters add in the layers from `from` on, by layer and group.
-fn factors<W: Element>(
-    base: &Base,
-    active: &ActiveAdapters,
-    from: usize,
-) -> Result<Vec<[Vec<Box<dyn LowRank>>; 4]>> {
+fn factors<W: Element>(base: &Base, active: &ActiveAdapters, from: usize) -> Result<Vec<OfLayer>> {
     let c = &base.config;
     let groups = [
         (Group::Qkv, c.qkv_rows().to_vec()),
@@ -241,8 +240,7 @@ fn factors<W: Element>(
     }
     let made: Vec<OnceLock<Box<dyn LowRank>>> = sources.iter().map(|_| OnceLock::new()).collect();
     each_alone(sources.len(), |i| drop(made[i].set(sources[i].read(Level::best()))));
-    let mut factors: Vec<[Vec<Box<dyn LowRank>>; 4]> =
-        (0..base.layers.len()).map(|_| Default::default()).collect();
+    let mut factors: Vec<OfLayer> = (0..base.layers.len()).map(|_| Default::default()).collect();
     for ((layer, group), made) in places.into_iter().zip(made) {
         factors[layer][group as usize].extend(made.into_inner());
     }

@@ -158,12 +158,12 @@ mod avx512 {
         const VECTORS: usize = WIDE / LANES;
         let starts = starts(rows, panel.len() / WIDE);
         let mut with = [[_mm512_setzero_ps(); VECTORS]; TILE];
-        for i in 0..TILE {
-            for j in 0..VECTORS {
+        for (with, sums) in with.iter_mut().zip(&*sums) {
+            for (with, sums) in with.iter_mut().zip(sums.as_chunks::<LANES>().0) {
                 // SAFETY: sixteen numbers.
                 #[allow(unsafe_code)]
                 unsafe {
-                    with[i][j] = _mm512_loadu_ps(sums[i].as_ptr().add(j * LANES));
+                    *with = _mm512_loadu_ps(sums.as_ptr());
                 }
             }
         }
@@ -172,9 +172,8 @@ mod avx512 {
             #[allow(unsafe_code)]
             unsafe {
                 let mut vectors = [transmute::<__m512i, __m512bh>(_mm512_set1_epi32(0)); VECTORS];
-                for j in 0..VECTORS {
-                    let from = of_panel.as_ptr().add(j * 2 * LANES);
-                    vectors[j] = transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast()));
+                for (vector, from) in vectors.iter_mut().zip(of_panel.as_chunks::<{ 2 * LANES }>().0) {
+                    *vector = transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.as_ptr().cast()));
                 }
                 for i in 0..TILE {
                     let x = _mm512_set1_epi32(starts[i].add(2 * pair).cast::<i32>().read_unaligned());
@@ -185,12 +184,12 @@ mod avx512 {
                 }
             }
         }
-        for i in 0..TILE {
-            for j in 0..VECTORS {
-                // SAFETY: as above.
+        for (with, sums) in with.iter().zip(sums) {
+            for (with, sums) in with.iter().zip(sums.as_chunks_mut::<LANES>().0) {
+                // SAFETY: sixteen numbers.
                 #[allow(unsafe_code)]
                 unsafe {
-                    _mm512_storeu_ps(sums[i].as_mut_ptr().add(j * LANES), with[i][j]);
+                    _mm512_storeu_ps(sums.as_mut_ptr(), *with);
                 }
             }
         }

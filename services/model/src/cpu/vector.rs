@@ -1,6 +1,8 @@
 //! Loops over numbers that the compiler turns into vector instructions, for each instruction set the processor may
 //! have.
 
+use std::sync::OnceLock;
+
 use half::{bf16, f16};
 
 /// What the processor computes with, chosen once.
@@ -20,8 +22,13 @@ pub(crate) enum Level {
 
 impl Level {
     /// The best of this processor.
-    #[cfg(target_arch = "x86_64")]
     pub fn best() -> Self {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(Self::find)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn find() -> Self {
         let narrow = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
@@ -41,9 +48,8 @@ impl Level {
         }
     }
 
-    /// The best of this processor.
     #[cfg(not(target_arch = "x86_64"))]
-    pub fn best() -> Self {
+    fn find() -> Self {
         Self::Plain
     }
 }

@@ -251,8 +251,8 @@ mod avx512 {
             unsafe {
                 let order = _mm512_loadu_si512(IN_PAIRS.as_ptr().cast());
                 let mut with = [_mm512_setzero_ps(); R];
-                for i in 0..R {
-                    with[i] = _mm512_maskz_loadu_ps(self.within, self.sums.add(i * self.of_sums));
+                for (i, with) in with.iter_mut().enumerate() {
+                    *with = _mm512_maskz_loadu_ps(self.within, self.sums.add(i * self.of_sums));
                 }
                 for pair in 0..self.count.div_ceil(2) {
                     let row = self.rows.add(2 * pair * self.width);
@@ -265,13 +265,13 @@ mod avx512 {
                     let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(one), two);
                     let both = transmute::<__m512i, __m512bh>(_mm512_permutexvar_epi16(order, both));
                     let numbers = self.pairs.add(2 * pair * self.of_pair).cast::<i32>();
-                    for i in 0..R {
+                    for (i, with) in with.iter_mut().enumerate() {
                         let number = _mm512_set1_epi32(numbers.add(i).read_unaligned());
-                        with[i] = _mm512_dpbf16_ps(with[i], both, transmute::<__m512i, __m512bh>(number));
+                        *with = _mm512_dpbf16_ps(*with, both, transmute::<__m512i, __m512bh>(number));
                     }
                 }
-                for i in 0..R {
-                    _mm512_mask_storeu_ps(self.sums.add(i * self.of_sums), self.within, with[i]);
+                for (i, with) in with.iter().enumerate() {
+                    _mm512_mask_storeu_ps(self.sums.add(i * self.of_sums), self.within, *with);
                 }
             }
             R

@@ -8,6 +8,7 @@ use tch::Tensor;
 use crate::device::Precision;
 use crate::distillation::Teacher;
 use crate::guard::Guard;
+use crate::heap::Kept;
 use crate::latent::{self, Latents};
 use crate::llama::Base;
 use crate::lora::Adapter;
@@ -74,6 +75,7 @@ pub struct Learner {
     guards: Vec<Box<dyn Guard>>,
     latents: Option<Box<dyn Latents>>,
     config: LearnerConfig,
+    _heap: Kept,
 }
 
 impl Learner {
@@ -96,7 +98,8 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        Ok(Self { base, adapter, optimiser, guards: Vec::new(), latents: None, config })
+        let (guards, latents, _heap) = (Vec::new(), None, Kept::new());
+        Ok(Self { base, adapter, optimiser, guards, latents, config, _heap })
     }
 
     /// Has a method against forgetting take part in every step. Of several teachers the last is heard,

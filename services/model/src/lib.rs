@@ -26,6 +26,7 @@ pub mod fuse;
 pub mod generate;
 pub mod grammar;
 pub mod guard;
+mod heap;
 pub mod hf;
 pub mod labels;
 pub mod latent;

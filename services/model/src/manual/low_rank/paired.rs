@@ -1,6 +1,7 @@
 //! An adapter's part in bf16, by products of pairs.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
 use half::bf16;
@@ -145,10 +146,14 @@ impl LowRank for Paired {
             [&low, &above, &of_low].iter().all(|of| of.len() == x.len()),
             "an adapter's gradient is of rows of several numbers"
         );
-        let upright = |rows: &Rows<bf16>| -> Vec<Upright> {
-            self.parts.iter().map(|part| Upright::new(rows, part.ranks.clone())).collect()
-        };
-        let (low, of_low) = (upright(&low), upright(&of_low));
+        let parts = self.parts.len();
+        let made: Vec<OnceLock<Upright>> = (0..2 * parts).map(|_| OnceLock::new()).collect();
+        each_alone(made.len(), |i| {
+            let (rows, part) = (if i < parts { &low } else { &of_low }, &self.parts[i % parts]);
+            drop(made[i].set(Upright::new(rows, part.ranks.clone())));
+        });
+        let made: Vec<Upright> = made.into_iter().filter_map(OnceLock::into_inner).collect();
+        let (low, of_low) = made.split_at(parts);
         // Strips of each B, then those of A.
         let mut strips: Vec<(Option<usize>, Range<usize>)> = Vec::new();
         for (i, part) in self.parts.iter().enumerate() {

@@ -8,6 +8,7 @@ use std::arch::x86_64::{
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_setzero_ps, _mm256_setzero_si256,
     _mm256_slli_epi32,
 };
+use std::ops::Range;
 
 use half::bf16;
 
@@ -21,6 +22,13 @@ const BLOCK: usize = 64;
 /// Numbers of 16 bits times codes of 8 whose sums, eight side by side, stay within 32 bits.
 const EXACT: usize = 4096;
 
+/// Parts of a row that are added up by themselves: a row alone needs several sums that go on side by side, since an addition takes
+/// several times as long as the processor needs to begin the next. Of several rows one part comes after the other, so that the
+/// sums are the same.
+const PARTS: usize = 4;
+/// Numbers of a vector.
+const LANES: usize = 8;
+
 /// The product of the rows of `x` with those of `w`, which is f32, bf16 or f16, with rows of `k`.
 pub(super) fn dense<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
     // Twelve sums and what they are made of are as much as fits into the registers.
@@ -28,6 +36,12 @@ pub(super) fn dense<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>
     const COLUMNS: usize = 4;
     #[target_feature(enable = "avx2,fma,f16c")]
     fn all<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
+        if band.rows() == 1 {
+            for column in 0..band.count {
+                band.row(0)[column] = dense_alone(x, w, column, k);
+            }
+            return;
+        }
         cover!(band, dense_tile::<W>, x, w, k);
     }
     // SAFETY: only called on a processor with these instructions.
@@ -35,6 +49,35 @@ pub(super) fn dense<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>
     unsafe {
         all(x, w, k, band);
     }
+}
+
+/// One row with one row of weights, which is read in one go.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dense_alone<W: Number>(x: &[f32], w: &[W], column: usize, k: usize) -> f32 {
+    let (x, w) = (row(x, 0, k), row(w, column, k));
+    let (part, whole) = (k / LANES / PARTS * LANES, k / LANES * LANES);
+    let mut sums = [_mm256_setzero_ps(); PARTS];
+    for at in (0..part).step_by(LANES) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            ahead(w.wrapping_add(k + i * part + at));
+            // SAFETY: within the part, of which there are so many in `k` numbers.
+            #[allow(unsafe_code)]
+            let (x, w) = unsafe { (_mm256_loadu_ps(x.add(i * part + at)), load(w.add(i * part + at))) };
+            *sum = _mm256_fmadd_ps(x, w, *sum);
+        }
+    }
+    for at in (PARTS * part..whole).step_by(LANES) {
+        // SAFETY: `at + LANES` is at most `k`.
+        #[allow(unsafe_code)]
+        let (x, w) = unsafe { (_mm256_loadu_ps(x.add(at)), load(w.add(at))) };
+        sums[PARTS - 1] = _mm256_fmadd_ps(x, w, sums[PARTS - 1]);
+    }
+    let mut total = sums[0];
+    for sum in &sums[1..] {
+        total = _mm256_add_ps(total, *sum);
+    }
+    rest(add_up(total), x, w, whole..k)
 }
 
 #[inline]
@@ -48,42 +91,59 @@ fn dense_tile<const R: usize, const C: usize, W: Number>(
 ) -> [[f32; C]; R] {
     let x: [*const f32; R] = std::array::from_fn(|i| row(x, first_row + i, k));
     let w: [*const W; C] = std::array::from_fn(|j| row(w, first_column + j, k));
-    let mut sums = [[_mm256_setzero_ps(); C]; R];
-    let whole = k / 8 * 8;
-    let mut at = 0;
-    while at < whole {
-        let mut wide = [_mm256_setzero_ps(); R];
-        for i in 0..R {
-            // SAFETY: `at + 8` is at most `k`, and each pointer has `k` numbers behind it.
-            #[allow(unsafe_code)]
-            unsafe {
-                wide[i] = _mm256_loadu_ps(x[i].add(at));
-            }
-        }
-        for j in 0..C {
-            ahead(w[j].wrapping_add(at + C * k));
-            // SAFETY: as above.
-            #[allow(unsafe_code)]
-            let w = unsafe { load(w[j].add(at)) };
+    let (part, whole) = (k / LANES / PARTS * LANES, k / LANES * LANES);
+    let mut totals = [[_mm256_setzero_ps(); C]; R];
+    for p in 0..PARTS {
+        let mut sums = [[_mm256_setzero_ps(); C]; R];
+        let end = if p + 1 < PARTS { (p + 1) * part } else { whole };
+        let mut at = p * part;
+        while at < end {
+            let mut wide = [_mm256_setzero_ps(); R];
             for i in 0..R {
-                sums[i][j] = _mm256_fmadd_ps(wide[i], w, sums[i][j]);
+                // SAFETY: `at + LANES` is at most `k`, and each pointer has `k` numbers behind it.
+                #[allow(unsafe_code)]
+                unsafe {
+                    wide[i] = _mm256_loadu_ps(x[i].add(at));
+                }
+            }
+            for j in 0..C {
+                ahead(w[j].wrapping_add(at + C * k));
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                let w = unsafe { load(w[j].add(at)) };
+                for i in 0..R {
+                    sums[i][j] = _mm256_fmadd_ps(wide[i], w, sums[i][j]);
+                }
+            }
+            at += LANES;
+        }
+        for i in 0..R {
+            for j in 0..C {
+                totals[i][j] = if p == 0 { sums[i][j] } else { _mm256_add_ps(totals[i][j], sums[i][j]) };
             }
         }
-        at += 8;
     }
     let mut out = [[0.0; C]; R];
     for i in 0..R {
         for j in 0..C {
-            out[i][j] = add_up(sums[i][j]);
-            for at in whole..k {
-                // SAFETY: `at` is below `k`.
-                #[allow(unsafe_code)]
-                let (x, w) = unsafe { (*x[i].add(at), *w[j].add(at)) };
-                out[i][j] = x.mul_add(w.wide(), out[i][j]);
-            }
+            out[i][j] = rest(add_up(totals[i][j]), x[i], w[j], whole..k);
         }
     }
     out
+}
+
+/// Adds what is beyond whole vectors to a sum.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn rest<W: Number>(sum: f32, x: *const f32, w: *const W, places: Range<usize>) -> f32 {
+    let mut sum = sum;
+    for at in places {
+        // SAFETY: the callers' rows have these places.
+        #[allow(unsafe_code)]
+        let (x, w) = unsafe { (*x.add(at), *w.add(at)) };
+        sum = x.mul_add(w.wide(), sum);
+    }
+    sum
 }
 
 /// Eight weights as f32.

@@ -1,5 +1,6 @@
 //! The pass on the CPU against the plain one, and against itself in other company.
 
+use super::vector::LEVELS;
 use super::*;
 use crate::device::{Placement, Precision};
 use crate::golden;
@@ -93,7 +94,7 @@ fn every_format_gives_what_the_plain_pass_gives() {
             let plain = golden::logits(&base, &base.activate(&[(&adapter, weight)]).unwrap(), &tensor).get(0);
             let active = Arc::new(Cpu::activate(&base, &[(&adapter, weight)]).unwrap());
             // On every kind of processor that this one can be.
-            for level in [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx] {
+            for level in LEVELS {
                 if level <= Level::best() {
                     let mut cpu = cpu(&base);
                     cpu.set_level(level);
@@ -124,7 +125,8 @@ fn a_copy_in_sixteen_bits_changes_nothing_and_is_made_only_where_it_does_not() {
 
 #[test]
 fn a_token_is_computed_alike_in_any_company() {
-    for (precision, quantisation, _) in KINDS {
+    let levels = LEVELS.into_iter().filter(|&level| level <= Level::best());
+    for (level, (precision, quantisation, _)) in levels.flat_map(|level| KINDS.map(|kind| (level, kind))) {
         let (base, adapter) = wide(precision, quantisation);
         let none = Arc::new(CpuAdapters::default());
         let one = Arc::new(Cpu::activate(&base, &[(&adapter, 1.0)]).unwrap());
@@ -132,6 +134,7 @@ fn a_token_is_computed_alike_in_any_company() {
         let row = |seed: u32, len: u32| (0..len).map(|i| (i * 37 + seed * 11) % 500).collect::<Vec<u32>>();
         let all = [(row(1, 80), &none), (row(2, 45), &one), (row(3, 33), &two), (row(4, 7), &one)];
         let mut cpu = cpu(&base);
+        cpu.set_level(level);
         let alone: Vec<Vec<f32>> = all
             .iter()
             .map(|(row, adapters)| {
@@ -159,7 +162,7 @@ fn a_token_is_computed_alike_in_any_company() {
             .map(|((row, adapters), pages)| Span { ids: &row[last(row)..], adapters, pages, speaks: true })
             .collect();
         let together: Vec<Vec<f32>> = cpu.forward(&mut spans).unwrap().into_iter().flatten().collect();
-        assert_eq!(together, alone, "{precision:?} {quantisation}");
+        assert_eq!(together, alone, "{level:?} {precision:?} {quantisation}");
         // An answer that begins with the full pages of another one goes on as that one would.
         let begun = pages[0].full().to_vec();
         assert_eq!(begun.len(), 2);

@@ -35,28 +35,33 @@ impl Drop for Kept {
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep() {
-    set(1 << 30, 1 << 30);
+    set(1 << 30, 1 << 30, 64 << 20);
 }
 
 /// With what glibc comes to by itself when such pieces have been freed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn give_back() {
-    set(32 << 20, 64 << 20);
-    // SAFETY: may be called at any time.
+    set(32 << 20, 64 << 20, 128 << 10);
+    // SAFETY: it gives back what is free, and nothing else.
     #[allow(unsafe_code)]
     unsafe {
         libc::malloc_trim(0);
     }
 }
 
-/// From how many bytes on a piece has pages of its own, and how many free ones at the end of the heap are given back.
+/// From how many bytes on a piece has pages of its own, how many free ones at the end of the heap are given back, and how many are
+/// asked for beyond what is needed, by which the heaps of other threads than the first are kept too.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn set(own_pages: libc::c_int, free: libc::c_int) {
-    // SAFETY: may be called at any time, with any numbers.
+fn set(own_pages: libc::c_int, free: libc::c_int, beyond: libc::c_int) {
+    // SAFETY: other threads may read these numbers meanwhile, each a word, of which any value will do.
     #[allow(unsafe_code)]
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, own_pages);
+        // Before 2.35 glibc takes no more than this.
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, own_pages) == 0 {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        }
         libc::mallopt(libc::M_TRIM_THRESHOLD, free);
+        libc::mallopt(libc::M_TOP_PAD, beyond);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::device::Precision;
 use crate::distillation::Teacher;
@@ -75,7 +75,7 @@ pub struct Learner {
     guards: Vec<Box<dyn Guard>>,
     latents: Option<Box<dyn Latents>>,
     config: LearnerConfig,
-    _heap: Kept,
+    _heap: Option<Kept>,
 }
 
 impl Learner {
@@ -98,7 +98,8 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        let (guards, latents, _heap) = (Vec::new(), None, Kept::new());
+        let _heap = (base.device() == Device::Cpu).then(Kept::new);
+        let (guards, latents) = (Vec::new(), None);
         Ok(Self { base, adapter, optimiser, guards, latents, config, _heap })
     }
 

@@ -119,7 +119,8 @@ impl<'a, W: Element> Forward<'a, W> {
     }
 
     /// `x W^T` for a matrix of a block, or on the way back `x W`: the gradient of what it multiplies, where `x` is that of the product.
-    /// With what adapters add to it, and `more`. Returns also what `x` comes down to in the last adapter.
+    /// With what adapters add to it, and `more`. Returns also what `x` comes down to in the
+    /// last adapter: a gradient is that of one alone.
     pub fn times(
         &self,
         way: Way,

@@ -1,6 +1,6 @@
 //! Products with frozen matrices in whole numbers of 8 bits, of which a processor multiplies twice as many at a time as of bf16:
-//! forward, and backward to the input (SwitchBack, arXiv 2304.13013). What an adapter adds, and the gradients of its
-//! weights, are computed as ever.
+//! forward, and backward to the input (SwitchBack, arXiv 2304.13013). What an adapter adds is not, though it
+//! may join the sums of the same product; nor are the gradients of its weights.
 //!
 //! Each row of weights has a step of its own, and of activations and gradients each block of a row. A product adds up over inputs,
 //! so there the steps of the weights can wait. What goes back adds up over outputs, so there they go into the gradient before that

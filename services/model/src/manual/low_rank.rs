@@ -1,4 +1,5 @@
-//! What an adapter adds to the products of a block, and its gradient, each in one pass over the rows.
+//! What an adapter adds to the products of a block, and its gradient: rows go down to its ranks and up again, where they can
+//! within the base's own product.
 //!
 //! For libtorch these are some thirty products a block, so small that it takes longer to set most of them up than to do
 //! them.

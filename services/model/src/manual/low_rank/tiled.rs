@@ -30,7 +30,7 @@ pub(super) struct Tiled<W> {
 }
 
 /// One B, and where it applies.
-pub(crate) struct Part {
+struct Part {
     /// Its ranks among all.
     rank: usize,
     ranks: usize,

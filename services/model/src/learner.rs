@@ -3,12 +3,11 @@
 use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::device::Precision;
 use crate::distillation::Teacher;
 use crate::guard::Guard;
-use crate::heap::Kept;
 use crate::latent::{self, Latents};
 use crate::llama::Base;
 use crate::lora::Adapter;
@@ -75,7 +74,6 @@ pub struct Learner {
     guards: Vec<Box<dyn Guard>>,
     latents: Option<Box<dyn Latents>>,
     config: LearnerConfig,
-    _heap: Option<Kept>,
 }
 
 impl Learner {
@@ -98,9 +96,7 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        let _heap = (base.device() == Device::Cpu).then(Kept::new);
-        let (guards, latents) = (Vec::new(), None);
-        Ok(Self { base, adapter, optimiser, guards, latents, config, _heap })
+        Ok(Self { base, adapter, optimiser, guards: Vec::new(), latents: None, config })
     }
 
     /// Has a method against forgetting take part in every step. Of several teachers the last is heard,

@@ -26,7 +26,6 @@ pub mod fuse;
 pub mod generate;
 pub mod grammar;
 pub mod guard;
-mod heap;
 pub mod hf;
 pub mod labels;
 pub mod latent;

@@ -163,7 +163,7 @@ fn above_in<W: Element>(base: &Base, hidden: &Tensor, packed: &Packed, weight: f
     let targets = packed.targets(base.device()).1.f_flatten(0, -1)?;
     let (total, rows) =
         (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));
-    // Logits are there twice at most here, and all panels of codes are turned for each chunk.
+    // All panels of codes are turned for each chunk; and of a logit there are five bytes here at most, where the footprint has 24.
     let rows = if base.codes.is_some() { 3 * rows } else { rows };
     let (mut chunks, mut nll) = (Vec::new(), Vec::new());
     for start in (0..total).step_by(rows as usize) {

@@ -96,6 +96,12 @@ fn gradients(parts: usize, of_a: &[Tensor], of_b: &[(Tensor, f32)]) -> Result<Gr
     Ok((of_a, of_b))
 }
 
+/// That rows have as many numbers as an adapter's part reads of them, or writes.
+fn check<W: Element>(rows: &Rows<W>, wanted: usize) -> Result<()> {
+    ensure!(rows.width() >= wanted, "rows of {} numbers are too short for an adapter", rows.width());
+    Ok(())
+}
+
 /// All rows of a tensor.
 fn rows<W: Element>(of: &Tensor) -> Result<Rows<W>> {
     Rows::of(of, of.size()[1])

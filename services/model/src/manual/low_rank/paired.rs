@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
-use super::{Given, LowRank, ROWS, Source, gradients, rows};
+use super::{Given, LowRank, ROWS, Source, check, gradients, rows};
 use crate::cpu::vector::{Level, Number, narrow, vectorised};
 use crate::manual::Way;
 use crate::manual::kernels::LANES;
@@ -92,7 +92,7 @@ impl LowRank for Paired {
             Way::Forward => self.inputs,
             Way::Backward => self.parts.iter().map(|part| part.columns.end).max().unwrap_or(0),
         };
-        ensure!(x.width() >= wanted, "rows of {} numbers are too short for an adapter", x.width());
+        check(&x, wanted)?;
         let low = Tensor::f_zeros([x.len() as i64, self.width as i64], (Kind::BFloat16, Device::Cpu))?;
         let out = rows::<bf16>(&low)?;
         each_alone(x.len().div_ceil(ROWS), |task| {

@@ -109,5 +109,7 @@ fn what_has_no_pairs_is_in_tiles() {
         let factors =
             Source::<bf16>::of(&Delta { a, ranks: vec![7], parts }, &[outputs]).unwrap().read(Level::best());
         assert!(factors.panels(Way::Forward).is_none());
+        let short = numbers(3, 20, 0.3).to_kind(Kind::BFloat16);
+        assert!(factors.down(Way::Forward, &short).is_err() && factors.down(Way::Backward, &short).is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
-use super::{Given, LowRank, ROWS, Source, gradients, rows};
+use super::{Given, LowRank, ROWS, Source, check, gradients, rows};
 use crate::cpu::vector::{Level, vectorised};
 use crate::manual::Way;
 use crate::manual::kernels::LANES;
@@ -62,6 +62,8 @@ impl<W: Element> LowRank for Tiled<W> {
     /// f32, with more rows and columns, so that there are whole tiles.
     fn down(&self, way: Way, x: &Tensor) -> Result<Tensor> {
         let x = rows::<W>(x)?;
+        let outputs = || self.parts.iter().map(|part| part.column + part.columns).max().unwrap_or(0);
+        check(&x, if matches!(way, Way::Forward) { self.inputs } else { outputs() })?;
         let size = [x.len() + TILE, (self.ranks + LANES).next_multiple_of(LANES)].map(|n| n as i64);
         let low = Tensor::f_zeros(size, (Kind::Float, Device::Cpu))?;
         let out = rows::<f32>(&low)?;

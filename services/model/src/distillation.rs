@@ -95,33 +95,73 @@ impl Teacher {
     /// Only those of libtorch.
     pub(crate) fn opinion(&self, packed: &Packed) -> Result<Option<Opinion<'_>>> {
         let _guard = tch::no_grad_guard();
-        let device = self.base.device();
         let share = |rehearsed| if rehearsed { self.rehearsed_alpha } else { self.mix.alpha };
-        let alphas: Vec<f32> = packed.rehearsed().map(|rehearsed| share(rehearsed) as f32).collect();
-        if alphas.iter().all(|&alpha| alpha == 0.0) {
+        let shares: Vec<f32> = packed.rehearsed().map(|rehearsed| share(rehearsed) as f32).collect();
+        if shares.iter().all(|&share| share == 0.0) {
             return Ok(None);
         }
-        let hidden = loss::learned_hidden(&self.base, &self.adapters, packed)?;
-        let alphas = Tensor::from_slice(&alphas).f_unsqueeze(1)?.f_to_device(device)?;
-        Ok(Some(Opinion { teacher: self, hidden, alphas }))
+        // What it has no say in it need not read.
+        let hidden = match shares.contains(&0.0) {
+            true => loss::learned_hidden(&self.base, &self.adapters, &packed.only(|of| share(of) != 0.0))?,
+            false => loss::learned_hidden(&self.base, &self.adapters, packed)?,
+        };
+        Ok(Some(Opinion { teacher: self, hidden, shares }))
     }
 }
 
-/// A teacher's hidden states at the learned tokens of one micro-batch. Its logits are made in chunks.
+/// What a teacher makes of one micro-batch. Its logits are made in chunks.
 pub(crate) struct Opinion<'a> {
     teacher: &'a Teacher,
+    /// Hidden states of those learned tokens that it has a say in.
     hidden: Tensor,
-    /// The teacher's share of the loss of each token, [learned tokens, 1].
-    alphas: Tensor,
+    /// The teacher's share of the loss of each learned token; 0 where it has no say.
+    shares: Vec<f32>,
+}
+
+/// The same of some of the learned tokens, one after the other.
+pub(crate) struct Heard<'a> {
+    /// The teacher's base.
+    pub base: &'a Base,
+    /// Of those that it has a say in, [so many, hidden_size].
+    pub hidden: Tensor,
+    /// The teacher's share of the loss of each; 0 where it has no say.
+    pub shares: &'a [f32],
+    /// What logits are divided by.
+    pub temperature: f64,
 }
 
 impl Opinion<'_> {
-    /// The gradient of the loss of `count` rows from `start` on with respect to the student's logits, f32
-    /// [count, vocab_size].
+    /// The teacher's base.
+    pub fn base(&self) -> &Base {
+        &self.teacher.base
+    }
+
+    /// What it says of `count` learned tokens from `start` on; none where it has no say in any of them.
+    pub fn heard(&self, start: i64, count: i64) -> Result<Option<Heard<'_>>> {
+        let said = |shares: &[f32]| shares.iter().filter(|&&share| share != 0.0).count() as i64;
+        let (before, rest) = self.shares.split_at(start as usize);
+        let shares = &rest[..count as usize];
+        if said(shares) == 0 {
+            return Ok(None);
+        }
+        let hidden = self.hidden.f_narrow(0, said(before), said(shares))?;
+        Ok(Some(Heard { base: self.base(), hidden, shares, temperature: self.teacher.mix.temperature }))
+    }
+
+    /// The gradient of the loss of some rows from `start` on with respect to the student's logits, f32 [rows, vocab_size].
     pub fn gradient(&self, start: i64, log_probs: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let rows = |of: &Tensor| of.f_narrow(0, start, log_probs.size()[0]);
-        let logits = self.teacher.base.logits(&rows(&self.hidden)?)?;
-        gradient(log_probs, &logits, targets, &rows(&self.alphas)?, self.teacher.mix.temperature)
+        let heard = self.heard(start, log_probs.size()[0])?;
+        let device = log_probs.device();
+        let rows = |of: &Tensor, at: &Tensor| of.f_index_select(0, at);
+        let ones = Tensor::f_ones(targets.size(), (Kind::Float, device))?;
+        let of_text = log_probs.f_exp()?.f_scatter_add_(1, targets, &ones.f_neg()?)?;
+        let Some(Heard { base, hidden, shares, temperature }) = heard else { return Ok(of_text) };
+        let said: Vec<i64> = (0..).zip(shares).filter(|(_, share)| **share != 0.0).map(|(i, _)| i).collect();
+        let at = Tensor::from_slice(&said).f_to_device(device)?;
+        let shares = rows(&Tensor::from_slice(shares).f_unsqueeze(1)?.f_to_device(device)?, &at)?;
+        let logits = base.logits(&hidden)?;
+        let taught = gradient(&rows(log_probs, &at)?, &logits, &rows(targets, &at)?, &shares, temperature)?;
+        Ok(of_text.f_index_copy(0, &at, &taught)?)
     }
 }
 

@@ -42,6 +42,13 @@ pub struct Entry {
     pub x: Tensor,
 }
 
+impl Entry {
+    /// The same, in the same memory.
+    pub(crate) fn share(&self) -> Self {
+        Self { layer: self.layer, x: self.x.shallow_clone() }
+    }
+}
+
 impl Input {
     /// Rows of one sequence each, [batch, length], that begin at position `start`.
     pub fn rows(ids: Tensor, start: i64) -> Self {

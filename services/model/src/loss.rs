@@ -239,8 +239,10 @@ pub(crate) fn above(
 ) -> Result<Above> {
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
     let _guard = tch::no_grad_guard();
-    if opinion.is_none() && !base.head.requires_grad() && manual::applies(base) {
-        return manual::above_in_place(base, hidden, packed, weight);
+    let alike = |other: &Base| manual::applies(other) && other.placement().kind() == base.placement().kind();
+    let by_hand = manual::applies(base) && opinion.is_none_or(|opinion| alike(opinion.base()));
+    if by_hand && !base.head.requires_grad() {
+        return manual::above_in_place(base, hidden, packed, weight, opinion);
     }
     let mut chunks = Vec::new();
     let mut head: Option<Tensor> = None;

@@ -9,6 +9,7 @@
 
 mod attention;
 mod forward;
+mod head;
 mod int8;
 mod kernels;
 mod low_rank;
@@ -27,15 +28,15 @@ use crate::distillation::Teacher;
 use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::{Adapter, Group, Module};
-use crate::loss::{self, Above, SequenceScore};
+use crate::loss::{self, SequenceScore};
 use crate::optim::AdamWConfig;
 use crate::pack::Packed;
 use crate::quant::Quantisation;
+pub(crate) use head::above_in_place;
 pub(crate) use int8::{BaseCodes, is_possible as is_int8_possible, pays as int8_pays};
 
 use attention::attend_backward;
 use forward::{Forward, Kept, Normed};
-use int8::More;
 use low_rank::Given;
 use rows::{Element, Rows, each, each_alone};
 
@@ -149,71 +150,6 @@ pub(crate) fn adamw(
         kernels::adamw(level, weights, &gradient.get(0)[first..first + count], mean, square, taken);
     });
     Ok(())
-}
-
-/// As [`loss::above`], with each chunk's logits turned into their gradient in one pass over them.
-pub(crate) fn above_in_place(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
-    match hidden.f_kind()? {
-        Kind::BFloat16 => above_in::<bf16>(base, hidden, packed, weight),
-        _ => above_in::<f32>(base, hidden, packed, weight),
-    }
-}
-
-fn above_in<W: Element>(base: &Base, hidden: &Tensor, packed: &Packed, weight: f64) -> Result<Above> {
-    let targets = packed.targets(base.device()).1.f_flatten(0, -1)?;
-    let (total, rows) =
-        (packed.learned_tokens() as i64, loss::chunk_rows(base.config().vocab_size, base.device()));
-    // All panels of codes are turned for each chunk; and of a logit there are five bytes here at most, where the footprint has 24.
-    let rows = if base.codes.is_some() { 3 * rows } else { rows };
-    let (mut chunks, mut nll) = (Vec::new(), Vec::new());
-    for start in (0..total).step_by(rows as usize) {
-        let count = rows.min(total - start);
-        let hidden = hidden.f_narrow(0, start, count)?;
-        let targets = targets.f_narrow(0, start, count)?;
-        let mut logits = match &base.codes {
-            Some(codes) => codes.head.product::<W>(Way::Forward, &hidden, More::default())?,
-            None => hidden.f_linear(&base.head, None::<&Tensor>)?,
-        };
-        if let Some(spared) = packed.spared() {
-            let spared = spared.by.f_narrow(0, start, count)?.f_logical_and(&spared.tokens)?;
-            logits = logits.f_masked_fill_(&spared, loss::UNSAYABLE)?;
-        }
-        nll.push(cross_entropy::<W>(&logits, &targets, weight)?);
-        chunks.push(below_head::<W>(base, &logits, &targets)?);
-    }
-    let scores = loss::per_sequence(packed, &Tensor::f_cat(&nll, 0)?)?;
-    Ok(Above { scores, hidden: Tensor::f_cat(&chunks, 0)?, head: None })
-}
-
-/// The gradient of the hidden states [rows, hidden_size] whose logits have the gradient `above`, which is spent.
-fn below_head<W: Element>(base: &Base, above: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let Some(codes) = &base.codes else { return Ok(above.f_matmul(&base.head)?) };
-    // A target's number is as large as all others of its row together, which beside it would round to nothing: it goes its own way.
-    let at = targets.f_unsqueeze(1)?;
-    let of_targets = above.f_gather(1, &at, false)?;
-    let others = above.shallow_clone().f_scatter_value_(1, &at, 0.0)?;
-    let below = codes.head.product::<W>(Way::Backward, &others, More::default())?;
-    Ok(below.f_add(&base.head.f_index_select(0, targets)?.f_mul(&of_targets)?)?)
-}
-
-/// Puts in the place of logits [rows, vocabulary] the gradient of `weight * sum of NLL`; returns the NLL of each row.
-fn cross_entropy<W: Element>(logits: &Tensor, targets: &Tensor, weight: f64) -> Result<Tensor> {
-    let (level, vocabulary) = (Level::best(), logits.size()[1]);
-    let targets: Vec<i64> = targets.f_flatten(0, -1)?.try_into()?;
-    let nll = Tensor::f_zeros([targets.len() as i64], (Kind::Float, Device::Cpu))?;
-    let (rows, out) = (Rows::<W>::of(logits, vocabulary)?, Rows::<f32>::of(&nll, 1)?);
-    ensure!(
-        rows.len() == targets.len() && targets.iter().all(|&target| (0..vocabulary).contains(&target)),
-        "targets do not fit the logits"
-    );
-    each(targets.len(), |i| {
-        let mut room = vec![0f32; vocabulary as usize];
-        // SAFETY: row i is that of this call alone.
-        #[allow(unsafe_code)]
-        let (row, nll) = unsafe { (rows.get_mut(i), out.get_mut(i)) };
-        kernels::cross_entropy(level, row, targets[i] as usize, weight as f32, &mut room, &mut nll[0]);
-    });
-    Ok(nll)
 }
 
 /// One micro-batch, and the gradient of one adapter.

@@ -224,6 +224,36 @@ impl Packed {
         self
     }
 
+    /// The same with padding in the place of sequences that nothing is learned of, or that `keep` says no to: it is asked whether they
+    /// are rehearsed. Nothing is spared.
+    pub(crate) fn only(&self, keep: impl Fn(bool) -> bool) -> Self {
+        let learned: Vec<Learned> = self.learned.iter().filter(|of| keep(of.rehearsed)).copied().collect();
+        let mut segments = vec![-1; self.segments.len()];
+        let mut owner = None;
+        for of in &learned {
+            if owner.replace(of.owner) == Some(of.owner) {
+                continue;
+            }
+            let start = self.starts[of.owner] as usize;
+            let row_end = (start / self.length as usize + 1) * self.length as usize;
+            let segment = self.segments[start];
+            for at in (start..row_end).take_while(|&at| self.segments[at] == segment) {
+                segments[at] = segment;
+            }
+        }
+        Self {
+            rows: self.rows,
+            length: self.length,
+            ids: self.ids.clone(),
+            positions: self.positions.clone(),
+            segments,
+            learned,
+            starts: self.starts.clone(),
+            entry: self.entry.as_ref().map(Entry::share),
+            spared: None,
+        }
+    }
+
     /// What is spared, by whom.
     pub(crate) fn spared(&self) -> Option<&Spared> {
         self.spared.as_ref()
@@ -272,7 +302,7 @@ impl Packed {
     pub(crate) fn unmasked(&self, device: Device) -> Input {
         let shape = [self.rows, self.length];
         let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
-        let entry = self.entry.as_ref().map(|e| Entry { layer: e.layer, x: e.x.shallow_clone() });
+        let entry = self.entry.as_ref().map(Entry::share);
         Input { ids: tensor(&self.ids), positions: tensor(&self.positions), mask: Mask::Causal, entry }
     }
 }
@@ -329,6 +359,20 @@ mod tests {
         assert_eq!(packed.spans(), [(0, 7), (7, 1), (8, 5), (13, 3)]);
         assert_eq!(pack(&base, &[sequence(3), sequence(2)], 1).unwrap().spans(), [(0, 3), (3, 2)]);
         assert!(pack(&base, &[], 8).unwrap().spans().is_empty());
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_padding() {
+        let base = golden::base("llama");
+        let rehearsed = |length| Sequence { rehearsed: true, ..sequence(length) };
+        let packed =
+            pack(&base, &[sequence(3), rehearsed(4), rehearsed(1), rehearsed(6), sequence(2)], 8).unwrap();
+        let only = packed.only(|rehearsed| rehearsed);
+        assert_eq!((only.shape(), only.sequences()), (packed.shape(), 5));
+        assert_eq!(only.owners().collect::<Vec<_>>(), [3, 3, 3, 3, 3, 1, 1, 1]);
+        // Nothing is learned of a single token.
+        assert_eq!(only.spans(), [(packed.start(3) as usize, 6), (packed.start(1) as usize, 4)]);
+        assert_eq!(packed.only(|_| true).spans().len(), 4);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::Way;
 use super::kernels::{LANES, Real};
 use super::pairs::Panels;
-use super::rows::{Element, Rows, each_alone};
+use super::rows::{Element, Rows, each_alone, with_room};
 use super::tiles::{TILE, WIDE};
 use crate::cpu::vector::{Level, vectorised};
 use crate::quant::Matrix;
@@ -216,15 +216,17 @@ impl Narrow {
         each_alone(tasks.len(), |task| {
             let mut taken = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
             let (codes, blocks) = &mut *taken;
-            let mut room = vec![0f32; width.next_multiple_of(LANES)];
             let rows = codes.chunks_exact_mut(width).zip(blocks.chunks_exact_mut(of_row));
-            for (i, (codes, blocks)) in rows.enumerate() {
-                widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), &mut room);
-                let parts = codes.chunks_mut(block).zip(room.chunks(block.next_multiple_of(LANES)));
-                for (of_block, (codes, x)) in blocks.iter_mut().zip(parts) {
-                    *of_block = kernel::round(x, codes);
+            with_room(width.next_multiple_of(LANES), |room| {
+                room[x.width()..].fill(0.0);
+                for (i, (codes, blocks)) in rows.enumerate() {
+                    widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), room);
+                    let parts = codes.chunks_mut(block).zip(room.chunks(block.next_multiple_of(LANES)));
+                    for (of_block, (codes, x)) in blocks.iter_mut().zip(parts) {
+                        *of_block = kernel::round(x, codes);
+                    }
                 }
-            }
+            });
         });
         narrow
     }

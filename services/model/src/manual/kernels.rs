@@ -40,6 +40,19 @@ fn sum_of(len: usize, term: impl Fn(usize) -> f32) -> f32 {
     (whole..len).map(term).sum::<f32>() + sum(sums)
 }
 
+/// The largest number of a row.
+#[inline(always)]
+fn largest<W: Real>(row: &[W]) -> f32 {
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            *most = if x.wide() > *most { x.wide() } else { *most };
+        }
+    }
+    rest.iter().map(|x| x.wide()).chain(most).fold(f32::NEG_INFINITY, f32::max)
+}
+
 vectorised! {
     /// `out = x * inverse * weight`, where `inverse` is one over the root of the mean square (arXiv 1910.07467).
     fn norm [W: Real] [W] (x: &[W], weight: &[f32], epsilon: f32, out: &mut [W], inverse: &mut f32) {
@@ -105,15 +118,7 @@ vectorised! {
     /// how unlikely the target was, in nats. `room` is as long as the row.
     fn cross_entropy [W: Real] [W] (logits: &mut [W], target: usize, weight: f32, room: &mut [f32], nll: &mut f32) {
         let (len, of_target) = (logits.len(), logits[target].wide());
-        let room = &mut room[..len];
-        let mut most = [f32::NEG_INFINITY; LANES];
-        let (chunks, rest) = logits.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (most, x) in most.iter_mut().zip(chunk) {
-                *most = if x.wide() > *most { x.wide() } else { *most };
-            }
-        }
-        let best = rest.iter().map(|x| x.wide()).chain(most).fold(f32::NEG_INFINITY, f32::max);
+        let (room, best) = (&mut room[..len], largest(logits));
         for (room, x) in room.iter_mut().zip(&*logits) {
             *room = exp::<F>(x.wide() - best);
         }
@@ -123,6 +128,60 @@ vectorised! {
             *x = W::of(room * scale);
         }
         logits[target] = W::of(room[target] * scale - weight);
+        *nll = total.ln() + best - of_target;
+    }
+}
+
+/// How a student learns a token.
+#[derive(Clone, Copy)]
+pub(crate) struct Lesson {
+    /// What the loss is multiplied by.
+    pub weight: f32,
+    /// The teacher's share of it.
+    pub share: f32,
+    /// What logits are divided by, where the two are compared.
+    pub temperature: f32,
+}
+
+vectorised! {
+    /// As [`cross_entropy`], of a student's loss: see [`crate::distillation`]. `teacher` has that one's logits; `room` is three times as
+    /// long as the row. Says also where the gradient is largest.
+    fn student [W: Real] [W] (
+        logits: &mut [W],
+        teacher: &[W],
+        target: usize,
+        lesson: Lesson,
+        room: &mut [f32],
+        nll: &mut f32,
+        at: &mut usize,
+    ) {
+        let (len, of_target) = (logits.len(), logits[target].wide());
+        let Lesson { weight, share, temperature } = lesson;
+        let (own, rest) = room.split_at_mut(len);
+        let (soft, softer) = rest.split_at_mut(len);
+        let (teacher, softer) = (&teacher[..len], &mut softer[..len]);
+        let (best, of_teacher, divide) = (largest(logits), largest(teacher), 1.0 / temperature);
+        let terms = own.iter_mut().zip(&mut *soft).zip(&mut *softer).zip(&*logits).zip(teacher);
+        for ((((own, soft), softer), x), y) in terms {
+            *own = exp::<F>(x.wide() - best);
+            *soft = exp::<F>((x.wide() - best) * divide);
+            *softer = exp::<F>((y.wide() - of_teacher) * divide);
+        }
+        let total = sum_of(len, |i| own[i]);
+        let of_text = weight * (1.0 - share);
+        let apart = weight * share * temperature;
+        let (of_own, of_soft, of_softer) =
+            (of_text / total, apart / sum_of(len, |i| soft[i]), apart / sum_of(len, |i| softer[i]));
+        for ((own, soft), softer) in own.iter_mut().zip(&*soft).zip(&*softer) {
+            *own = *own * of_own + (*soft * of_soft - *softer * of_softer);
+        }
+        own[target] -= of_text;
+        for ((x, size), gradient) in logits.iter_mut().zip(&mut *soft).zip(&*own) {
+            *x = W::of(*gradient);
+            *size = gradient.abs();
+        }
+        let most = largest(soft);
+        *at = soft.iter().position(|size| *size == most).unwrap_or(target);
         *nll = total.ln() + best - of_target;
     }
 }
@@ -186,6 +245,19 @@ mod tests {
         out.iter().zip(above).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
     }
 
+    /// A student's loss as [`crate::distillation`] has it.
+    fn taught(x: &[f32], teacher: &[f32], target: usize, lesson: Lesson) -> f32 {
+        let log_softmax = |row: &[f32], divide: f32| {
+            let sum: f32 = row.iter().map(|x| (x / divide).exp()).sum();
+            row.iter().map(|x| x / divide - sum.ln()).collect::<Vec<_>>()
+        };
+        let Lesson { weight, share, temperature } = lesson;
+        let (p, q) = (log_softmax(x, temperature), log_softmax(teacher, temperature));
+        let divergence: f32 = p.iter().zip(&q).map(|(p, q)| q.exp() * (q - p)).sum();
+        let came = -log_softmax(x, 1.0)[target];
+        weight * (share * temperature * temperature * divergence + (1.0 - share) * came)
+    }
+
     #[test]
     fn gradients_are_those_of_the_forward_parts() {
         for level in [Level::Plain, Level::best()] {
@@ -215,6 +287,15 @@ mod tests {
                 (x, nll)
             };
             near(&unlikely(&x).0, &slopes(&x, |x| 0.5 * f64::from(unlikely(x).1)));
+
+            for share in [0.0, 0.3, 1.0] {
+                let lesson = Lesson { weight: 0.5, share, temperature: 2.0 };
+                let (mut gradient, mut nll, mut at) = (x.clone(), 0.0, 0);
+                student(level, &mut gradient, &above, 5, lesson, &mut [0.0; 3 * 37], &mut nll, &mut at);
+                near(&gradient, &slopes(&x, |x| f64::from(taught(x, &above, 5, lesson))));
+                assert!((nll - unlikely(&x).1).abs() < 1e-5);
+                assert!(gradient.iter().all(|other| other.abs() <= gradient[at].abs()));
+            }
         }
     }
 

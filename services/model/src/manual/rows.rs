@@ -1,5 +1,6 @@
 //! The memory of tensors as rows of numbers, shared out among the threads that libtorch computes with.
 
+use std::cell::RefCell;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
@@ -140,6 +141,21 @@ fn each_in(chunk: usize, count: usize, work: &(dyn Fn(usize) + Sync)) {
         _ => task.take(),
     }
     assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
+}
+
+thread_local! {
+    /// Kept from one row to the next, which needs as much as often as not.
+    static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `work` so many numbers, whatever they are.
+pub(super) fn with_room<T>(len: usize, work: impl FnOnce(&mut [f32]) -> T) -> T {
+    ROOM.with_borrow_mut(|room| {
+        if room.len() < len {
+            room.resize(len, 0.0);
+        }
+        work(&mut room[..len])
+    })
 }
 
 struct Task<'a> {

@@ -118,49 +118,49 @@ pub(crate) struct Opinion<'a> {
     shares: Vec<f32>,
 }
 
-/// The same of some of the learned tokens, one after the other.
-pub(crate) struct Heard<'a> {
-    /// The teacher's base.
-    pub base: &'a Base,
-    /// Of those that it has a say in, [so many, hidden_size].
-    pub hidden: Tensor,
-    /// The teacher's share of the loss of each; 0 where it has no say.
-    pub shares: &'a [f32],
-    /// What logits are divided by.
-    pub temperature: f64,
-}
-
 impl Opinion<'_> {
     /// The teacher's base.
     pub fn base(&self) -> &Base {
         &self.teacher.base
     }
 
-    /// What it says of `count` learned tokens from `start` on; none where it has no say in any of them.
-    pub fn heard(&self, start: i64, count: i64) -> Result<Option<Heard<'_>>> {
-        let said = |shares: &[f32]| shares.iter().filter(|&&share| share != 0.0).count() as i64;
-        let (before, rest) = self.shares.split_at(start as usize);
-        let shares = &rest[..count as usize];
-        if said(shares) == 0 {
-            return Ok(None);
-        }
-        let hidden = self.hidden.f_narrow(0, said(before), said(shares))?;
-        Ok(Some(Heard { base: self.base(), hidden, shares, temperature: self.teacher.mix.temperature }))
+    /// What logits are divided by.
+    pub fn temperature(&self) -> f64 {
+        self.teacher.mix.temperature
+    }
+
+    /// The teacher's share of the loss of each learned token; 0 where it has no say.
+    pub fn shares(&self) -> &[f32] {
+        &self.shares
+    }
+
+    /// The teacher's hidden states of those learned tokens that it has a say in, one after the other.
+    pub fn hidden(&self) -> &Tensor {
+        &self.hidden
     }
 
     /// The gradient of the loss of some rows from `start` on with respect to the student's logits, f32 [rows, vocab_size].
     pub fn gradient(&self, start: i64, log_probs: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let heard = self.heard(start, log_probs.size()[0])?;
-        let device = log_probs.device();
-        let rows = |of: &Tensor, at: &Tensor| of.f_index_select(0, at);
-        let ones = Tensor::f_ones(targets.size(), (Kind::Float, device))?;
-        let of_text = log_probs.f_exp()?.f_scatter_add_(1, targets, &ones.f_neg()?)?;
-        let Some(Heard { base, hidden, shares, temperature }) = heard else { return Ok(of_text) };
-        let said: Vec<i64> = (0..).zip(shares).filter(|(_, share)| **share != 0.0).map(|(i, _)| i).collect();
-        let at = Tensor::from_slice(&said).f_to_device(device)?;
-        let shares = rows(&Tensor::from_slice(shares).f_unsqueeze(1)?.f_to_device(device)?, &at)?;
-        let logits = base.logits(&hidden)?;
-        let taught = gradient(&rows(log_probs, &at)?, &logits, &rows(targets, &at)?, &shares, temperature)?;
+        let (device, kind) = (log_probs.device(), Kind::Float);
+        let of_text = log_probs.f_exp()?.f_scatter_add_(
+            1,
+            targets,
+            &Tensor::f_full(targets.size(), -1.0, (kind, device))?,
+        )?;
+        let (before, rest) = self.shares.split_at(start as usize);
+        let said = |shares: &[f32]| -> Vec<i64> {
+            (0..).zip(shares).filter(|(_, share)| **share != 0.0).map(|(i, _)| i).collect()
+        };
+        let (first, shares) = (said(before).len() as i64, &rest[..log_probs.size()[0] as usize]);
+        let rows = said(shares);
+        if rows.is_empty() {
+            return Ok(of_text);
+        }
+        let logits = self.base().logits(&self.hidden.f_narrow(0, first, rows.len() as i64)?)?;
+        let at = Tensor::from_slice(&rows).f_to_device(device)?;
+        let of = |all: &Tensor| all.f_index_select(0, &at);
+        let shares = of(&Tensor::from_slice(shares).f_unsqueeze(1)?.f_to_device(device)?)?;
+        let taught = gradient(&of(log_probs)?, &logits, &of(targets)?, &shares, self.temperature())?;
         Ok(of_text.f_index_copy(0, &at, &taught)?)
     }
 }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attended, Span, attend};
-use super::int8::More;
+use super::int8::{More, Rounding};
 use super::low_rank::{LowRank, Source};
 use super::rows::{Element, Rows, each, each_alone};
 use super::{Way, kernels};
@@ -137,7 +137,7 @@ impl<'a, W: Element> Forward<'a, W> {
                 let rows = more.map(|more| Rows::of(more, more.size()[1])).transpose()?;
                 let more = More { rows, low: of_low.collect::<Result<Vec<_>>>()? };
                 let added = more.low.len();
-                (codes.layers[layer][group as usize].product::<W>(way, x, more)?, added)
+                (codes.layers[layer][group as usize].product::<W>(way, x, Rounding::Nearest, more)?, added)
             }
             None => (self.own_times(way, (layer, group), x, more)?, 0),
         };

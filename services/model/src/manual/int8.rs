@@ -86,7 +86,7 @@ impl Codes {
     /// The nearest ones to `weight`.
     fn new<W: Element>(weight: &Tensor) -> Result<Self> {
         let weight = Rows::<W>::of(weight, weight.size()[1])?;
-        let narrow = Narrow::new(&weight, None, usize::MAX);
+        let narrow = Narrow::new(&weight, None, Rounding::Nearest, usize::MAX);
         let (groups, outputs) = (narrow.width / GROUP, weight.len());
         let mut panels = vec![MIDDLE; outputs.next_multiple_of(WIDE) * groups * GROUP];
         for output in 0..outputs {
@@ -104,14 +104,21 @@ impl Codes {
 
     /// Forward `x W^T` for x [rows, inputs]; back `x W` for x [rows, outputs], the gradient of the former's input where `x` is that of
     /// its output. `more` is added to it.
-    pub(super) fn product<W: Element>(&self, way: Way, x: &Tensor, more: More<'_, W>) -> Result<Tensor> {
+    pub(super) fn product<W: Element>(
+        &self,
+        way: Way,
+        x: &Tensor,
+        rounding: Rounding,
+        more: More<'_, W>,
+    ) -> Result<Tensor> {
         let (x, columns) = match way {
             Way::Forward => {
-                (Narrow::new(&Rows::<W>::of(x, self.inputs as i64)?, None, BLOCK), self.steps.len())
+                let x = Rows::<W>::of(x, self.inputs as i64)?;
+                (Narrow::new(&x, None, rounding, BLOCK), self.steps.len())
             }
             Way::Backward => {
                 let x = Rows::<W>::of(x, self.steps.len() as i64)?;
-                (Narrow::new(&x, Some(&self.steps), BLOCK), self.inputs)
+                (Narrow::new(&x, Some(&self.steps), rounding, BLOCK), self.inputs)
             }
         };
         let (rows, panels) = (x.len(), columns.div_ceil(WIDE));
@@ -144,6 +151,17 @@ impl Codes {
         });
         Ok(product)
     }
+}
+
+/// Which of the two codes beside it a number gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rounding {
+    /// The nearer one.
+    Nearest,
+    /// The one above as often as the number is nearer to it (stochastic rounding, arXiv 1502.02551): numbers far below a step would
+    /// all be nothing else, and thousands of them are not. A hash of its bits stands for chance, so that the same number has the same
+    /// code again.
+    OnAverage,
 }
 
 /// What is added to a product.
@@ -200,8 +218,8 @@ struct Block {
 }
 
 impl Narrow {
-    /// The nearest ones to `x`, whose columns are first multiplied by `times`, with a step for so many numbers of a row.
-    fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>, block: usize) -> Self {
+    /// Those of `x`, whose columns are first multiplied by `times`, with a step for so many numbers of a row.
+    fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>, rounding: Rounding, block: usize) -> Self {
         let (level, width) = (Level::best(), x.width().next_multiple_of(GROUP));
         let block = block.min(width);
         let of_row = width.div_ceil(block);
@@ -223,7 +241,7 @@ impl Narrow {
                     widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), room);
                     let parts = codes.chunks_mut(block).zip(room.chunks(block.next_multiple_of(LANES)));
                     for (of_block, (codes, x)) in blocks.iter_mut().zip(parts) {
-                        *of_block = kernel::round(x, codes);
+                        *of_block = kernel::round(x, rounding, codes);
                     }
                 }
             });

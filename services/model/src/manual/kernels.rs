@@ -145,7 +145,7 @@ pub(crate) struct Lesson {
 
 vectorised! {
     /// As [`cross_entropy`], of a student's loss: see [`crate::distillation`]. `teacher` has that one's logits; `room` is three times as
-    /// long as the row. Says also where the gradient is largest.
+    /// long as the row.
     fn student [W: Real] [W] (
         logits: &mut [W],
         teacher: &[W],
@@ -153,7 +153,6 @@ vectorised! {
         lesson: Lesson,
         room: &mut [f32],
         nll: &mut f32,
-        at: &mut usize,
     ) {
         let (len, of_target) = (logits.len(), logits[target].wide());
         let Lesson { weight, share, temperature } = lesson;
@@ -176,12 +175,9 @@ vectorised! {
             *own = *own * of_own + (*soft * of_soft - *softer * of_softer);
         }
         own[target] -= of_text;
-        for ((x, size), gradient) in logits.iter_mut().zip(&mut *soft).zip(&*own) {
+        for (x, gradient) in logits.iter_mut().zip(&*own) {
             *x = W::of(*gradient);
-            *size = gradient.abs();
         }
-        let most = largest(soft);
-        *at = soft.iter().position(|size| *size == most).unwrap_or(target);
         *nll = total.ln() + best - of_target;
     }
 }
@@ -290,11 +286,10 @@ mod tests {
 
             for share in [0.0, 0.3, 1.0] {
                 let lesson = Lesson { weight: 0.5, share, temperature: 2.0 };
-                let (mut gradient, mut nll, mut at) = (x.clone(), 0.0, 0);
-                student(level, &mut gradient, &above, 5, lesson, &mut [0.0; 3 * 37], &mut nll, &mut at);
+                let (mut gradient, mut nll) = (x.clone(), 0.0);
+                student(level, &mut gradient, &above, 5, lesson, &mut [0.0; 3 * 37], &mut nll);
                 near(&gradient, &slopes(&x, |x| f64::from(taught(x, &above, 5, lesson))));
                 assert!((nll - unlikely(&x).1).abs() < 1e-5);
-                assert!(gradient.iter().all(|other| other.abs() <= gradient[at].abs()));
             }
         }
     }

@@ -3,7 +3,12 @@
 
 use std::ops::Range;
 
-use super::{Block, GROUP, LINE, MIDDLE, Narrow, STEPS, TILE, WIDE};
+use super::{Block, GROUP, LINE, MIDDLE, Narrow, Rounding, STEPS, TILE, WIDE};
+
+/// What the bits of a number are multiplied by, of which product the upper half stands for chance (Knuth's multiplicative hash), and
+/// what that is multiplied by to be 0 to 1.
+const CHANCE: u32 = 0x9e37_79b1;
+const OF_CHANCE: f32 = 1.0 / 65536.0;
 
 /// Whether this processor has the instruction.
 pub fn there() -> bool {
@@ -14,16 +19,16 @@ pub fn there() -> bool {
     false
 }
 
-/// The nearest codes to a block of numbers. `x` is longer by less than a vector; what is beyond the block is zero. A block that is
+/// The codes of a block of numbers. `x` is longer by less than a vector; what is beyond the block is zero. A block that is
 /// not finite has a step that is not, so that no product with it is.
-pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
+pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
     #[cfg(target_arch = "x86_64")]
     if there() {
         // SAFETY: the processor has these instructions.
         #[allow(unsafe_code)]
-        return unsafe { avx512::round(x, codes) };
+        return unsafe { avx512::round(x, rounding, codes) };
     }
-    plain::round(x, codes)
+    plain::round(x, rounding, codes)
 }
 
 /// Some rows of `x`, [`TILE`] at most, times a panel's columns, and these times `factors`.
@@ -56,14 +61,20 @@ pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
 }
 
 pub(super) mod plain {
-    use super::{Block, GROUP, LINE, MIDDLE, Narrow, Range, STEPS, TILE, WIDE};
+    use super::{Block, CHANCE, GROUP, LINE, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
 
-    pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
+    pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
         // As whole numbers, of which those that are no number are the largest: they must not be lost.
         let largest = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
         let inverse = if largest > 0.0 { STEPS / largest } else { 0.0 };
         for (code, x) in codes.iter_mut().zip(x) {
-            *code = (x * inverse).round_ties_even() as i8;
+            let chance = match rounding {
+                Rounding::Nearest => 0.0,
+                Rounding::OnAverage => {
+                    ((x.to_bits().wrapping_mul(CHANCE) >> 16) as f32).mul_add(OF_CHANCE, -0.5)
+                }
+            };
+            *code = x.mul_add(inverse, chance).round_ties_even().min(STEPS) as i8;
         }
         Block { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
     }
@@ -112,18 +123,19 @@ mod avx512 {
         _mm_setr_epi8, _mm_storeu_si128, _mm512_add_epi32, _mm512_and_si512, _mm512_broadcast_i32x4,
         _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_extracti32x4_epi32,
         _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_cvtepi32_storeu_epi8,
-        _mm512_max_epi32, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_reduce_max_epi32, _mm512_set1_epi32,
-        _mm512_set1_ps, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_storeu_ps,
+        _mm512_max_epi32, _mm512_min_epi32, _mm512_mul_ps, _mm512_mullo_epi32, _mm512_reduce_add_epi32,
+        _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+        _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_ps,
     };
 
-    use super::{Block, GROUP, LINE, MIDDLE, Narrow, Range, STEPS, TILE, WIDE};
+    use super::{Block, CHANCE, GROUP, LINE, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
     use crate::manual::kernels::LANES;
 
     /// Vectors of a panel's columns.
     const VECTORS: usize = WIDE / LANES;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn round(x: &[f32], codes: &mut [i8]) -> Block {
+    pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
         let x = x.as_chunks::<LANES>().0;
         let (mut most, magnitude) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
         for x in x {
@@ -135,14 +147,25 @@ mod avx512 {
         let largest = f32::from_bits(_mm512_reduce_max_epi32(most).cast_unsigned());
         let inverse = _mm512_set1_ps(if largest > 0.0 { STEPS / largest } else { 0.0 });
         let mut sums = _mm512_setzero_si512();
+        let (bits, lowest) = match rounding {
+            Rounding::Nearest => (0, 0.0),
+            Rounding::OnAverage => (CHANCE, -0.5),
+        };
+        let (bits, of_chance) = (_mm512_set1_epi32(bits.cast_signed()), _mm512_set1_ps(OF_CHANCE));
+        let (lowest, highest) = (_mm512_set1_ps(lowest), _mm512_set1_epi32(STEPS as i32));
         for (x, codes) in x.iter().zip(codes.chunks_mut(LANES)) {
             let within = (0xffff_u32 >> (LANES - codes.len())) as u16;
             // SAFETY: sixteen numbers, and as many codes as the mask says.
             #[allow(unsafe_code)]
             unsafe {
-                let nearest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), inverse));
-                sums = _mm512_add_epi32(sums, nearest);
-                _mm512_mask_cvtepi32_storeu_epi8(codes.as_mut_ptr(), within, nearest);
+                let own =
+                    _mm512_srli_epi32::<16>(_mm512_mullo_epi32(_mm512_loadu_si512(x.as_ptr().cast()), bits));
+                let chance = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own), of_chance, lowest);
+                let code = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x.as_ptr()), inverse, chance));
+                // A step is itself rounded, so that chance could make one too many of the largest number.
+                let code = _mm512_min_epi32(code, highest);
+                sums = _mm512_add_epi32(sums, code);
+                _mm512_mask_cvtepi32_storeu_epi8(codes.as_mut_ptr(), within, code);
             }
         }
         Block { step: largest / STEPS, sum: _mm512_reduce_add_epi32(sums) }

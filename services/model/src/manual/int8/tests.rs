@@ -40,13 +40,13 @@ fn products_are_those_of_what_was_rounded() {
         let codes = Codes::new::<f32>(&weight).unwrap();
         let narrow = rounded(&weight);
         let expected = in_blocks(&x).matmul(&narrow.tr());
-        let found = codes.product::<f32>(Way::Forward, &x, More::default()).unwrap();
+        let found = codes.product::<f32>(Way::Forward, &x, Rounding::Nearest, More::default()).unwrap();
         let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
         assert!(
             off(&found, &expected) < 1e-3 && golden::distance(&found, &x.matmul(&weight.tr())) < 0.3,
             "{name}"
         );
-        let with_more = codes.product(Way::Forward, &x, added(&more)).unwrap();
+        let with_more = codes.product(Way::Forward, &x, Rounding::Nearest, added(&more)).unwrap();
         assert!(golden::distance(&with_more, &(&found + &more)) < 1e-5);
         let low = numbers(rows, 6, 0.23).to_kind(Kind::BFloat16);
         let up = numbers(6, outputs, 0.19).to_kind(Kind::BFloat16);
@@ -55,13 +55,13 @@ fn products_are_those_of_what_was_rounded() {
         let panels = Panels::new(&[block], |_, row, column| both(row as i64, column as i64));
         let mut with_low = added(&more);
         with_low.low = vec![(&panels, Rows::of(&low, 6).unwrap())];
-        let with_low = codes.product(Way::Forward, &x, with_low).unwrap();
+        let with_low = codes.product(Way::Forward, &x, Rounding::Nearest, with_low).unwrap();
         let of_low = low.to_kind(Kind::Float).matmul(&up.to_kind(Kind::Float));
         assert!(golden::distance(&with_low, &(&with_more + of_low)) < 1e-4);
         // The steps of the weights are in the gradient before it is rounded.
         let step = (weight.abs().amax([-1i64], false) / 127.0).clamp_min(1e-30);
         let expected = in_blocks(&(&above * &step)).matmul(&(narrow / step.unsqueeze(1)));
-        let found = codes.product::<f32>(Way::Backward, &above, More::default()).unwrap();
+        let found = codes.product::<f32>(Way::Backward, &above, Rounding::Nearest, More::default()).unwrap();
         let name = format!("{rows} {inputs} {outputs}: {}", off(&found, &expected));
         assert!(
             off(&found, &expected) < 1e-3 && golden::distance(&found, &above.matmul(&weight)) < 0.3,
@@ -74,14 +74,19 @@ fn products_are_those_of_what_was_rounded() {
 fn every_processor_would_say_the_same() {
     for (rows, inputs, outputs) in SHAPES {
         let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
-        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None, BLOCK);
+        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None, Rounding::Nearest, BLOCK);
         let codes = Codes::new::<f32>(&weight).unwrap();
         let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
             .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })
             .collect();
         let [mut found, mut expected] = [vec![0i8; x.width], vec![0i8; x.width]];
-        assert_eq!(kernel::round(&given, &mut found), kernel::plain::round(&given, &mut expected));
-        assert_eq!(found, expected);
+        for rounding in [Rounding::Nearest, Rounding::OnAverage] {
+            let blocks = [
+                kernel::round(&given, rounding, &mut found),
+                kernel::plain::round(&given, rounding, &mut expected),
+            ];
+            assert_eq!((blocks[0], &found), (blocks[1], &expected));
+        }
 
         let panel = &codes.panels[..x.width * WIDE];
         let factors = std::array::from_fn(|i| 1.0 + i as f32 / 7.0);
@@ -110,13 +115,18 @@ fn what_is_no_number_is_not_lost() {
     for bad in [f64::NAN, f64::INFINITY] {
         let x = numbers(7, 40, 0.37);
         let _ = x.get(3).get(11).fill_(bad);
-        let product = codes.product::<f32>(Way::Forward, &x, More::default()).unwrap();
+        let product = codes.product::<f32>(Way::Forward, &x, Rounding::Nearest, More::default()).unwrap();
         let finite = |row: i64| product.get(row).isfinite().all().int64_value(&[]) == 1;
         assert!(finite(2) && finite(4));
         assert_eq!(product.get(3).isfinite().any().int64_value(&[]), 0);
     }
     let zero = codes
-        .product::<f32>(Way::Forward, &Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)), More::default())
+        .product::<f32>(
+            Way::Forward,
+            &Tensor::zeros([2, 40], (Kind::Float, Device::Cpu)),
+            Rounding::Nearest,
+            More::default(),
+        )
         .unwrap();
     assert_eq!(f64::try_from(zero.abs().max()).unwrap(), 0.0);
 }
@@ -130,6 +140,31 @@ fn no_thread_waits_for_work_and_no_task_is_small() {
     {
         assert_eq!(rows_of_task(rows, panels), expected, "{rows}, {panels}");
     }
+}
+
+#[test]
+fn what_is_far_below_a_step_is_right_on_average() {
+    // Every row has one large number, beside which the 511 others are a tenth of a step or less.
+    let x = (numbers(256, 512, 0.37).abs() * 0.0008).slice_scatter(
+        &Tensor::ones([256, 1], (Kind::Float, Device::Cpu)),
+        1,
+        0,
+        1,
+        1,
+    );
+    let weight = Tensor::ones([3, 512], (Kind::Float, Device::Cpu));
+    let codes = Codes::new::<f32>(&weight).unwrap();
+    let small = |rounding| {
+        let product = codes.product::<f32>(Way::Forward, &x, rounding, More::default()).unwrap();
+        (product - 1.0).mean(Kind::Double).double_value(&[])
+    };
+    let expected = x.narrow(1, 1, 511).sum(Kind::Double).double_value(&[]) / 256.0;
+    assert!(small(Rounding::Nearest).abs() < 1e-3 * expected);
+    assert!(
+        (small(Rounding::OnAverage) / expected - 1.0).abs() < 0.03,
+        "{}",
+        small(Rounding::OnAverage) / expected
+    );
 }
 
 /// Rows added to a product.

@@ -37,7 +37,8 @@ fn above_in<W: Element>(
     let targets = packed.targets(base.device()).1.f_flatten(0, -1)?;
     let count = packed.learned_tokens();
     let most = loss::chunk_rows(base.config().vocab_size, base.device()) as usize;
-    // All panels of codes are turned for each chunk; and of a logit there are five bytes here at most, where the footprint has 24.
+    // All panels of codes are turned for each chunk; and of a logit there are nine bytes here at most, a teacher's and f32, where the
+    // footprint has 24.
     let most = if base.codes.is_some() { 3 * most } else { most };
     let above = Tensor::f_zeros([count as i64, hidden.size()[1]], (W::KIND, Device::Cpu))?;
     let nll = Tensor::f_zeros([count as i64], (Kind::Float, Device::Cpu))?;

@@ -310,7 +310,8 @@ impl Packed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::golden;
+    use crate::active::ActiveAdapters;
+    use crate::{golden, loss};
     use proptest::prelude::*;
 
     fn sequence(length: u32) -> Sequence {
@@ -373,6 +374,12 @@ mod tests {
         // Nothing is learned of a single token.
         assert_eq!(only.spans(), [(packed.start(3) as usize, 6), (packed.start(1) as usize, 4)]);
         assert_eq!(packed.only(|_| true).spans().len(), 4);
+        // What is left is read as before.
+        let hidden = |packed: &Packed| loss::recorded_hidden(&base, &ActiveAdapters::none(), packed).unwrap();
+        let kept: Vec<i64> =
+            (0..).zip(packed.rehearsed()).filter(|(_, rehearsed)| *rehearsed).map(|(i, _)| i).collect();
+        let expected = hidden(&packed).index_select(0, &Tensor::from_slice(&kept));
+        assert!(golden::distance(&hidden(&only), &expected) < 1e-5);
     }
 
     #[test]

@@ -141,27 +141,29 @@ impl Opinion<'_> {
 
     /// The gradient of the loss of some rows from `start` on with respect to the student's logits, f32 [rows, vocab_size].
     pub fn gradient(&self, start: i64, log_probs: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let (device, kind) = (log_probs.device(), Kind::Float);
-        let of_text = log_probs.f_exp()?.f_scatter_add_(
-            1,
-            targets,
-            &Tensor::f_full(targets.size(), -1.0, (kind, device))?,
-        )?;
-        let (before, rest) = self.shares.split_at(start as usize);
+        let device = log_probs.device();
         let said = |shares: &[f32]| -> Vec<i64> {
             (0..).zip(shares).filter(|(_, share)| **share != 0.0).map(|(i, _)| i).collect()
         };
-        let (first, shares) = (said(before).len() as i64, &rest[..log_probs.size()[0] as usize]);
-        let rows = said(shares);
-        if rows.is_empty() {
+        let (before, rest) = self.shares.split_at(start as usize);
+        let shares = &rest[..log_probs.size()[0] as usize];
+        let (first, rows) = (said(before).len() as i64, said(shares));
+        let count = rows.len();
+        let taught = |at: &dyn Fn(&Tensor) -> Result<Tensor>| {
+            let logits = self.base().logits(&self.hidden.f_narrow(0, first, count as i64)?)?;
+            let shares = at(&Tensor::from_slice(shares).f_unsqueeze(1)?.f_to_device(device)?)?;
+            gradient(&at(log_probs)?, &logits, &at(targets)?, &shares, self.temperature())
+        };
+        if count == shares.len() {
+            return taught(&|all| Ok(all.shallow_clone()));
+        }
+        let ones = Tensor::f_full(targets.size(), -1.0, (Kind::Float, device))?;
+        let of_text = log_probs.f_exp()?.f_scatter_add_(1, targets, &ones)?;
+        if count == 0 {
             return Ok(of_text);
         }
-        let logits = self.base().logits(&self.hidden.f_narrow(0, first, rows.len() as i64)?)?;
         let at = Tensor::from_slice(&rows).f_to_device(device)?;
-        let of = |all: &Tensor| all.f_index_select(0, &at);
-        let shares = of(&Tensor::from_slice(shares).f_unsqueeze(1)?.f_to_device(device)?)?;
-        let taught = gradient(&of(log_probs)?, &logits, &of(targets)?, &shares, self.temperature())?;
-        Ok(of_text.f_index_copy(0, &at, &taught)?)
+        Ok(of_text.f_index_copy(0, &at, &taught(&|all| Ok(all.f_index_select(0, &at)?))?)?)
     }
 }
 

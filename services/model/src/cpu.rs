@@ -15,6 +15,8 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
 mod dot;
 mod frozen;
 mod huge;
@@ -152,7 +154,7 @@ impl Cpu {
         let _guard = tch::no_grad_guard();
         let (config, level) = (base.config().clone(), trust::level()?);
         // Where there are products of pairs of bf16, rows would be rounded for them.
-        let narrow = narrow && matches!(level, Level::Avx2 | Level::Avx512);
+        let narrow = narrow && level >= Level::Avx2 && level < Level::Avx512Bf16;
         let view = |matrix: &Matrix| view(matrix, narrow);
         let layer = |layer: &crate::base::Layer| -> Result<Layer> {
             let qk_norm = match &layer.qk_norm {

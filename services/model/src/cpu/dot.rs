@@ -4,13 +4,10 @@
 //! `x` lose less than bf16 does, and sums are exact within a block of 4-bit codes, and over a row of 8-bit ones.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm_loadu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_and_si512, _mm512_broadcast_f32x4, _mm512_castps128_ps512, _mm512_cvtepi8_epi16,
-    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_mul_ps, _mm512_permutexvar_epi16,
-    _mm512_permutexvar_ps, _mm512_set1_epi16, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_srli_epi16, _mm512_storeu_ps,
-    _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
+    _mm512_cvtepi8_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi16, _mm512_dpbf16_ps, _mm512_dpwssd_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutexvar_epi16,
+    _mm512_set1_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
 };
 
 use std::arch::asm;
@@ -18,14 +15,12 @@ use std::mem::transmute;
 
 use half::bf16 as Bf16;
 
+use super::avx512::{COLUMNS, ROWS, add_up, apart, scaled};
 use super::product::Int16;
 use super::team::Band;
 use super::tiles::{ahead, cover, row};
 use crate::quant::NF4;
 
-/// Rows of `x`, and of `W`, that are taken at a time.
-const ROWS: usize = 4;
-const COLUMNS: usize = 4;
 /// Weights that a scale is kept for.
 const BLOCK: usize = 64;
 /// Numbers of 16 bits times codes of 8 whose sums, sixteen side by side, stay within 32 bits.
@@ -114,81 +109,6 @@ fn pairs(bits: __m512i) -> __m512bh {
     unsafe {
         transmute(bits)
     }
-}
-
-/// The sum of the sixteen numbers of each, four of a row side by side: those that are eight places apart, of these sums those that
-/// are four apart, and so on. All at once, since a sum at a time is as much work as the products of a short row.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn add_up<const R: usize, const C: usize>(sums: &[[__m512; C]; R]) -> __m512 {
-    let mut columns = [_mm512_setzero_ps(); COLUMNS];
-    for j in 0..C {
-        let mut rows = [_mm512_setzero_ps(); ROWS];
-        for i in 0..R {
-            rows[i] = sums[i][j];
-        }
-        // A quarter of a vector is a row's from here on.
-        let (first, second) = (halves(rows[0], rows[1]), halves(rows[2], rows[3]));
-        columns[j] = _mm512_add_ps(
-            _mm512_shuffle_f32x4::<0b10_00_10_00>(first, second),
-            _mm512_shuffle_f32x4::<0b11_01_11_01>(first, second),
-        );
-    }
-    let (left, right) = (pairwise(columns[0], columns[1]), pairwise(columns[2], columns[3]));
-    _mm512_add_ps(
-        _mm512_shuffle_ps::<0b01_00_01_00>(left, right),
-        _mm512_shuffle_ps::<0b11_10_11_10>(left, right),
-    )
-}
-
-/// What [`add_up`] gives, times a number for each row and one for each column.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn scaled<const R: usize, const C: usize>(
-    whole: __m512,
-    of_rows: [f32; R],
-    of_columns: [f32; C],
-) -> [[f32; C]; R] {
-    let (mut rows, mut columns) = ([0f32; ROWS], [0f32; COLUMNS]);
-    rows[..R].copy_from_slice(&of_rows);
-    columns[..C].copy_from_slice(&of_columns);
-    let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    // SAFETY: both have four numbers.
-    #[allow(unsafe_code)]
-    let (rows, columns) = unsafe { (_mm_loadu_ps(rows.as_ptr()), _mm_loadu_ps(columns.as_ptr())) };
-    let rows = _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(rows));
-    apart(_mm512_mul_ps(whole, _mm512_mul_ps(rows, _mm512_broadcast_f32x4(columns))))
-}
-
-/// What [`add_up`] gives, by row and column.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn apart<const R: usize, const C: usize>(whole: __m512) -> [[f32; C]; R] {
-    let mut flat = [0f32; ROWS * COLUMNS];
-    // SAFETY: it has room for sixteen numbers.
-    #[allow(unsafe_code)]
-    unsafe {
-        _mm512_storeu_ps(flat.as_mut_ptr(), whole);
-    }
-    let mut out = [[0.0; C]; R];
-    for i in 0..R {
-        out[i].copy_from_slice(&flat[COLUMNS * i..COLUMNS * i + C]);
-    }
-    out
-}
-
-/// Both halves of each added up, side by side.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn halves(a: __m512, b: __m512) -> __m512 {
-    _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
-}
-
-/// Within each quarter, numbers two places apart added up, of one vector and then of the other, in turns.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn pairwise(a: __m512, b: __m512) -> __m512 {
-    _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
 }
 
 /// The product of `x` with rows of 8-bit codes, all blocks of each of which have one scale.

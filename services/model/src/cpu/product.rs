@@ -11,11 +11,11 @@ use tch::{Kind, Tensor};
 
 use super::frozen::Frozen;
 use super::team::{Band, Team};
-use super::vector::{Level, Number, fma, sum, to_bf16, vectorised};
+use super::vector::{FUSED, Level, Number, fma, sum, to_bf16, vectorised};
 use crate::quant::{BLOCK, Codes, Matrix};
 
 #[cfg(target_arch = "x86_64")]
-use super::{amx, avx2, dot};
+use super::{amx, avx2, avx512, dot};
 
 /// Rows of a product, in the formats that its matrices need.
 #[derive(Default)]
@@ -255,13 +255,13 @@ impl Weight {
     /// What products with this need of their rows.
     pub fn formats(&self, level: Level) -> Formats {
         let whole = self.inputs.is_multiple_of(BLOCK as usize);
-        let (narrow, dots) = (whole && level >= Level::Avx2, level >= Level::Avx512Dot);
-        let pairs = whole && dots;
+        let narrow = whole && level >= Level::Avx2;
+        let pairs = whole && level >= Level::Avx512Vnni;
         match &self.numbers {
             Numbers::Bf16(_) if self.tiled && level == Level::Amx => {
                 Formats { tiles: true, ..Formats::default() }
             }
-            Numbers::Bf16(_) => Formats { bf16: dots, ..Formats::default() },
+            Numbers::Bf16(_) => Formats { bf16: level >= Level::Avx512Bf16, ..Formats::default() },
             Numbers::Int8 { .. } => Formats { int16: narrow, ..Formats::default() },
             Numbers::Nf4 { .. } => Formats { int16: pairs, apart: pairs, ..Formats::default() },
             Numbers::F32(_) | Numbers::F16(_) => Formats::default(),
@@ -276,43 +276,30 @@ impl Weight {
         let (wide, of_band) =
             (&x.values[rows.start * k..rows.end * k], band.first * k..(band.first + band.count) * k);
         #[cfg(target_arch = "x86_64")]
-        if level > Level::Plain {
-            let formats = self.formats(level);
-            let int16 =
-                || Int16 { values: &x.int16[rows.start * k..rows.end * k], steps: &x.steps[rows.clone()] };
-            let blocks = of_band.start / BLOCK as usize..of_band.end / BLOCK as usize;
-            match &self.numbers {
-                Numbers::F32(w) => return avx2::dense(wide, &w[of_band], k, band),
-                Numbers::Bf16(w) if formats.tiles => {
-                    assert!(rows == (0..x.rows()), "tiles are of all rows");
-                    return amx::product(&x.tiles, &w[of_band], k, band);
-                }
-                Numbers::Bf16(w) if formats.bf16 => {
-                    return dot::bf16(&x.bf16[rows.start * k..rows.end * k], &w[of_band], k, band);
-                }
-                Numbers::Bf16(w) => return avx2::dense(wide, &w[of_band], k, band),
-                Numbers::F16(w) => return avx2::dense(wide, &w[of_band], k, band),
-                Numbers::Int8 { codes, scales } if formats.int16 => {
-                    let kernel = if level >= Level::Avx512Dot { dot::int8 } else { avx2::int8 };
-                    return kernel(int16(), &codes[of_band], &scales[blocks], k, band);
-                }
-                Numbers::Nf4 { codes, scales } if formats.int16 => {
-                    return dot::nf4(
-                        int16(),
-                        &codes[of_band.start / 2..of_band.end / 2],
-                        &scales[blocks],
-                        k,
-                        band,
-                    );
-                }
-                Numbers::Int8 { .. } | Numbers::Nf4 { .. } => {
-                    let mut made = vec![0.0; of_band.len()];
-                    self.numbers.read(of_band.start, &mut made);
-                    return avx2::dense(wide, &made, k, band);
-                }
-            }
-        }
+        let (formats, blocks) =
+            (self.formats(level), of_band.start / BLOCK as usize..of_band.end / BLOCK as usize);
+        #[cfg(target_arch = "x86_64")]
+        let int16 =
+            || Int16 { values: &x.int16[rows.start * k..rows.end * k], steps: &x.steps[rows.clone()] };
         match &self.numbers {
+            #[cfg(target_arch = "x86_64")]
+            Numbers::Bf16(w) if formats.tiles => {
+                assert!(rows == (0..x.rows()), "tiles are of all rows");
+                amx::product(&x.tiles, &w[of_band], k, band);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Numbers::Bf16(w) if formats.bf16 => {
+                dot::bf16(&x.bf16[rows.start * k..rows.end * k], &w[of_band], k, band);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Numbers::Int8 { codes, scales } if formats.int16 => {
+                let kernel = if level >= Level::Avx512Vnni { dot::int8 } else { avx2::int8 };
+                kernel(int16(), &codes[of_band], &scales[blocks], k, band);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Numbers::Nf4 { codes, scales } if formats.int16 => {
+                dot::nf4(int16(), &codes[of_band.start / 2..of_band.end / 2], &scales[blocks], k, band);
+            }
             Numbers::F32(w) => dense(level, wide, &w[of_band], k, band),
             Numbers::Bf16(w) => dense(level, wide, &w[of_band], k, band),
             Numbers::F16(w) => dense(level, wide, &w[of_band], k, band),
@@ -364,25 +351,34 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// Any format of weights, as f32, a row at a time.
-    fn dense [W: Number] [W] (x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
-        for column in 0..band.count {
-            let (w, w_rest) = w[column * k..(column + 1) * k].as_chunks::<32>();
-            for row in 0..band.rows() {
-                let (x, x_rest) = x[row * k..(row + 1) * k].as_chunks::<32>();
-                let mut sums = [0f32; 32];
-                for (x, w) in x.iter().zip(w) {
-                    for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
-                        *sum = fma::<F>(*x, w.wide(), *sum);
-                    }
+/// The product of the rows of `x` with those of `w`, of any format, with rows of `k`.
+fn dense<W: Number>(level: Level, x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => avx2::dense(x, w, k, band),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Vnni | Level::Avx512Bf16 | Level::Amx => avx512::dense(x, w, k, band),
+        _ => dense_plain(x, w, k, band),
+    }
+}
+
+/// The same without instructions of its own, a row at a time.
+fn dense_plain<W: Number>(x: &[f32], w: &[W], k: usize, band: &mut Band<'_>) {
+    for column in 0..band.count {
+        let (w, w_rest) = w[column * k..(column + 1) * k].as_chunks::<32>();
+        for row in 0..band.rows() {
+            let (x, x_rest) = x[row * k..(row + 1) * k].as_chunks::<32>();
+            let mut sums = [0f32; 32];
+            for (x, w) in x.iter().zip(w) {
+                for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                    *sum = fma::<FUSED>(*x, w.wide(), *sum);
                 }
-                for ((sum, x), w) in sums.iter_mut().zip(x_rest).zip(w_rest) {
-                    *sum = fma::<F>(*x, w.wide(), *sum);
-                }
-                let halves: [f32; 16] = std::array::from_fn(|i| sums[i] + sums[i + 16]);
-                band.row(row)[column] = sum(halves);
             }
+            for ((sum, x), w) in sums.iter_mut().zip(x_rest).zip(w_rest) {
+                *sum = fma::<FUSED>(*x, w.wide(), *sum);
+            }
+            let halves: [f32; 16] = std::array::from_fn(|i| sums[i] + sums[i + 16]);
+            band.row(row)[column] = sum(halves);
         }
     }
 }

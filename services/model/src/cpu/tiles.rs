@@ -17,33 +17,42 @@ macro_rules! cover {
                 }
             }};
         }
-        macro_rules! one {
-            ($columns:expr, $row:ident, $column:ident) => {
-                match $band.rows() - $row {
+        // As many rows as are left and tiles are made for; gives how many those are.
+        macro_rules! some_rows {
+            ($columns:expr, $row:ident, $column:ident) => {{
+                let left = ROWS.min($band.rows() - $row);
+                match left {
+                    left if left == ROWS => put!(ROWS, $columns, $row, $column),
                     1 => put!(1, $columns, $row, $column),
                     2 => put!(2, $columns, $row, $column),
                     3 => put!(3, $columns, $row, $column),
-                    _ => put!(ROWS, $columns, $row, $column),
+                    _ => put!(4, $columns, $row, $column),
                 }
-            };
+                if left == ROWS { ROWS } else { left.min(4) }
+            }};
         }
         let (rows, whole) = ($band.rows(), $band.count / COLUMNS * COLUMNS);
         if rows <= $crate::cpu::tiles::FEW_ROWS {
             for column in (0..whole).step_by(COLUMNS) {
-                for row in (0..rows).step_by(ROWS) {
-                    one!(COLUMNS, row, column);
+                let mut row = 0;
+                while row < rows {
+                    row += some_rows!(COLUMNS, row, column);
                 }
             }
         } else {
-            for row in (0..rows).step_by(ROWS) {
+            let mut row = 0;
+            while whole > 0 && row < rows {
+                let mut done = 0;
                 for column in (0..whole).step_by(COLUMNS) {
-                    one!(COLUMNS, row, column);
+                    done = some_rows!(COLUMNS, row, column);
                 }
+                row += done;
             }
         }
         for column in whole..$band.count {
-            for row in (0..rows).step_by(ROWS) {
-                one!(1, row, column);
+            let mut row = 0;
+            while row < rows {
+                row += some_rows!(1, row, column);
             }
         }
     }};

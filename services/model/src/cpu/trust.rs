@@ -13,7 +13,7 @@ use crate::quant::{Matrix, Quantisation};
 /// # Errors
 /// Only those of libtorch.
 pub(super) fn level() -> Result<Level> {
-    for level in [Level::Amx, Level::Avx512Dot, Level::Avx512, Level::Avx2] {
+    for level in [Level::Amx, Level::Avx512Bf16, Level::Avx512Vnni, Level::Avx512, Level::Avx2] {
         if level <= Level::best() && agrees(level)? {
             return Ok(level);
         }
@@ -82,7 +82,7 @@ mod tests {
         let ones = |rows: i64| Tensor::ones([rows, width], (Kind::BFloat16, Device::Cpu));
         let matrix = Matrix::new(ones(5), Quantisation::Int8).unwrap();
         let weight = Weight::of_matrix(&matrix).unwrap();
-        for level in [Level::Avx2, Level::Avx512Dot].into_iter().filter(|level| *level <= Level::best()) {
+        for level in [Level::Avx2, Level::Avx512Vnni].into_iter().filter(|level| *level <= Level::best()) {
             for rows in [1, 5] {
                 let x = crate::generate::to_vec(&ones(rows).to_kind(Kind::Float)).unwrap();
                 for sum in product(&weight, &x, level) {

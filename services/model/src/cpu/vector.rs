@@ -14,8 +14,10 @@ pub(crate) enum Level {
     Avx2,
     /// AVX-512.
     Avx512,
-    /// AVX-512 with products of bf16 and of 16-bit integers.
-    Avx512Dot,
+    /// AVX-512 with products of 16-bit integers.
+    Avx512Vnni,
+    /// The same with products of bf16.
+    Avx512Bf16,
     /// The same with tiles of bf16.
     Amx,
 }
@@ -37,8 +39,14 @@ impl Level {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq");
-        if wide && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
-            if super::amx::is_there() { Self::Amx } else { Self::Avx512Dot }
+        let integers = wide && is_x86_feature_detected!("avx512vnni");
+        let pairs = integers && is_x86_feature_detected!("avx512bf16");
+        if pairs && super::amx::is_there() {
+            Self::Amx
+        } else if pairs {
+            Self::Avx512Bf16
+        } else if integers {
+            Self::Avx512Vnni
         } else if wide {
             Self::Avx512
         } else if narrow {
@@ -56,8 +64,8 @@ impl Level {
 
 /// All of them, the least first.
 #[cfg(test)]
-pub(crate) const LEVELS: [Level; 5] =
-    [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Dot, Level::Amx];
+pub(crate) const LEVELS: [Level; 6] =
+    [Level::Plain, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
 
 /// Whether a multiplication and an addition are one instruction without asking.
 pub(crate) const FUSED: bool = cfg!(target_arch = "aarch64");
@@ -100,7 +108,8 @@ macro_rules! vectorised {
                 #[cfg(target_arch = "x86_64")]
                 #[allow(unsafe_code)]
                 $crate::cpu::vector::Level::Amx
-                | $crate::cpu::vector::Level::Avx512Dot
+                | $crate::cpu::vector::Level::Avx512Bf16
+                | $crate::cpu::vector::Level::Avx512Vnni
                 | $crate::cpu::vector::Level::Avx512 => unsafe {
                     avx512::<$($given),*>($($arg),*);
                 },

@@ -14,7 +14,7 @@ use crate::cpu::vector::Level;
 
 /// Whether this level multiplies pairs.
 pub(super) fn there(level: Level) -> bool {
-    level >= Level::Avx512Dot
+    level >= Level::Avx512Bf16
 }
 
 /// A matrix [inner, columns] of few columns, whose rows lie in pairs: [inner / 2, columns, 2]. There are whole vectors of columns, of

@@ -13,8 +13,7 @@ const OF_CHANCE: f32 = 1.0 / 65536.0;
 /// Whether this processor has the instruction.
 pub fn there() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512vnni")
-        && crate::cpu::vector::Level::best() >= crate::cpu::vector::Level::Avx512;
+    return crate::cpu::vector::Level::best() >= crate::cpu::vector::Level::Avx512Vnni;
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

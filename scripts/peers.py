@@ -1,6 +1,7 @@
 """What scripts/compare-peers runs in Python: the peers' side of each measurement, and the table of all.
 
-    peers.py prepare SHAPE FOLDER --examples N        the preset and the texts that all of them get
+    peers.py prepare SHAPE FOLDER --examples N [--data FILE] [--random N]
+                                                      the preset and the texts that all of them get
     peers.py check PACKAGE..                          whether they can be imported, and why not
     peers.py update FOLDER --dtype D [--sorted]       one LoRA update with PEFT
     peers.py transformers FOLDER --dtype D --streams N
@@ -18,6 +19,8 @@ SMALL = {"num_hidden_layers": 8, "num_key_value_heads": 2, "intermediate_size": 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 SYLLABLES = ["ba", "ko", "ri", "mul", "te", "sa", "no", "vi", "len", "da", "fu", "gor", "pe", "hi", "zu", "wam"]
 END = "<|endoftext|>"
+# A text of a file is cut after so many characters, some 250 tokens, so that all learn the same of it.
+LONGEST = 1000
 
 
 # What all of them get ------------------------------------------------------------------------------------------------
@@ -34,10 +37,30 @@ def prepare(a):
         key = line.split(" = ")[0]
         lines.append(f"{key} = {different[key]}" if key in different else line)
     (a.folder / "shape.toml").write_text("\n".join(lines) + "\n")
+    if not a.random:
+        texts = from_file(a.data, a.examples) if a.data else made_up(a.examples)
+        (a.folder / "texts.txt").write_text("".join(f"{text}\n{END}\n" for text in texts))
+
+
+def made_up(examples):
+    """Texts of made-up words."""
     source = random.Random(1)
     word = lambda: "".join(source.choice(SYLLABLES) for _ in range(source.randint(1, 3)))
     text = lambda: " ".join(word() for _ in range(min(40, max(3, round(source.lognormvariate(2.5, 0.7))))))
-    (a.folder / "texts.txt").write_text("".join(f"{text()}\n{END}\n" for _ in range(a.examples)))
+    return [text() for _ in range(examples)]
+
+
+def from_file(file, examples):
+    """Texts of a file, evenly from its beginning to its end: lines of {"text"}, or documents that end in END."""
+    content = pathlib.Path(file).read_text()
+    if file.endswith(".jsonl"):
+        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+    else:
+        texts = content.split(END)
+    texts = [text for text in (text.strip()[:LONGEST].strip() for text in texts) if text]
+    if len(texts) < examples:
+        sys.exit(f"peers: {file} has {len(texts)} texts, and {examples} are wanted (--examples)")
+    return [texts[i * len(texts) // examples] for i in range(examples)]
 
 
 def shape(folder):
@@ -83,9 +106,13 @@ def batches(a):
     import torch
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(PRESETS / "nano/tokenizer.json"))
-    texts = [text.strip() for text in (a.folder / "texts.txt").read_text().split(END)]
-    ids = [tokenizer.encode(text).ids + [tokenizer.token_to_id(END)] for text in texts if text]
+    if a.random:
+        source, vocabulary = random.Random(1), shape(a.folder)["vocab_size"]
+        ids = [[source.randrange(vocabulary) for _ in range(a.random)] for _ in range(a.examples)]
+    else:
+        tokenizer = Tokenizer.from_file(str(PRESETS / "nano/tokenizer.json"))
+        texts = [text.strip() for text in (a.folder / "texts.txt").read_text().split(END)]
+        ids = [tokenizer.encode(text).ids + [tokenizer.token_to_id(END)] for text in texts if text]
     if a.sorted:
         ids.sort(key=len)
     for start in range(0, len(ids), a.batch):
@@ -319,7 +346,7 @@ def table(a):
         print(f"  {row['what']:9}{names:45}{row['figure']:20}{row['median']:7.2f}  ({least:.2f} to {largest:.2f})")
     if a.json:
         left_out = (a.folder / "left-out").read_text().splitlines()
-        figures = {"shape": shape(a.folder), "threads": a.threads, "medians": medians, "ratios": compared,
+        figures = {"shape": shape(a.folder), "threads": a.threads, "learned": a.learned, "medians": medians, "ratios": compared,
                    "left_out": left_out}
         a.json.write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -337,12 +364,13 @@ def main():
             one.add_argument(f"--{flag}", default=default, type=type(default))
         return one
 
-    command(prepare, "shape", "folder", examples=128)
+    command(prepare, "shape", "folder", examples=128, data="", random=0)
     command(check).add_argument("packages", nargs="+")
-    command(update, "folder", dtype="float32", batch=16, threads=1).add_argument("--sorted", action="store_true")
+    learning = command(update, "folder", dtype="float32", batch=16, threads=1, examples=128, random=0)
+    learning.add_argument("--sorted", action="store_true")
     command(transformers, "folder", dtype="float32", prompt=64, tokens=64, streams=1, threads=1)
     command(llama, "folder", type="bf16", prompt=64, tokens=64, streams=1, threads=1)
-    command(table, "folder", threads=1).add_argument("--json", type=pathlib.Path)
+    command(table, "folder", threads=1, learned="").add_argument("--json", type=pathlib.Path)
     a = parser.parse_args()
     a.run(a)
 

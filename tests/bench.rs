@@ -75,6 +75,7 @@ fn what_is_learned_and_what_is_kept_stand_side_by_side() {
     assert_eq!(result["method"], "replay");
     assert_eq!(result["own_labels"]["measure"], "accuracy");
     assert_eq!(result["settings"]["train"]["adapters"], "shared");
+    assert_eq!((&result["options"]["label_by"], &result["options"]["limit"]), (&"mean".into(), &Value::Null));
     assert!(fs::read_to_string(svg).expect("drawn").contains("after tools"));
 }
 

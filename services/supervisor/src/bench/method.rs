@@ -67,6 +67,9 @@ pub enum Method {
     /// All tasks at once, shuffled: what a learner reaches that cannot forget.
     #[value(name = "joint")]
     Joint,
+    /// The same, and counts of answers that repeat.
+    #[value(name = "joint+head")]
+    JointHead,
     /// Each task on the base alone: what a learner reaches that has nothing to forget.
     #[value(name = "single")]
     Single,
@@ -114,11 +117,16 @@ impl Method {
             Self::Der => Means { former_rehearsed: true, ..replay },
             Self::Ace => Means { apart: true, ..replay },
             Self::AceEwc => Means { apart: true, ewc: true, ..replay },
-            Self::Head => Means { head: true, ..none },
+            Self::Head | Self::JointHead => Means { head: true, ..none },
             Self::ReplayHead => Means { head: true, ..replay },
             Self::AceEwcReviewHead => Means { apart: true, ewc: true, reviews: true, head: true, ..replay },
             Self::AceEwcReview => Means { apart: true, ewc: true, reviews: true, ..replay },
         })
+    }
+
+    /// Whether all tasks are learned at once.
+    pub fn is_joint(self) -> bool {
+        matches!(self, Self::Joint | Self::JointHead)
     }
 
     /// Whether it learns from the replay buffer.
@@ -150,7 +158,7 @@ impl Method {
         if !means.reviews {
             s.train.review_passes = 0;
         }
-        if self == Self::Joint {
+        if self.is_joint() {
             // One batch: its passes shuffle all tasks.
             s.replay.batch_examples = 100_000;
             s.train.adapters = AdapterScope::Shared;
@@ -201,6 +209,10 @@ mod tests {
         assert!(settings.consolidate.answer_head && !review.consolidate.answer_head);
         let head = Method::Head.apply(&settings);
         assert!(head.consolidate.answer_head && !Method::Head.rehearses() && Method::ReplayHead.rehearses());
+        let [joint, with_head] = [Method::Joint, Method::JointHead].map(|method| method.apply(&settings));
+        assert!(with_head.consolidate.answer_head && !joint.consolidate.answer_head);
+        assert_eq!((&with_head.replay, &with_head.train), (&joint.replay, &joint.train));
+        assert_eq!(joint.train.adapters, AdapterScope::Shared);
         let all = Method::AceEwcReviewHead.apply(&own);
         assert!(all.consolidate.answer_head && all.train == review.train);
         assert_eq!(Method::Replay.apply(&settings).train.former_share_rehearsed, 0.0);

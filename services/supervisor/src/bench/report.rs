@@ -62,6 +62,8 @@ const FIGURES: [Figure; 6] = [
 pub struct Report<'a> {
     /// How forgetting was met.
     pub method: Method,
+    /// What else was asked for, by name.
+    pub options: Value,
     /// Under which settings, of the first seed.
     pub settings: &'a Settings,
     /// What was learned, in this order.
@@ -126,6 +128,7 @@ impl Report<'_> {
             "method".into(),
             json!(self.method.to_possible_value().map(|name| name.get_name().to_owned())),
         );
+        whole.insert("options".into(), self.options.clone());
         whole.insert("seeds".into(), json!(self.runs.len()));
         whole.insert("settings".into(), serde_json::to_value(self.settings)?);
         let Some(first) = self.runs.first() else { return Ok(Value::Object(whole)) };
@@ -193,7 +196,7 @@ impl Report<'_> {
         let mut rows = vec![("base".to_owned(), first.base.iter().copied().map(Some).collect())];
         for i in 0..first.rows.len() {
             let name = match self.method {
-                Method::Joint => "all at once".to_owned(),
+                method if method.is_joint() => "all at once".to_owned(),
                 Method::Single => format!("only {}", self.tasks[i].name),
                 _ => format!("after {}", self.tasks[i].name),
             };

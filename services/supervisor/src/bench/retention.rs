@@ -16,6 +16,7 @@ use model::{anchor, pretrain::corpus};
 use proto::{Content, Domain};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -113,8 +114,8 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         args.tasks.display()
     );
     ensure!(
-        args.method != Method::Joint || args.mode != Some(Mode::PerDomain),
-        "--method joint learns all tasks in one adapter: leave --mode per-domain out"
+        !args.method.is_joint() || args.mode != Some(Mode::PerDomain),
+        "a joint --method learns all tasks in one adapter: leave --mode per-domain out"
     );
     ensure!(
         args.capacity.is_none() || args.method.rehearses(),
@@ -143,10 +144,28 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         })?;
         runs.push(run);
     }
-    let report = report::Report { method: args.method, settings: &settings, tasks: &tasks, runs: &runs };
+    let report = report::Report {
+        method: args.method,
+        options: options(args),
+        settings: &settings,
+        tasks: &tasks,
+        runs: &runs,
+    };
     report.print(out)?;
     report::store(args.json.as_deref(), &report.json()?)?;
     args.svg.as_deref().map_or(Ok(()), |path| report.draw(path))
+}
+
+/// What was asked for beside the method, the tasks and the settings, as JSON.
+fn options(args: &Args) -> Value {
+    json!({
+        "base": args.base,
+        "capacity": args.capacity,
+        "drift": args.drift,
+        "label_by": args.label_by.to_possible_value().map(|rule| rule.get_name().to_owned()),
+        "limit": args.limit,
+        "test_limit": args.test_limit.or(args.limit),
+    })
 }
 
 /// A number of examples, or a share of all that the tasks are cut into.
@@ -208,7 +227,7 @@ impl Course<'_> {
     fn run(&self, settings: &Settings, tell: &mut dyn FnMut(String)) -> Result<Run> {
         match self.method {
             Method::Single => self.single(settings, tell),
-            Method::Joint => system::with(settings.clone(), self.base_dir, async |system| {
+            method if method.is_joint() => system::with(settings.clone(), self.base_dir, async |system| {
                 let mut lessons: Vec<(Domain, Content)> = Vec::new();
                 for task in self.tasks {
                     lessons.extend(task.documents.iter().map(|d| (Domain::general(), d.clone())));

@@ -3,7 +3,7 @@
 use super::heatmap;
 use super::method::Method;
 use super::scores::{Matrix, Measure, Spread, Summary};
-use super::system::Taught;
+use super::system::{GenerationSeconds, Taught};
 use super::tasks::Task;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -234,6 +234,8 @@ impl Report<'_> {
             ("routed_base", whole(route(1))),
             ("routed_wrong", whole(route(2))),
             ("seconds", over(&|run| Some(run.taught.seconds))),
+            ("training_seconds", over(&|run| Some(run.taught.generation_seconds.training))),
+            ("measuring_seconds", over(&|run| Some(run.taught.generation_seconds.measuring))),
             ("adapter_bytes", over(&|run| Some(run.adapter_bytes as f64))),
             ("replay_bytes", over(&|run| Some(run.replay_bytes as f64))),
         ]
@@ -252,9 +254,11 @@ pub fn store(path: Option<&Path>, figures: &Value) -> Result<()> {
 
 /// What became of documents, in words.
 pub fn told(taught: &Taught) -> String {
-    let Taught { live, refused, set_aside, generations, seconds, loss: (before, after) } = taught;
+    let Taught { live, refused, set_aside, generations, seconds, generation_seconds, loss: (before, after) } =
+        taught;
+    let GenerationSeconds { training, measuring } = generation_seconds;
     format!(
-        "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s, loss {before:.3} to \
-         {after:.3}"
+        "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s ({training:.0} of \
+         training and {measuring:.0} of measuring what was published), loss {before:.3} to {after:.3}"
     )
 }

@@ -45,8 +45,19 @@ pub struct Taught {
     pub generations: usize,
     /// From the first document to the last decision.
     pub seconds: f64,
+    /// What training took of them, and what measuring them for the gate did.
+    pub generation_seconds: GenerationSeconds,
     /// Mean loss of the last batch before and after it was learned, nats a token.
     pub loss: (f32, f32),
+}
+
+/// What the parts of generations took that were published.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct GenerationSeconds {
+    /// Training, with what it gathers for the next one.
+    pub training: f64,
+    /// Measuring the candidate, for the gate.
+    pub measuring: f64,
 }
 
 /// Starts the services on an empty folder, lets `drive` use them, and ends them.
@@ -83,7 +94,8 @@ impl System {
     /// # Errors
     /// When the ledger fails, or the services died.
     pub async fn teach(&self, documents: &[(Domain, Content)]) -> Result<Taught> {
-        let (started, before) = (Instant::now(), self.plant.registry.generations().len());
+        let (started, before) = (Instant::now(), self.plant.registry.generations());
+        let newest_before = before.iter().map(|g| g.manifest).max();
         let ledger = &self.plant.ledger;
         let submitted_ms =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
@@ -108,18 +120,23 @@ impl System {
             if let Some(reason) = self.plant.given_up.get() {
                 bail!("learning died too often, the last time of this: {reason}");
             }
-            let published = self.plant.registry.generations().len().saturating_sub(before);
+            let published = self.plant.registry.generations().len().saturating_sub(before.len());
             bar.set_message(format!("learning {} documents: {published} generations published", ids.len()));
             tokio::time::sleep(POLL).await;
         }
         bar.finish_and_clear();
         let mut taught = Taught {
             seconds: started.elapsed().as_secs_f64(),
-            generations: self.plant.registry.generations().len().saturating_sub(before),
+            generations: self.plant.registry.generations().len().saturating_sub(before.len()),
             ..Taught::default()
         };
-        if let Some(newest) = self.plant.registry.generations().iter().max_by_key(|g| g.manifest) {
+        let published = self.plant.registry.generations();
+        if let Some(newest) = published.iter().max_by_key(|g| g.manifest) {
             taught.loss = (newest.report.first_loss, newest.report.last_loss);
+        }
+        for generation in published.iter().filter(|g| Some(g.manifest) > newest_before) {
+            taught.generation_seconds.training += f64::from(generation.report.seconds);
+            taught.generation_seconds.measuring += f64::from(generation.receipt.seconds);
         }
         for id in &ids {
             let registry = &self.plant.registry;
@@ -200,6 +217,8 @@ impl Taught {
         self.set_aside += other.set_aside;
         self.generations += other.generations;
         self.seconds += other.seconds;
+        self.generation_seconds.training += other.generation_seconds.training;
+        self.generation_seconds.measuring += other.generation_seconds.measuring;
         self.loss = other.loss;
     }
 }

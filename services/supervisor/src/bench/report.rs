@@ -259,6 +259,6 @@ pub fn told(taught: &Taught) -> String {
     let GenerationSeconds { training, measuring } = generation_seconds;
     format!(
         "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s ({training:.0} of \
-         training and {measuring:.0} of measuring what was published), loss {before:.3} to {after:.3}"
+         training and {measuring:.0} of the gate's measuring), loss {before:.3} to {after:.3}"
     )
 }

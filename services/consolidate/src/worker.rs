@@ -279,7 +279,8 @@ impl Worker {
     }
 
     /// Fisher information in its online form (Schwarz et al. 2018): the older one decays, that of the
-    /// fresh examples is added, and the penalty's centre moves to the candidate.
+    /// fresh examples is added, and the penalty's centre moves to the candidate. What is rehearsed is in the older one
+    /// already, and would count once more each time.
     fn fisher(
         &self,
         adapter: &Adapter,

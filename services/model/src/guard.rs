@@ -8,7 +8,9 @@ use crate::ewc::Ewc;
 use crate::llama::Base;
 use crate::lora::Adapter;
 
-/// A method against forgetting, as far as it has a say in a step. Several may be at work in one.
+/// A method against forgetting, as far as it has a say in a step. Several may be at work in one. One that freezes weights, as
+/// PackNet does (arXiv 1711.05769), takes them out of the gradient in [`Guard::penalise`]; columns that stay as they are, as
+/// in progressive networks (arXiv 1606.04671), would be adapters of their own, of which an answer can take a sum.
 pub trait Guard {
     /// Adds its gradient with respect to the adapter's flat vector to `gradient`; returns its penalty.
     ///

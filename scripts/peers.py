@@ -52,11 +52,14 @@ def made_up(examples):
 
 def from_file(file, examples):
     """Texts of a file, evenly from its beginning to its end: lines of {"text"}, or documents that end in END."""
-    content = pathlib.Path(file).read_text()
-    if file.endswith(".jsonl"):
-        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-    else:
-        texts = content.split(END)
+    try:
+        content = pathlib.Path(file).read_text()
+        if file.endswith(".jsonl"):
+            texts = [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+        else:
+            texts = content.split(END)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"peers: {file} is no text, nor lines of {{\"text\"}} in a .jsonl: {error!r}")
     texts = [text for text in (text.strip()[:LONGEST].strip() for text in texts) if text]
     if len(texts) < examples:
         sys.exit(f"peers: {file} has {len(texts)} texts, and {examples} are wanted (--examples)")

@@ -172,7 +172,7 @@ const LEAST: f32 = -44.0;
 
 /// `e^x` to a relative error of 2e-7: Cody and Waite's reduction, and the polynomial of the Cephes library. Above 88 it is the
 /// largest power of e that f32 holds, and below [`LEAST`] nothing: no sum with a one in it would feel that, but its products with
-/// gradients would be subnormal, for each of which some processors take a hundred times as long.
+/// gradients would be subnormal, for each of which some processors take many times as long.
 #[inline(always)]
 pub(crate) fn exp<const F: bool>(x: f32) -> f32 {
     /// Adding this leaves the nearest integer in the lowest bits.

@@ -3,7 +3,7 @@
 use crate::counting::{Counted, Counting, Heard};
 use crate::gate;
 use crate::probe::{Entry, Probe, note, reservoir, take_in};
-use kit::compute::Turn;
+use kit::compute::{Stint, Turn};
 use kit::lane::Stop;
 use model::device::helpers;
 use model::ewc::{self, Ewc};
@@ -308,10 +308,10 @@ impl Worker {
 
     /// Lets waiting requests go first, between two parts of what is done, and says whether to stop.
     fn between(&self) -> impl FnMut() -> ControlFlow<()> {
-        let mut last = Instant::now();
+        let mut last = self.stint();
         move || {
-            self.turn.yield_between(last.elapsed(), self.gating.share_while_serving, &self.stop);
-            last = Instant::now();
+            self.turn.yield_after(&last, self.gating.share_while_serving, &self.stop);
+            last = self.stint();
             if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         }
     }
@@ -362,11 +362,15 @@ impl Worker {
     ) -> anyhow::Result<Vec<T>> {
         let mut all = Vec::with_capacity(sequences.len());
         for part in sequences.chunks(MICRO_SEQUENCES) {
-            let started = Instant::now();
+            let stint = self.stint();
             all.extend(measure(part)?);
-            self.turn.yield_between(started.elapsed(), self.gating.share_while_serving, &self.stop);
+            self.turn.yield_after(&stint, self.gating.share_while_serving, &self.stop);
         }
         Ok(all)
+    }
+
+    fn stint(&self) -> Stint {
+        Stint::begin(self.base.is_on_cpu())
     }
 }
 

@@ -6,6 +6,7 @@
 use crate::host::panic_message;
 use crate::lane::Stop;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
+use rustix::time::{ClockId, clock_gettime};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -213,6 +214,35 @@ impl<W> Drop for Compute<W> {
 /// Time between two looks at whether requests still run.
 const GLANCE: Duration = Duration::from_millis(5);
 
+/// Work between two looks at whether requests wait.
+#[derive(Debug, Clone, Copy)]
+pub struct Stint {
+    began: Instant,
+    /// What the thread had of the processor before, where that is what counts.
+    had: Option<Duration>,
+}
+
+impl Stint {
+    /// Begins one. Where the calling thread computes on the processor, its time there counts, which is what the work takes alone: while
+    /// answers have the processor, the work waits, and pauses already. Where a device computes, time itself counts.
+    pub fn begin(on_processor: bool) -> Self {
+        Self { began: Instant::now(), had: on_processor.then(time_on_processor) }
+    }
+
+    /// How long to rest, so that the work was done at this share of the speed that it has alone.
+    fn pause(&self, share: f64) -> Duration {
+        let passed = self.began.elapsed();
+        let alone = self.had.map_or(passed, |had| time_on_processor().saturating_sub(had));
+        alone.div_f64(share).saturating_sub(passed)
+    }
+}
+
+/// What the calling thread has had of the processor.
+fn time_on_processor() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
+}
+
 /// Whose turn it is: how training, which is never urgent, makes way for answers, which are.
 #[derive(Debug, Default)]
 pub struct Turn {
@@ -246,11 +276,10 @@ impl Turn {
         self.running.load(Ordering::Relaxed)
     }
 
-    /// Called by the trainer between two micro-steps, with the time that the last one took: sleeps
-    /// while requests run, so that training takes at most `share` (0 to 1) of the time.
-    pub fn yield_between(&self, last_micro_step: Duration, share: f32, stop: &Stop) {
-        let share = f64::from(share).clamp(0.01, 1.0);
-        let pause = last_micro_step.mul_f64((1.0 - share) / share);
+    /// Called by the trainer between two micro-steps, with the last one: sleeps while requests run, so that training has at
+    /// most `share` (0 to 1) of the speed that it has alone.
+    pub fn yield_after(&self, last: &Stint, share: f32, stop: &Stop) {
+        let pause = last.pause(f64::from(share).clamp(0.01, 1.0));
         let started = Instant::now();
         while self.running() > 0 && !stop.is_set() {
             let left = pause.saturating_sub(started.elapsed());
@@ -351,29 +380,45 @@ mod tests {
         assert_eq!(engine.death().await, panicked);
     }
 
+    /// Work that began as long ago, and had the processor all the time.
+    fn worked(time: Duration) -> Stint {
+        Stint { began: Instant::now().checked_sub(time).expect("a later time"), had: None }
+    }
+
     #[test]
     fn training_makes_way_only_while_requests_run() {
         let (turn, stop) = (Turn::new(), Stop::new());
         let took = |turn: &Turn| {
             let started = Instant::now();
-            turn.yield_between(Duration::from_millis(30), 0.25, &stop);
+            turn.yield_after(&worked(Duration::from_millis(30)), 0.25, &stop);
             started.elapsed()
         };
         assert!(took(&turn) < Duration::from_millis(20));
         let running = turn.enter();
-        assert!(took(&turn) >= Duration::from_millis(90));
+        assert!(took(&turn) >= Duration::from_millis(89));
         drop(running);
         assert_eq!(turn.running(), 0);
         // However long the pause would be, it ends with the last request, and when training has to stop.
+        let long = worked(Duration::from_secs(60));
         let running = turn.enter();
         let ends = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(50));
             drop(running);
         });
-        turn.yield_between(Duration::from_secs(3600), 0.5, &stop);
+        turn.yield_after(&long, 0.1, &stop);
         ends.join().expect("ended");
         let _running = turn.enter();
         stop.set();
-        turn.yield_between(Duration::from_secs(3600), 0.5, &stop);
+        turn.yield_after(&long, 0.1, &stop);
+    }
+
+    #[test]
+    fn time_without_the_processor_is_no_work() {
+        let stint = Stint::begin(true);
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(stint.pause(0.5), Duration::ZERO, "it has rested longer than it has worked");
+        let stint = Stint::begin(true);
+        while time_on_processor() < stint.had.expect("counted") + Duration::from_millis(60) {}
+        assert!(stint.pause(0.1) > Duration::from_millis(60), "{:?}", stint.pause(0.1));
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::active::ActiveAdapters;
+use crate::cpu::team::Alone;
 use crate::device::Placement;
 use crate::hf::ModelConfig;
 use crate::lora::Adapter;
@@ -214,6 +215,11 @@ impl Base {
             && manual::applies_in_codes(config, placement)
     }
 
+    /// Where this one has codes, libtorch does next to nothing of a step: the processor is for what we do ourselves.
+    pub(crate) fn alone(&self) -> Option<Alone> {
+        self.codes.as_ref().and_then(|_| Alone::begin())
+    }
+
     /// Whether this one has codes.
     pub fn has_codes(&self) -> bool {
         self.codes.is_some()
@@ -264,6 +270,11 @@ impl Base {
     /// Where it runs.
     pub fn device(&self) -> Device {
         self.placement.device
+    }
+
+    /// Whether the processor computes, and no device.
+    pub fn is_on_cpu(&self) -> bool {
+        self.device() == Device::Cpu
     }
 
     /// Number of weights, counting a tied embedding once.

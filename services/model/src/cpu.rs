@@ -23,7 +23,7 @@ mod huge;
 mod pages;
 mod prefixes;
 mod product;
-mod team;
+pub(crate) mod team;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod trust;

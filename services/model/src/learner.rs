@@ -150,7 +150,7 @@ impl Learner {
     ) -> Result<StepReport> {
         let tokens: usize = micro_batches.iter().flatten().map(Sequence::learned_tokens).sum();
         ensure!(tokens > 0, "nothing to learn: no sequence has a learned token");
-        let scale = self.loss_scale();
+        let (_alone, scale) = (self.base.alone(), self.loss_scale());
         let mut report = StepReport {
             outcome: Outcome::Stopped,
             loss: 0.0,

@@ -76,7 +76,7 @@ pub(crate) fn adapter_gradient(
     teacher: Option<&Teacher>,
 ) -> Result<(Vec<SequenceScore>, Tensor)> {
     ensure!(packed.learned_tokens() > 0, "nothing to learn: no sequence has a learned token");
-    let _guard = tch::no_grad_guard();
+    let (_guard, _alone) = (tch::no_grad_guard(), base.alone());
     match base.placement().kind() {
         Kind::BFloat16 => gradient_in::<bf16>(base, adapter, packed, weight, teacher),
         _ => gradient_in::<f32>(base, adapter, packed, weight, teacher),
@@ -98,6 +98,7 @@ fn gradient_in<W: Element>(
 
 /// The final hidden states that predict learned tokens, normed, [learned tokens, hidden_size], without gradients.
 pub(crate) fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
+    let (_guard, _alone) = (tch::no_grad_guard(), base.alone());
     match base.placement().kind() {
         Kind::BFloat16 => learned_hidden_in::<bf16>(base, adapters, packed),
         _ => learned_hidden_in::<f32>(base, adapters, packed),
@@ -105,7 +106,6 @@ pub(crate) fn learned_hidden(base: &Base, adapters: &ActiveAdapters, packed: &Pa
 }
 
 fn learned_hidden_in<W: Element>(base: &Base, adapters: &ActiveAdapters, packed: &Packed) -> Result<Tensor> {
-    let _guard = tch::no_grad_guard();
     let (forward, mut x) = Forward::<W>::new(base, adapters, packed)?;
     for i in forward.from..base.layers.len() {
         x = forward.block(i, x)?.0;

@@ -6,7 +6,7 @@ use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
 use crate::review::{self, Told};
 use anyhow::Context;
-use kit::compute::Turn;
+use kit::compute::{Stint, Turn};
 use kit::lane::Stop;
 use model::device::helpers;
 use model::ewc::Ewc;
@@ -22,7 +22,7 @@ use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Bad steps among the last [`BAD_WINDOW`] after which a batch is started again at half the rate, and
 /// given up the second time.
@@ -346,10 +346,8 @@ impl Worker {
             return Ok(None);
         }
         loop {
-            let mut last = Instant::now();
-            let mut begun = false;
-            let report =
-                run.learner.step(micro_batches, rate, &mut || self.between(&mut last, &mut begun))?;
+            let mut last = None;
+            let report = run.learner.step(micro_batches, rate, &mut || self.between(&mut last))?;
             match report.outcome {
                 // The loss scale was lowered, which is no fault of the batch.
                 Outcome::Overflow => run.report.skipped_steps += 1,
@@ -359,13 +357,14 @@ impl Worker {
     }
 
     /// Between micro-batches: stop when told to, and let waiting requests go first.
-    fn between(&self, last: &mut Instant, begun: &mut bool) -> ControlFlow<()> {
+    fn between(&self, last: &mut Option<Stint>) -> ControlFlow<()> {
         if self.stop.is_set() {
             return ControlFlow::Break(());
         }
-        let took = if *begun { last.elapsed() } else { Duration::ZERO };
-        self.turn.yield_between(took, self.training.share_while_serving, &self.stop);
-        (*last, *begun) = (Instant::now(), true);
+        if let Some(last) = last {
+            self.turn.yield_after(last, self.training.share_while_serving, &self.stop);
+        }
+        *last = Some(Stint::begin(self.base.is_on_cpu()));
         ControlFlow::Continue(())
     }
 

@@ -1,11 +1,12 @@
-//! Threads that share the work of one forward pass.
+//! Threads that share the work of one pass through a model, forward or back.
 //!
-//! A pass has a hundred parts of some microseconds each, too short to start threads for, or to wake them. So the
+//! A pass has hundreds of parts of some microseconds each, too short to start threads for, or to wake them. So the
 //! helpers stay awake for a moment after each part, and sleep when none follows. A helper that is late, or has
 //! lost its processor to somebody else, is not waited for: it finds the part done.
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, RefCell, UnsafeCell};
 use std::hint::spin_loop;
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -61,7 +62,7 @@ impl Team {
         });
         let start = |_| {
             let shared = Arc::clone(&shared);
-            thread::Builder::new().name("answer".into()).spawn(move || help(&shared)).ok()
+            thread::Builder::new().name("helper".into()).spawn(move || help(&shared)).ok()
         };
         let helpers = (1..threads).map_while(start).collect();
         Self { shared, helpers }
@@ -91,6 +92,7 @@ impl Team {
             *shared.work.get() = Some((erased, count));
         }
         shared.next.store(0, Ordering::Relaxed);
+        shared.panicked.store(false, Ordering::Relaxed);
         let number = (shared.state.load(Ordering::Relaxed) >> NUMBER).wrapping_add(1);
         let closing = Closing(shared);
         shared.state.store(number << NUMBER | OPEN, Ordering::SeqCst);
@@ -196,7 +198,8 @@ impl Drop for Team {
     }
 }
 
-fn take_pieces(next: &AtomicUsize, count: usize, work: &Work<'_>) {
+/// Takes pieces that nobody has taken, until there are none.
+pub(crate) fn take_pieces(next: &AtomicUsize, count: usize, work: &Work<'_>) {
     loop {
         let i = next.fetch_add(1, Ordering::Relaxed);
         if i >= count {
@@ -206,8 +209,73 @@ fn take_pieces(next: &AtomicUsize, count: usize, work: &Work<'_>) {
     }
 }
 
+thread_local! {
+    /// A thread's own team, and for how many threads it was made.
+    static OWN: RefCell<Option<(usize, Team)>> = const { RefCell::new(None) };
+    /// How many threads compute on behalf of this one while it is alone.
+    static ALONE: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Whether this thread is somebody's helper.
+    static HELPS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While this lives, libtorch has no thread but the calling one, and [`each`] as many as libtorch had: for work of which libtorch does
+/// little. Its own threads either wait for their next work without sleeping, for milliseconds, which takes the cores from answers; or they
+/// sleep at once, and waking them hundreds of times a step costs a fifth of it.
+pub(crate) struct Alone(PhantomData<*const ()>);
+
+impl Alone {
+    /// Begins it; within another there is nothing to begin, and nothing ends with it.
+    pub fn begin() -> Option<Self> {
+        if is_alone() {
+            return None;
+        }
+        ALONE.set(Some(threads()));
+        tch::set_num_threads(1);
+        Some(Self(PhantomData))
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if let Some(threads) = ALONE.take() {
+            tch::set_num_threads(threads as i32);
+        }
+    }
+}
+
+/// Whether libtorch has no thread but this one.
+pub(crate) fn is_alone() -> bool {
+    ALONE.get().is_some()
+}
+
+/// How many threads compute on behalf of the calling one.
+pub(crate) fn threads() -> usize {
+    ALONE.get().unwrap_or_else(|| tch::get_num_threads().max(1) as usize)
+}
+
+/// Does `work(i)` for each i below `count` on the calling thread and helpers of its own. Work within such work is done by the one
+/// thread that asks for it.
+///
+/// # Panics
+/// When `work` does.
+pub(crate) fn each(count: usize, work: &Work<'_>) {
+    OWN.with(|own| match own.try_borrow_mut() {
+        Ok(mut own) if count > 1 && !HELPS.get() => {
+            let threads = threads();
+            if own.as_ref().is_none_or(|(of, _)| *of != threads) {
+                *own = Some((threads, Team::new(threads)));
+            }
+            if let Some((_, team)) = own.as_mut() {
+                team.each(count, work);
+            }
+        }
+        _ => (0..count).for_each(work),
+    });
+}
+
 /// What a helper does all its life.
 fn help(shared: &Shared) {
+    HELPS.set(true);
     let mut done = 0;
     while let Some(state) = next_part(shared, done) {
         let joined =
@@ -289,11 +357,38 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_the_leaders_too() {
+    fn a_panic_is_the_leaders_too_and_the_team_goes_on() {
         let mut team = Team::new(2);
-        let panics = catch_unwind(AssertUnwindSafe(|| {
-            team.each(100, &|i| assert!(i < 50, "injected"));
-        }));
-        assert!(panics.is_err());
+        for _ in 0..20 {
+            let panics = catch_unwind(AssertUnwindSafe(|| {
+                team.each(100, &|i| assert!(i < 50, "injected"));
+            }));
+            assert!(panics.is_err());
+            let sum = AtomicUsize::new(0);
+            team.each(100, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 99 * 50);
+        }
+    }
+
+    #[test]
+    fn work_within_work_is_done_too() {
+        let sum = AtomicUsize::new(0);
+        let add = |i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        };
+        each(50, &|_| each(20, &add));
+        assert_eq!(sum.into_inner(), 50 * 19 * 10);
+    }
+
+    #[test]
+    fn who_is_alone_has_all_threads_and_libtorch_one_until_it_ends() {
+        tch::set_num_threads(3);
+        let alone = Alone::begin();
+        assert!(alone.is_some() && Alone::begin().is_none(), "the inner one ends nothing");
+        assert_eq!((is_alone(), threads(), tch::get_num_threads()), (true, 3, 1));
+        drop(alone);
+        assert_eq!((is_alone(), threads(), tch::get_num_threads()), (false, 3, 3));
     }
 }

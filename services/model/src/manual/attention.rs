@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::kernels::{LANES, Real};
 use super::rows::{Element, Rows, each_alone};
 use super::tiles::{Matrix, TILE, tile, tile_of_transposed};
+use crate::cpu::team;
 use crate::cpu::vector::{Level, exp, fma, sum, vectorised};
 use crate::hf::ModelConfig;
 
@@ -93,7 +94,7 @@ pub(super) fn attend<W: Element>(
     let mixed = Tensor::f_empty([rows, width], (W::KIND, Device::Cpu))?;
     clear_rest(&mixed, spans)?;
     // Few long sequences are shared out by heads of queries, for which keys and values are read more than once.
-    let busy = spans.len() * shape.kv_heads() >= 4 * tch::get_num_threads().max(1) as usize;
+    let busy = spans.len() * shape.kv_heads() >= 4 * team::threads();
     let together = if busy { shape.group } else { 1 };
     let log_sums = Tensor::f_empty([rows, config.heads], (Kind::Float, Device::Cpu))?;
     {

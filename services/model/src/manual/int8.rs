@@ -21,6 +21,7 @@ use super::kernels::{LANES, Real};
 use super::pairs::Panels;
 use super::rows::{Element, Rows, each_alone, with_room};
 use super::tiles::{TILE, WIDE};
+use crate::cpu::team;
 use crate::cpu::vector::{Level, vectorised};
 use crate::quant::Matrix;
 
@@ -51,10 +52,21 @@ pub(crate) fn pays() -> bool {
     kernel::there() && Level::best() < Level::Amx
 }
 
+/// Codes of a panel's columns for one group: so many of each column. In lines of the processor's cache, of which half of the loads
+/// would otherwise need two.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(align(64))]
+pub(super) struct Line([u8; LINE]);
+
+impl Line {
+    /// What zeros are.
+    const NOTHING: Self = Self([MIDDLE; LINE]);
+}
+
 /// A frozen matrix, [outputs, inputs].
 pub(crate) struct Codes {
-    /// For each [`WIDE`] outputs, for each [`GROUP`] of inputs: so many codes of each output.
-    panels: Vec<u8>,
+    /// For each [`WIDE`] outputs, for each [`GROUP`] of inputs.
+    panels: Vec<Line>,
     /// What a code is worth, by output.
     steps: Vec<f32>,
     inputs: usize,
@@ -88,12 +100,12 @@ impl Codes {
         let weight = Rows::<W>::of(weight, weight.size()[1])?;
         let narrow = Narrow::new(&weight, None, Rounding::Nearest, usize::MAX);
         let (groups, outputs) = (narrow.width / GROUP, weight.len());
-        let mut panels = vec![MIDDLE; outputs.next_multiple_of(WIDE) * groups * GROUP];
+        let mut panels = vec![Line::NOTHING; outputs.div_ceil(WIDE) * groups];
         for output in 0..outputs {
             let first = output / WIDE * groups;
             for (group, codes) in narrow.row(output).as_chunks::<GROUP>().0.iter().enumerate() {
-                let at = (first + group) * LINE + output % WIDE * GROUP;
-                for (to, code) in panels[at..at + GROUP].iter_mut().zip(codes) {
+                let of_output = &mut panels[first + group].0[output % WIDE * GROUP..][..GROUP];
+                for (to, code) in of_output.iter_mut().zip(codes) {
                     *to = code.cast_unsigned().wrapping_add(MIDDLE);
                 }
             }
@@ -127,7 +139,7 @@ impl Codes {
         let fits = more.rows.as_ref().is_none_or(|more| (more.len(), more.width()) == (rows, columns))
             && more.low.iter().all(|(_, low)| low.len() == rows);
         ensure!(fits, "a product and what is added differ");
-        let (level, bytes, of_task) = (Level::best(), x.width * WIDE, rows_of_task(rows, panels));
+        let (level, lines, of_task) = (Level::best(), x.width / GROUP, rows_of_task(rows, panels));
         each_alone(panels * rows.div_ceil(of_task), |task| {
             let (panel, first) = (task % panels, task / panels * of_task);
             let place = Place {
@@ -138,14 +150,14 @@ impl Codes {
             match way {
                 Way::Forward => {
                     factors[..place.columns.len()].copy_from_slice(&self.steps[place.columns.clone()]);
-                    let codes = &self.panels[panel * bytes..][..bytes];
+                    let codes = &self.panels[panel * lines..][..lines];
                     block(level, &x, place, codes, &factors, &out, &more);
                 }
                 Way::Backward => PANEL.with_borrow_mut(|codes| {
-                    codes.resize(self.steps.len().next_multiple_of(WIDE) * WIDE, MIDDLE);
+                    codes.resize(self.steps.len().div_ceil(WIDE) * (WIDE / GROUP), Line::NOTHING);
                     let groups = self.inputs.div_ceil(GROUP);
                     kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), codes);
-                    block(level, &x, place, &codes[..bytes], &factors, &out, &more);
+                    block(level, &x, place, &codes[..lines], &factors, &out, &more);
                 }),
             }
         });
@@ -180,14 +192,14 @@ impl<W> Default for More<'_, W> {
 
 /// As many as leave each thread some tasks, so that none waits long for the others.
 fn rows_of_task(rows: usize, panels: usize) -> usize {
-    let wanted = (4 * tch::get_num_threads().max(1) as usize).div_ceil(panels);
+    let wanted = (4 * team::threads()).div_ceil(panels);
     let parts = wanted.min(rows / ROWS[0]).max(rows.div_ceil(ROWS[1])).max(1);
     rows.div_ceil(parts).next_multiple_of(TILE).max(TILE)
 }
 
 thread_local! {
     /// Room for the panel that a thread has turned, since the next is as large as often as not.
-    static PANEL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A part of a product.
@@ -283,7 +295,7 @@ vectorised! {
     fn block [W: Element] [W] (
         x: &Narrow,
         place: Place,
-        panel: &[u8],
+        panel: &[Line],
         factors: &[f32; WIDE],
         out: &Rows<W>,
         more: &More<'_, W>,

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::kernels::Real;
 use super::tiles::View;
+use crate::cpu::team::{self, take_pieces};
 use crate::device::openmp;
 
 /// A format together with libtorch's name of it.
@@ -113,8 +114,9 @@ impl Rows<f32> {
     }
 }
 
-/// Does `work` with each number below `count`, some at a time, on as many threads as libtorch's own operations: on the same ones where those are
-/// OpenMP's, for others would have to share the cores with them, since they wait for their next work without sleeping.
+/// Does `work` with each number below `count`, some at a time, on as many threads as compute on behalf of the calling one: on libtorch's
+/// own where it works beside us and those are OpenMP's, since they wait for their next work without sleeping and others would have to
+/// share the cores with them; otherwise on a team's ([`team::each`]).
 pub(super) fn each(count: usize, work: impl Fn(usize) + Sync) {
     each_in(CHUNK, count, &work);
 }
@@ -124,23 +126,30 @@ pub(super) fn each_alone(count: usize, work: impl Fn(usize) + Sync) {
     each_in(1, count, &work);
 }
 
+/// Rows that are taken at a time: no thread should wait for the counter of another at each.
+const CHUNK: usize = 8;
+
 fn each_in(chunk: usize, count: usize, work: &(dyn Fn(usize) + Sync)) {
-    let task = Task { next: AtomicUsize::new(0), chunk, count, work, panicked: AtomicBool::new(false) };
+    let chunks = count.div_ceil(chunk);
+    let work = |i: usize| (i * chunk..count.min((i + 1) * chunk)).for_each(work);
     match parallel() {
-        Some(parallel) if count > 1 => {
+        Some(parallel) if chunks > 1 && !team::is_alone() => {
+            let task = Task {
+                next: AtomicUsize::new(0),
+                count: chunks,
+                work: &work,
+                panicked: AtomicBool::new(false),
+            };
             // SAFETY: libgomp's own entry: it calls `run` with this pointer on its threads, and returns when all have. The
             // task outlives the call, and is `Sync`.
             #[allow(unsafe_code)]
             unsafe {
                 parallel(run, std::ptr::from_ref(&task).cast_mut().cast(), 0, 0);
             }
+            assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
         }
-        None if count > chunk => {
-            task.take_with((tch::get_num_threads().max(1) as usize).min(count.div_ceil(chunk)));
-        }
-        _ => task.take(),
+        _ => team::each(chunks, &work),
     }
-    assert!(!task.panicked.load(Ordering::Relaxed), "a part of a training step panicked");
 }
 
 thread_local! {
@@ -160,35 +169,9 @@ pub(super) fn with_room<T>(len: usize, work: impl FnOnce(&mut [f32]) -> T) -> T 
 
 struct Task<'a> {
     next: AtomicUsize,
-    /// How many are taken at a time.
-    chunk: usize,
     count: usize,
     work: &'a (dyn Fn(usize) + Sync),
     panicked: AtomicBool,
-}
-
-/// Rows that are taken at a time: no thread should wait for the counter of another at each.
-const CHUNK: usize = 8;
-
-impl Task<'_> {
-    fn take(&self) {
-        loop {
-            let start = self.next.fetch_add(self.chunk, Ordering::Relaxed);
-            if start >= self.count {
-                return;
-            }
-            (start..self.count.min(start + self.chunk)).for_each(self.work);
-        }
-    }
-
-    fn take_with(&self, threads: usize) {
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| self.take());
-            }
-            self.take();
-        });
-    }
 }
 
 /// One thread's part. A panic must not leave it: libgomp is no Rust.
@@ -196,7 +179,7 @@ extern "C" fn run(task: *mut c_void) {
     // SAFETY: `each` gives a pointer to a task that lives until all threads have returned.
     #[allow(unsafe_code)]
     let task = unsafe { &*task.cast::<Task<'_>>() };
-    if catch_unwind(AssertUnwindSafe(|| task.take())).is_err() {
+    if catch_unwind(AssertUnwindSafe(|| take_pieces(&task.next, task.count, task.work))).is_err() {
         task.panicked.store(true, Ordering::Relaxed);
     }
 }
@@ -214,31 +197,30 @@ type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::team::Alone;
 
     #[test]
-    fn each_number_is_worked_on_once() {
-        let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-        for _ in 0..20 {
-            each(counts.len(), |i| {
-                counts[i].fetch_add(i, Ordering::Relaxed);
-            });
-        }
-        assert!(counts.iter().enumerate().all(|(i, count)| count.load(Ordering::Relaxed) == 20 * i));
+    fn each_number_is_worked_on_once_whoever_helps() {
         assert!(cfg!(not(target_os = "linux")) || parallel().is_some());
-        let sum = AtomicUsize::new(0);
-        let work = |i| {
-            sum.fetch_add(i, Ordering::Relaxed);
-        };
-        let panicked = AtomicBool::new(false);
-        let task = Task { next: AtomicUsize::new(0), chunk: CHUNK, count: 1000, work: &work, panicked };
-        task.take_with(3);
-        assert_eq!(sum.load(Ordering::Relaxed), 999 * 1000 / 2);
+        for alone in [false, true] {
+            let _alone = alone.then(Alone::begin);
+            let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            for _ in 0..20 {
+                each(counts.len(), |i| {
+                    counts[i].fetch_add(i, Ordering::Relaxed);
+                });
+            }
+            assert!(counts.iter().enumerate().all(|(i, count)| count.load(Ordering::Relaxed) == 20 * i));
+        }
     }
 
     #[test]
     fn a_panic_is_the_callers_too() {
-        let result = catch_unwind(|| each(100, |i| assert!(i != 57)));
-        assert!(result.is_err());
+        for alone in [false, true] {
+            let _alone = alone.then(Alone::begin);
+            let result = catch_unwind(|| each(100, |i| assert!(i != 57)));
+            assert!(result.is_err());
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::subject::Subject;
 use super::update::{RATE, adapter, learner, micro_batches, random, rehearsed};
 use crate::topology;
 use anyhow::{Result, anyhow, ensure};
-use kit::compute::Turn;
+use kit::compute::{Stint, Turn};
 use kit::lane::Stop;
 use model::device::set_threads;
 use model::learner::{Learner, Outcome};
@@ -26,8 +26,8 @@ pub struct Meanwhile {
 }
 
 impl Meanwhile {
-    /// Starts it, and returns once its first step is taken. While a request of `turn` runs, it takes at most `share` of
-    /// the time.
+    /// Starts it, and returns once its first step is taken. While a request of `turn` runs, it has at most `share` of
+    /// its speed.
     ///
     /// # Errors
     /// When it cannot learn.
@@ -52,8 +52,14 @@ impl Meanwhile {
         }
         let step = micro_batches(&sequences, training.micro_tokens);
         let (stop, tokens) = (Stop::new(), Arc::new(AtomicU64::new(0)));
-        let course =
-            Course { step, share, turn: Arc::clone(turn), stop: stop.clone(), tokens: Arc::clone(&tokens) };
+        let course = Course {
+            step,
+            share,
+            turn: Arc::clone(turn),
+            stop: stop.clone(),
+            tokens: Arc::clone(&tokens),
+            on_processor: subject.base.is_on_cpu(),
+        };
         let (base, adapter, threads) =
             (subject.to_learn()?, adapter(subject)?, subject.settings.base.threads);
         let thread = std::thread::Builder::new().name("train".into()).spawn(move || {
@@ -114,20 +120,21 @@ struct Course {
     turn: Arc<Turn>,
     stop: Stop,
     tokens: Arc<AtomicU64>,
+    on_processor: bool,
 }
 
 impl Course {
     fn run(&self, mut learner: Learner) -> Result<()> {
         while !self.stop.is_set() {
             let mut parts = self.step.iter().map(|part| part.iter().map(|s| s.tokens.len()).sum::<usize>());
-            let mut last: Option<(Instant, usize)> = None;
+            let mut last: Option<(Stint, usize)> = None;
             let mut between = || {
                 // What a part took is known when the next one is about to begin, and of the last one after the step.
-                if let Some((began, tokens)) = last {
-                    self.tokens.fetch_add(tokens as u64, Ordering::Relaxed);
-                    self.turn.yield_between(began.elapsed(), self.share, &self.stop);
+                if let Some((stint, tokens)) = &last {
+                    self.tokens.fetch_add(*tokens as u64, Ordering::Relaxed);
+                    self.turn.yield_after(stint, self.share, &self.stop);
                 }
-                last = parts.next().map(|tokens| (Instant::now(), tokens));
+                last = parts.next().map(|tokens| (Stint::begin(self.on_processor), tokens));
                 if self.stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             let report = learner.step(&self.step, RATE, &mut between)?;

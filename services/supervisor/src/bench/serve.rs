@@ -59,7 +59,7 @@ pub struct Args {
     /// Measurements of each, of which the median is told.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = value_parser!(u64).range(1..=1000))]
     repeats: u64,
-    /// Learn meanwhile, taking this share of the time (train.share_while_serving); several numbers with commas.
+    /// Learn meanwhile, with this share of the speed at most (train.share_while_serving); several numbers with commas.
     #[arg(long, value_name = "SHARE,..", value_delimiter = ',', value_parser = share)]
     learning: Vec<f64>,
     /// Draw the time between tokens over the speed of learning, both as multiples of idle ones, as SVG.
@@ -69,7 +69,7 @@ pub struct Args {
 
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse::<f64>().ok().filter(|share| (0.01..=1.0).contains(share));
-    share.ok_or_else(|| "a share of the time is a number from 0.01 to 1, such as 0.5".to_owned())
+    share.ok_or_else(|| "a share of the speed is a number from 0.01 to 1, such as 0.5".to_owned())
 }
 
 /// Measures and reports.

@@ -13,7 +13,6 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
-use std::time::Instant;
 
 /// Rehearsed answers that are asked for between two looks at waiting requests.
 const RECITED: usize = 32;
@@ -46,9 +45,9 @@ impl Worker {
     /// Those of the items that the adapter says to the letter, in the order given.
     fn recited(&self, run: &Run<'_>, items: &[Item]) -> anyhow::Result<Vec<Item>> {
         let mut said = Vec::new();
-        let (mut last, mut begun) = (Instant::now(), false);
+        let mut last = None;
         for part in items.chunks(RECITED) {
-            if self.between(&mut last, &mut begun).is_break() {
+            if self.between(&mut last).is_break() {
                 break;
             }
             let sequences: Vec<Sequence> =

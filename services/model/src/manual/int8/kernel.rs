@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{Block, GROUP, LINE, MIDDLE, Narrow, Rounding, STEPS, TILE, WIDE};
+use super::{Block, GROUP, Line, MIDDLE, Narrow, Rounding, STEPS, TILE, WIDE};
 
 /// What the bits of a number are multiplied by, of which product the upper half stands for chance (Knuth's multiplicative hash), and
 /// what that is multiplied by to be 0 to 1.
@@ -34,7 +34,7 @@ pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
 pub fn tile(
     x: &Narrow,
     rows: Range<usize>,
-    panel: &[u8],
+    panel: &[Line],
     factors: &[f32; WIDE],
     out: &mut [[f32; WIDE]; TILE],
 ) {
@@ -49,7 +49,7 @@ pub fn tile(
 
 /// Turns panels of outputs, which have so many `groups` of inputs, into one of the [`WIDE`] inputs from the group `first` on: fours
 /// of inputs of an output become fours of outputs of an input. Inputs that there are not stay as they are.
-pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
     #[cfg(target_arch = "x86_64")]
     if there() {
         // SAFETY: the processor has these instructions.
@@ -60,7 +60,7 @@ pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
 }
 
 pub(super) mod plain {
-    use super::{Block, CHANCE, GROUP, LINE, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
+    use super::{Block, CHANCE, GROUP, Line, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
 
     pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
         // As whole numbers, of which those that are no number are the largest: they must not be lost.
@@ -81,17 +81,17 @@ pub(super) mod plain {
     pub fn tile(
         x: &Narrow,
         rows: Range<usize>,
-        panel: &[u8],
+        panel: &[Line],
         factors: &[f32; WIDE],
         out: &mut [[f32; WIDE]; TILE],
     ) {
         for (row, out) in rows.zip(out) {
             *out = [0.0; WIDE];
-            let parts = panel.chunks(x.block * WIDE).zip(x.row(row).chunks(x.block));
+            let parts = panel.chunks(x.block / GROUP).zip(x.row(row).chunks(x.block));
             for (block, (panel, codes)) in x.blocks(row).iter().zip(parts) {
                 let mut sums = [-i32::from(MIDDLE) * block.sum; WIDE];
-                for (line, codes) in panel.as_chunks::<LINE>().0.iter().zip(codes.as_chunks::<GROUP>().0) {
-                    for (sum, weights) in sums.iter_mut().zip(line.as_chunks::<GROUP>().0) {
+                for (line, codes) in panel.iter().zip(codes.as_chunks::<GROUP>().0) {
+                    for (sum, weights) in sums.iter_mut().zip(line.0.as_chunks::<GROUP>().0) {
                         for (weight, code) in weights.iter().zip(codes) {
                             *sum += i32::from(*weight) * i32::from(*code);
                         }
@@ -104,13 +104,13 @@ pub(super) mod plain {
         }
     }
 
-    pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+    pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
         let inputs = WIDE.min((groups - first) * GROUP);
-        for (output, out) in out.as_chunks_mut::<LINE>().0.iter_mut().enumerate() {
-            for (i, out) in out.iter_mut().enumerate().take(inputs * GROUP) {
+        for (output, out) in out.iter_mut().enumerate() {
+            for (i, out) in out.0.iter_mut().enumerate().take(inputs * GROUP) {
                 let (input, output) = (i / GROUP, output * GROUP + i % GROUP);
                 let line = output / WIDE * groups + first + input / GROUP;
-                *out = panels[line * LINE + output % WIDE * GROUP + input % GROUP];
+                *out = panels[line].0[output % WIDE * GROUP + input % GROUP];
             }
         }
     }
@@ -127,7 +127,7 @@ mod avx512 {
         _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_ps,
     };
 
-    use super::{Block, CHANCE, GROUP, LINE, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
+    use super::{Block, CHANCE, GROUP, Line, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
     use crate::manual::kernels::LANES;
 
     /// Vectors of a panel's columns.
@@ -174,7 +174,7 @@ mod avx512 {
     pub fn tile(
         x: &Narrow,
         rows: Range<usize>,
-        panel: &[u8],
+        panel: &[Line],
         factors: &[f32; WIDE],
         out: &mut [[f32; WIDE]; TILE],
     ) {
@@ -192,7 +192,7 @@ mod avx512 {
     fn of_rows<const R: usize>(
         x: &Narrow,
         first: usize,
-        panel: &[u8],
+        panel: &[Line],
         factors: &[f32; WIDE],
         out: &mut [[f32; WIDE]; TILE],
     ) {
@@ -202,18 +202,18 @@ mod avx512 {
             blocks[i] = x.blocks(first + i);
             out[i] = [0.0; WIDE];
         }
-        for (block, panel) in panel.chunks(x.block * WIDE).enumerate() {
+        for (block, panel) in panel.chunks(x.block / GROUP).enumerate() {
             let mut rows = [std::ptr::null::<i8>(); R];
             let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
             for i in 0..R {
-                rows[i] = x.row(first + i)[block * x.block..][..panel.len() / WIDE].as_ptr();
+                rows[i] = x.row(first + i)[block * x.block..][..panel.len() * GROUP].as_ptr();
                 // A block that is not finite has no sum that means anything.
                 let start = blocks[i][block].sum.wrapping_mul(-i32::from(MIDDLE));
                 sums[i] = [_mm512_set1_epi32(start); VECTORS];
             }
-            for (group, line) in panel.as_chunks::<LINE>().0.iter().enumerate() {
+            for (group, line) in panel.iter().enumerate() {
                 let mut weights = [_mm512_setzero_si512(); VECTORS];
-                for (weights, from) in weights.iter_mut().zip(line.as_chunks::<{ LANES * GROUP }>().0) {
+                for (weights, from) in weights.iter_mut().zip(line.0.as_chunks::<{ LANES * GROUP }>().0) {
                     // SAFETY: 64 bytes.
                     #[allow(unsafe_code)]
                     unsafe {
@@ -221,7 +221,7 @@ mod avx512 {
                     }
                 }
                 for i in 0..R {
-                    // SAFETY: of the row there is one code for each 64 bytes of the panel.
+                    // SAFETY: of the row there is a group of codes for each line of the panel.
                     #[allow(unsafe_code)]
                     let codes = unsafe { rows[i].add(group * GROUP).cast::<i32>().read_unaligned() };
                     let codes = _mm512_set1_epi32(codes);
@@ -247,27 +247,29 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn turn(panels: &[u8], groups: usize, first: usize, out: &mut [u8]) {
+    pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
         /// Bytes of an output's group, or an input's: four by four codes.
         const SQUARE: usize = GROUP * GROUP;
         let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         let order = _mm512_broadcast_i32x4(order);
         let count = (WIDE / GROUP).min(groups - first);
-        for (panel, out) in out.chunks_exact_mut(WIDE * WIDE).enumerate() {
+        for (panel, out) in out.chunks_exact_mut(WIDE / GROUP).enumerate() {
             for group in 0..count {
-                let from = &panels[(panel * groups + first + group) * LINE..][..LINE];
+                let from = &panels[panel * groups + first + group].0;
                 // Four squares at a time, each of which goes to a line of its own.
-                for (four, squares) in from.as_chunks::<{ 4 * SQUARE }>().0.iter().enumerate() {
-                    let to = &mut out[four * 4 * LINE + group * SQUARE..][..3 * LINE + SQUARE];
+                for (squares, to) in
+                    from.as_chunks::<{ 4 * SQUARE }>().0.iter().zip(out.as_chunks_mut::<4>().0)
+                {
+                    let at = group * SQUARE;
+                    let [a, b, c, d] = to.each_mut().map(|line| line.0[at..at + SQUARE].as_mut_ptr().cast());
                     // SAFETY: 64 bytes, and 16 in each of four places.
                     #[allow(unsafe_code)]
                     unsafe {
                         let codes = _mm512_shuffle_epi8(_mm512_loadu_si512(squares.as_ptr().cast()), order);
-                        let to = to.as_mut_ptr();
-                        _mm_storeu_si128(to.cast(), _mm512_extracti32x4_epi32::<0>(codes));
-                        _mm_storeu_si128(to.add(LINE).cast(), _mm512_extracti32x4_epi32::<1>(codes));
-                        _mm_storeu_si128(to.add(2 * LINE).cast(), _mm512_extracti32x4_epi32::<2>(codes));
-                        _mm_storeu_si128(to.add(3 * LINE).cast(), _mm512_extracti32x4_epi32::<3>(codes));
+                        _mm_storeu_si128(a, _mm512_extracti32x4_epi32::<0>(codes));
+                        _mm_storeu_si128(b, _mm512_extracti32x4_epi32::<1>(codes));
+                        _mm_storeu_si128(c, _mm512_extracti32x4_epi32::<2>(codes));
+                        _mm_storeu_si128(d, _mm512_extracti32x4_epi32::<3>(codes));
                     }
                 }
             }

@@ -88,7 +88,7 @@ fn every_processor_would_say_the_same() {
             assert_eq!((blocks[0], &found), (blocks[1], &expected));
         }
 
-        let panel = &codes.panels[..x.width * WIDE];
+        let panel = &codes.panels[..x.width / GROUP];
         let factors = std::array::from_fn(|i| 1.0 + i as f32 / 7.0);
         for count in 1..=TILE.min(rows as usize) {
             let mut tiles = [[[0f32; WIDE]; TILE]; 2];
@@ -100,7 +100,8 @@ fn every_processor_would_say_the_same() {
 
         let groups = x.width / GROUP;
         for first in (0..groups).step_by(WIDE / GROUP) {
-            let mut panels = [(); 2].map(|()| vec![MIDDLE; (outputs as usize).next_multiple_of(WIDE) * WIDE]);
+            let mut panels =
+                [(); 2].map(|()| vec![Line::NOTHING; (outputs as usize).div_ceil(WIDE) * (WIDE / GROUP)]);
             let [found, expected] = &mut panels;
             kernel::turn(&codes.panels, groups, first, found);
             kernel::plain::turn(&codes.panels, groups, first, expected);

@@ -1,6 +1,6 @@
 //! `engram bench`: tasks one after another, learned by the services themselves.
 
-use crate::harness::engram;
+use crate::harness::{PROGRAM, engram};
 use crate::tiny;
 use serde_json::Value;
 use std::fs;
@@ -39,6 +39,24 @@ fn retention(folder: &Path, more: &[&str]) -> Value {
     let output = engram(&[&given, set.as_slice(), more].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&fs::read(json).expect("there")).expect("JSON")
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_benchmark_has_the_threads_of_a_worker() {
+    let folder = tempfile::tempdir().expect("a folder");
+    tiny::write(folder.path());
+    let base = folder.path().display().to_string();
+    let output = std::process::Command::new(PROGRAM)
+        .args(["bench", "update", "--base", &base, "--examples", "4", "--tokens", "8", "--repeats", "1"])
+        .env("OMP_DISPLAY_ENV", "VERBOSE")
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let last = |name: &str| said.lines().rfind(|line| line.contains(name)).unwrap_or_default().to_owned();
+    assert!(last("OMP_WAIT_POLICY").ends_with("'PASSIVE'"), "{said}");
+    assert!(last("GOMP_SPINCOUNT").ends_with("'0'"), "{said}");
 }
 
 #[test]

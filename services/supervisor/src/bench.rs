@@ -21,6 +21,7 @@ pub mod tasks;
 mod together;
 mod update;
 
+use crate::child::become_like_a_worker;
 use anyhow::Result;
 use clap::Subcommand;
 use std::io::Write;
@@ -63,6 +64,7 @@ enum Bench {
 
 /// Runs the benchmark that is asked for.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
+    become_like_a_worker()?;
     match &args.bench {
         Bench::Retention(args) => retention::run(args, out),
         Bench::Quality(args) => quality::run(args, out),

@@ -4,6 +4,7 @@ use crate::lifeline::Orders;
 use anyhow::{Context, Result};
 use kit::settings;
 use std::collections::VecDeque;
+use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
@@ -54,6 +55,23 @@ fn environment(threads: usize) -> Vec<(&'static str, String)> {
     // On a Mac, memory that is shared with the screen must not run out.
     let marks = model::mps::WATERMARKS.iter().filter(|_| cfg!(target_os = "macos"));
     fixed.chain(counts).chain(marks.map(|(name, value)| (*name, (*value).to_owned()))).collect()
+}
+
+/// Goes on with the variables of a worker: starts this program anew in its own place, with the same arguments, unless they are set.
+/// So what measures or does the work of a worker has the threads of one.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn become_like_a_worker() -> Result<()> {
+    let mut missing = environment(0);
+    missing.retain(|(name, _)| std::env::var_os(name).is_none());
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let program = std::env::current_exe().context("this program cannot find itself")?;
+    let mut command = std::process::Command::new(program);
+    Err(command.args(std::env::args_os().skip(1)).envs(missing).exec())
+        .context("this program cannot be started anew")
 }
 
 struct Worker {

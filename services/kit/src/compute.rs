@@ -238,7 +238,7 @@ impl Stint {
 }
 
 /// What the calling thread has had of the processor.
-fn time_on_processor() -> Duration {
+pub fn time_on_processor() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }

@@ -109,6 +109,8 @@ struct Run<'a> {
     recent_bad: VecDeque<bool>,
     /// Its texts are read, and are the former self's to keep.
     read: bool,
+    /// What was done since requests were last let in. A step is a single micro-batch as often as not, so it outlives them.
+    last: Option<Stint>,
 }
 
 impl Run<'_> {
@@ -224,6 +226,7 @@ impl Worker {
             report: TrainReport::default(),
             recent_bad: VecDeque::new(),
             read: false,
+            last: None,
         })
     }
 
@@ -346,8 +349,7 @@ impl Worker {
             return Ok(None);
         }
         loop {
-            let mut last = None;
-            let report = run.learner.step(micro_batches, rate, &mut || self.between(&mut last))?;
+            let report = run.learner.step(micro_batches, rate, &mut || self.between(&mut run.last))?;
             match report.outcome {
                 // The loss scale was lowered, which is no fault of the batch.
                 Outcome::Overflow => run.report.skipped_steps += 1,

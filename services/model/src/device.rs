@@ -247,6 +247,19 @@ pub fn set_threads(threads: usize) {
     tch::set_num_threads(threads.clamp(1, 1024) as i32);
 }
 
+/// The same on Linux, but for threads that have not computed yet: [`set_threads`] is for them too, whoever calls it.
+pub(crate) fn set_own_threads(threads: usize) {
+    type Set = unsafe extern "C" fn(std::ffi::c_int);
+    static FOUND: OnceLock<Option<Set>> = OnceLock::new();
+    // SAFETY: of this name and type in every OpenMP. It changes a number of the calling thread.
+    #[allow(unsafe_code)]
+    unsafe {
+        if let Some(set) = FOUND.get_or_init(|| openmp(b"omp_set_num_threads\0")) {
+            set(threads as std::ffi::c_int);
+        }
+    }
+}
+
 /// Those threads that libtorch has started to help the calling one, which end with this; they are started again when they are
 /// needed.
 ///

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::device::set_own_threads;
+
 /// How long a helper waits for the next part before it sleeps.
 const AWAKE: Duration = Duration::from_micros(200);
 /// Looks for work between two looks at the clock, which also let others have the processor.
@@ -230,7 +232,7 @@ impl Alone {
             return None;
         }
         ALONE.set(Some(threads()));
-        tch::set_num_threads(1);
+        set_own_threads(1);
         Some(Self(PhantomData))
     }
 }
@@ -238,7 +240,7 @@ impl Alone {
 impl Drop for Alone {
     fn drop(&mut self) {
         if let Some(threads) = ALONE.take() {
-            tch::set_num_threads(threads as i32);
+            set_own_threads(threads);
         }
     }
 }
@@ -387,7 +389,10 @@ mod tests {
         tch::set_num_threads(3);
         let alone = Alone::begin();
         assert!(alone.is_some() && Alone::begin().is_none(), "the inner one ends nothing");
-        assert_eq!((is_alone(), threads(), tch::get_num_threads()), (true, 3, 1));
+        let of_libtorch = if cfg!(target_os = "linux") { 1 } else { 3 };
+        assert_eq!((is_alone(), threads(), tch::get_num_threads()), (true, 3, of_libtorch));
+        let another = thread::spawn(|| (is_alone(), threads())).join();
+        assert_eq!(another.expect("ended"), (false, 3), "one that starts meanwhile");
         drop(alone);
         assert_eq!((is_alone(), threads(), tch::get_num_threads()), (false, 3, 3));
     }

@@ -100,18 +100,15 @@ fn steps_that_overflow_in_f16_are_counted_and_taken_again() {
 #[test]
 fn learning_rests_between_steps_of_one_micro_batch_too_while_requests_run() {
     let mut worker = worker(Precision::F32, 32.0);
-    (worker.training.share_while_serving, worker.training.course.step_tokens) = (0.05, 16);
-    let turn = Arc::clone(&worker.turn);
-    let took = |worker: &mut Worker| {
-        let (started, had) = (Instant::now(), time_on_processor());
-        let steps = learned(worker).report.steps;
-        assert!(steps >= 8, "each example is a step: {steps}");
-        started.elapsed().as_secs_f64() / (time_on_processor() - had).as_secs_f64()
-    };
-    let _running = turn.enter();
-    // It works a twentieth of the time, but for the first and the last step, and for what is no step. That it may be kept from the
-    // processor only adds to it.
-    assert!(took(&mut worker) > 4.0);
+    (worker.training.share_while_serving, worker.training.course.step_tokens) = (0.02, 16);
+    let _running = worker.turn.enter();
+    let (started, had) = (Instant::now(), time_on_processor());
+    let steps = learned(&mut worker).report.steps;
+    assert!(steps >= 8, "each example is a step: {steps}");
+    // It works a fiftieth of the time, but for the last step and for what is no step: some 4 were found where it never rests,
+    // since others work for the thread meanwhile. That it may be kept from the processor only adds to it.
+    let times = started.elapsed().as_secs_f64() / (time_on_processor() - had).as_secs_f64();
+    assert!(times > 10.0, "{times}");
 }
 
 #[test]

@@ -57,6 +57,16 @@ pub struct Candidate {
     pub learned: Vec<LearnedExample>,
     /// Examples that were put aside because they break training, with the reason.
     pub put_aside: Vec<(ExampleId, String)>,
+    /// What is known of answers that repeat, with those of the batch; none where none do, or they are not counted.
+    pub answer_head: Option<AnswerHead>,
+}
+
+impl Candidate {
+    /// Every file it names.
+    pub fn files(&self) -> Vec<&Blob> {
+        let head = self.answer_head.iter().flat_map(AnswerHead::files);
+        [&self.weights, &self.optimiser].into_iter().chain(head).collect()
+    }
 }
 
 /// A fresh example that was trained on.

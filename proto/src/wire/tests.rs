@@ -106,7 +106,12 @@ fn candidate() -> Candidate {
         report: report(),
         learned: vec![LearnedExample { id: ExampleId { ordinal: 41, chunk: 2 }, first_loss: 3.5 }],
         put_aside: vec![(ExampleId { ordinal: 43, chunk: 0 }, "it breaks the learner".into())],
+        answer_head: Some(answer_head()),
     }
+}
+
+fn answer_head() -> AnswerHead {
+    AnswerHead { counts: blob('e'), solved: blob('f'), answers: 15, prompts: 1500, trusted: true }
 }
 
 fn judgement() -> Judgement {
@@ -124,13 +129,7 @@ fn judgement() -> Judgement {
         optimiser: blob('b'),
         fisher: Some(blob('c')),
         probe: blob('d'),
-        answer_head: Some(AnswerHead {
-            counts: blob('e'),
-            solved: blob('f'),
-            answers: 15,
-            prompts: 1500,
-            trusted: true,
-        }),
+        answer_head: Some(answer_head()),
         examples: candidate().learned,
         report: report(),
     };

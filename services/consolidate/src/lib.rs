@@ -1,25 +1,21 @@
 //! The gate: a candidate is measured on what its lineage knew, and goes on only when that is intact.
 //!
-//! Then what it learned is consolidated: Fisher information for the EWC penalty of later batches, the probe by which later
-//! candidates are measured, and the counts of answers that repeat.
+//! Then what it learned is consolidated: Fisher information for the EWC penalty of later batches, and the probe by which later
+//! candidates are measured.
 
-mod counting;
-mod foreign;
 mod gate;
 mod probe;
 mod worker;
 
-pub use counting::Counting;
-pub use foreign::foreign;
 pub use worker::{Gating, Worker};
 
-use counting::Counted;
 use kit::blobs::Blobs;
 use kit::compute::Compute;
 use kit::link::Link;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
 use proto::{AnswerHead, Blob, Candidate, Decision, Generation, Judgement, Learned, Receipt};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use worker::{Answers, Held, Verdict};
 
@@ -49,6 +45,7 @@ impl Handle<Candidate> for Consolidate {
     async fn handle(&mut self, candidate: &Candidate) -> Result<(), Fault> {
         fail::fail_point!("consolidate::handle");
         let weights = self.blobs.get(&candidate.weights)?;
+        let solved = candidate.answer_head.as_ref().map(|head| self.blobs.get(&head.solved)).transpose()?;
         let held = match self.held(candidate) {
             Err(_) if self.registry.has_passed(&candidate.batch) => {
                 return self.put_aside(candidate, "history has passed by").await;
@@ -56,17 +53,18 @@ impl Handle<Candidate> for Consolidate {
             held => held?,
         };
         let job = candidate.clone();
-        let judged = self.compute.run(move |worker| worker.judge(&job, &weights, held)).await;
+        let judged =
+            self.compute.run(move |worker| worker.judge(&job, &weights, solved.as_deref(), &held)).await;
         let (verdict, receipt) = judged.map_err(anyhow::Error::from)??;
         let decision = match verdict {
-            Verdict::Intact { fisher, probe, counting } => Decision::Publish(Box::new(Learned {
+            Verdict::Intact { fisher, probe, answers } => Decision::Publish(Box::new(Learned {
                 weights: candidate.weights.clone(),
                 optimiser: candidate.optimiser.clone(),
                 fisher: fisher.map(|bytes| self.blobs.put(&bytes)).transpose()?,
                 probe: self.blobs.put(&probe)?,
-                answer_head: match counting {
+                answer_head: match answers {
                     Answers::Off => None,
-                    Answers::Counted(counted) => Some(self.keep(&counted)?),
+                    Answers::Counted => candidate.answer_head.clone(),
                     Answers::AsBefore => self.parent(candidate).and_then(|parent| parent.answer_head.clone()),
                 },
                 examples: candidate.learned.clone(),
@@ -80,14 +78,16 @@ impl Handle<Candidate> for Consolidate {
             }
             Verdict::Harmed(reason) | Verdict::Useless(reason) => Decision::SetAside(reason),
         };
-        if !matches!(decision, Decision::Publish(_)) {
-            self.remove(candidate)?;
+        match &decision {
+            Decision::Publish(learned) if learned.answer_head == candidate.answer_head => {}
+            Decision::Publish(_) => self.remove(candidate.answer_head.iter().flat_map(AnswerHead::files))?,
+            _ => self.remove(candidate.files())?,
         }
         self.send(candidate, decision, receipt).await
     }
 
     async fn put_aside(&mut self, candidate: &Candidate, reason: &str) -> Result<(), Fault> {
-        self.remove(candidate)?;
+        self.remove(candidate.files())?;
         let reason = format!("what was learned from it could not be measured: {reason}");
         self.send(candidate, Decision::SetAside(reason), Receipt::default()).await
     }
@@ -100,20 +100,12 @@ impl Consolidate {
         candidate.batch.documents > 1 && lineage.documents_max().is_none()
     }
 
-    /// Nothing stays of a candidate that is not published: it may hold what is forgotten meanwhile.
-    fn remove(&self, candidate: &Candidate) -> anyhow::Result<()> {
-        self.blobs.remove(&candidate.weights)?;
-        self.blobs.remove(&candidate.optimiser)
-    }
-
-    fn keep(&self, counted: &Counted) -> anyhow::Result<AnswerHead> {
-        Ok(AnswerHead {
-            counts: self.blobs.put(&counted.counts)?,
-            solved: self.blobs.put(&counted.head.to_bytes()?)?,
-            answers: counted.head.answers().len() as u64,
-            prompts: counted.prompts,
-            trusted: counted.head.is_trusted(),
-        })
+    /// Nothing stays of a candidate that is not published: it may hold what is forgotten meanwhile. Equal content has one
+    /// file, and what was counted may be equal to what a generation counted.
+    fn remove<'b>(&self, files: impl IntoIterator<Item = &'b Blob>) -> anyhow::Result<()> {
+        let generations = self.registry.generations();
+        let needed: BTreeSet<Blob> = generations.iter().flat_map(|g| g.files()).collect();
+        files.into_iter().filter(|file| !needed.contains(file)).try_for_each(|file| self.blobs.remove(file))
     }
 
     async fn send(&self, candidate: &Candidate, decision: Decision, receipt: Receipt) -> Result<(), Fault> {
@@ -138,7 +130,6 @@ impl Consolidate {
         Ok(Held {
             probe: read(parent.probe.as_ref())?,
             fisher: read(parent.fisher.as_ref())?,
-            counts: read(head.map(|head| &head.counts))?,
             head: read(head.map(|head| &head.solved))?,
         })
     }

@@ -69,10 +69,11 @@ impl Probe {
         parts
     }
 
-    /// Forgets which answers were said.
+    /// Forgets which answers were said, and how well.
     pub fn unmark(&mut self) {
-        for entry in self.memory.iter_mut().chain(&mut self.held_out) {
+        for entry in self.memory.iter_mut().chain(&mut self.held_out).filter(|entry| entry.is_answer()) {
             (entry.said_best, entry.said_last) = (false, false);
+            (entry.best, entry.last) = (entry.base, entry.base);
         }
     }
 

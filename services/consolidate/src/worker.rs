@@ -1,6 +1,5 @@
 //! What happens on the compute thread: measure, then take in what was learned.
 
-use crate::counting::{Counted, Counting, Heard};
 use crate::gate;
 use crate::probe::{Entry, Probe, note, reservoir, take_in};
 use kit::compute::{Stint, Turn};
@@ -11,7 +10,7 @@ use model::llama::Base;
 use model::lora::Adapter;
 use model::loss::{SequenceScore, recite, score};
 use model::pack::Sequence;
-use model::ridge::Head;
+use model::ridge::{Counting, Head, Heard};
 use proto::{Candidate, Example, ExampleId, Measure, Receipt, Recited, Retained};
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -41,6 +40,8 @@ pub struct Gating {
     pub fisher_decay: f64,
     /// Length of packed rows, tokens.
     pub row_tokens: usize,
+    /// Answers that are said because of what is counted are to be known by heart all the same.
+    pub repeat_counted: bool,
     /// Share of the time that measuring takes while requests run.
     pub share_while_serving: f32,
 }
@@ -63,20 +64,19 @@ pub struct Held {
     pub probe: Option<Vec<u8>>,
     /// Its Fisher information.
     pub fisher: Option<Vec<u8>>,
-    /// What it counted of answers that repeat.
-    pub counts: Option<Vec<u8>>,
-    /// What was solved of that.
+    /// What was solved of what it counted of answers that repeat.
     pub head: Option<Vec<u8>>,
 }
 
-/// What becomes of the counts of answers that repeat.
+/// What becomes of what is counted of answers that repeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answers {
-    /// They are left out: nothing is to be counted.
+    /// It is left out: nothing is to be counted.
     Off,
-    /// They stay as the parent's: nothing repeats, or what is known would be lost.
+    /// It stays the parent's: nothing repeats, or what is known would be lost.
     AsBefore,
-    /// With those of the batch.
-    Counted(Box<Counted>),
+    /// It is the candidate's.
+    Counted,
 }
 
 /// The gate's verdict on a candidate.
@@ -88,7 +88,7 @@ pub enum Verdict {
         /// The probe with the new examples and scores.
         probe: Vec<u8>,
         /// What is known of answers that repeat.
-        counting: Answers,
+        answers: Answers,
     },
     /// It is not, and this is what was lost.
     Harmed(String),
@@ -109,15 +109,16 @@ impl Worker {
         Self { base, gating, anchors, counting, turn, stop }
     }
 
-    /// Judges a candidate.
+    /// Judges a candidate of these weights, and of what was solved of what it counted.
     ///
     /// # Errors
-    /// When its weights or the parent's files do not fit the base.
+    /// When its files or the parent's do not fit the base.
     pub fn judge(
         &self,
         candidate: &Candidate,
         weights: &[u8],
-        held: Held,
+        head: Option<&[u8]>,
+        held: &Held,
     ) -> anyhow::Result<(Verdict, Receipt)> {
         let (started, _helpers) = (Instant::now(), helpers());
         let adapter = Adapter::from_bytes(weights, self.base.config())?;
@@ -136,11 +137,13 @@ impl Worker {
         }
         let learned: BTreeSet<ExampleId> = candidate.learned.iter().map(|l| l.id).collect();
         let fresh: Vec<&Example> = candidate.batch.fresh.iter().filter(|e| learned.contains(&e.id)).collect();
-        let counted = self.count(candidate, &fresh, &held)?;
-        let older = held.head.as_deref().filter(|_| self.counting.is_some());
-        let older = older.map(Head::from_bytes).transpose()?;
+        let read = |bytes: Option<&[u8]>| {
+            bytes.filter(|_| self.counting.is_some()).map(Head::from_bytes).transpose()
+        };
+        let (counted, older) = (read(head)?, read(held.head.as_deref())?);
         let rehearsed = candidate.batch.rehearsed.iter().map(|example| example.id).collect();
-        let (retained, counted) = self.measure(&mut probe, &adapter, &rehearsed, counted, older.as_ref())?;
+        let (retained, counted) =
+            self.measure(&mut probe, &adapter, &rehearsed, counted.as_ref(), older.as_ref())?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are
         // no sample of what was understood.
         let least = |probe: &str| if probe.starts_with("held_out") { SAMPLE_MIN } else { 0 };
@@ -148,62 +151,45 @@ impl Worker {
         let verdict = match harmed {
             Some(reason) => Verdict::Harmed(reason),
             None => {
-                let head = counted.as_ref().map(|counted| &counted.head).or(older.as_ref());
+                let head = counted.or(older.as_ref());
                 let probe = self.take_in(candidate, &fresh, &adapter, head, probe)?;
                 let fisher = self.fisher(&adapter, &fresh, candidate.batch.seed, held.fisher.as_deref())?;
-                let counting = match counted {
-                    Some(counted) => Answers::Counted(Box::new(counted)),
+                let answers = match counted {
+                    Some(_) => Answers::Counted,
                     None if self.counting.is_some() => Answers::AsBefore,
                     None => Answers::Off,
                 };
-                Verdict::Intact { fisher, probe, counting }
+                Verdict::Intact { fisher, probe, answers }
             }
         };
         let seconds = started.elapsed().as_secs_f32();
         Ok((verdict, Receipt { probes: retained, seconds }))
     }
 
-    /// Counts what the batch answers, beside what its parent counted.
-    fn count(
-        &self,
-        candidate: &Candidate,
-        fresh: &[&Example],
-        held: &Held,
-    ) -> anyhow::Result<Option<Counted>> {
-        let Some(counting) = &self.counting else { return Ok(None) };
-        let beside: Vec<&Example> = candidate.batch.rehearsed.iter().collect();
-        counting.take_in(fresh, &beside, held.counts.as_deref(), &mut self.between())
-    }
-
-    /// Measures the candidate on every part of the probe, and writes its scores into it. What was counted of the batch is
-    /// given back, unless fewer known answers would be said with it than with the `older` head.
-    fn measure(
+    /// Measures the candidate on every part of the probe, and writes its scores into it. What was counted with the
+    /// batch is given back, unless fewer known answers would be said with it than with the `older` head.
+    fn measure<'h>(
         &self,
         probe: &mut Probe,
         adapter: &Adapter,
         rehearsed: &BTreeSet<ExampleId>,
-        counted: Option<Counted>,
+        counted: Option<&'h Head>,
         older: Option<&Head>,
-    ) -> anyhow::Result<(Vec<Retained>, Option<Counted>)> {
+    ) -> anyhow::Result<(Vec<Retained>, Option<&'h Head>)> {
         let gating = &self.gating;
         let parts = probe.parts();
-        let sequences = |entries: &[&mut Entry]| entries.iter().map(|entry| entry.sequence()).collect();
-        let sequences: Vec<Vec<Sequence>> = parts.iter().map(|(_, entries)| sequences(entries)).collect();
-        let heard =
-            sequences.iter().map(|part| self.hear(adapter, part)).collect::<anyhow::Result<Vec<_>>>()?;
-        let said = |head: Option<&Head>| -> anyhow::Result<Vec<Vec<bool>>> {
-            sequences.iter().zip(&heard).map(|(part, heard)| self.says(head, part, heard)).collect()
-        };
-        let head = counted.as_ref().map(|counted| &counted.head).or(older);
-        let (mut said, said_before) = (said(head)?, said(older)?);
-        let all = |said: &[Vec<bool>]| said.iter().flatten().filter(|said| **said).count();
-        let is_kept = parts.iter().zip(&said).all(|((_, entries), said)| {
+        let mut told = Vec::with_capacity(parts.len());
+        for (_, entries) in &parts {
+            let sequences: Vec<Sequence> = entries.iter().map(|entry| entry.sequence()).collect();
+            told.push(self.ask(adapter, &[counted.or(older), older], &sequences)?);
+        }
+        let all = |head: usize| told.iter().flat_map(|told| &told[head]).filter(|told| told.said).count();
+        let is_kept = parts.iter().zip(&told).all(|((_, entries), told)| {
             let (best, before) = marks(entries);
-            gate::says_as_many(gate::recited(&best, &before, said, gating.tolerance))
+            gate::says_as_many(gate::recited(&best, &before, &said(&told[0]), gating.tolerance))
         });
-        let takes = is_kept || all(&said) >= all(&said_before);
+        let takes = is_kept || all(0) >= all(1);
         if !takes {
-            said = said_before;
             tracing::info!(
                 "answers of a batch are not counted: with them fewer of those known would be said"
             );
@@ -211,14 +197,18 @@ impl Worker {
         let mut rows = Vec::new();
         // Text and answers are judged apart: an answer gains some nats and a text some tenths, so that in one mean a text
         // could be lost for what is allowed of the answers.
-        for (((name, mut entries), heard), said) in parts.into_iter().zip(&heard).zip(&said) {
-            let after: Vec<f32> = heard.iter().map(|heard| heard.loss).collect();
+        for ((name, mut entries), told) in parts.into_iter().zip(&told) {
+            let told = &told[usize::from(!takes)];
+            // Of what is said because of what is counted, what the adapter makes changes nothing that is served.
+            let after =
+                entries.iter().zip(told).map(|(entry, told)| if told.known { entry.best } else { told.loss });
+            let after: Vec<f32> = after.collect();
             let now: Vec<(&Entry, f32)> =
                 entries.iter().map(|entry| &**entry).zip(after.iter().copied()).collect();
             let mut measure = self.compare(&now, gate::Z95);
             if entries.iter().all(|entry| entry.is_answer()) {
                 let (best, before) = marks(&entries);
-                measure.recited = Some(gate::recited(&best, &before, said, gating.tolerance));
+                measure.recited = Some(gate::recited(&best, &before, &said(told), gating.tolerance));
             }
             rows.push(retained(name, measure));
             let rested: Vec<_> =
@@ -228,7 +218,7 @@ impl Worker {
                 // What is rehearsed gets better whatever else the batch teaches.
                 rows.push(retained("rested_text", self.compare(&rested, gate::NO_BOUND)));
             }
-            note(&mut entries, &after, said);
+            note(&mut entries, &after, &said(told));
         }
         let after = self.losses(&[(adapter, 1.0)], &self.anchors)?;
         let (best, before): (Vec<f32>, Vec<f32>) = probe.anchors.iter().copied().unzip();
@@ -269,10 +259,9 @@ impl Worker {
             let places = reservoir(offered, entries.len(), capacity, examples.len(), batch.seed);
             let chosen: Vec<Sequence> = places.iter().map(|&(n, _)| sequence(examples[n])).collect();
             let base = self.losses(&[], &chosen)?;
-            let heard = self.hear(adapter, &chosen)?;
-            let said = self.says(head, &chosen, &heard)?;
-            let scores = base.into_iter().zip(&heard).zip(said);
-            let scores: Vec<_> = scores.map(|((base, heard), said)| (base, heard.loss, said)).collect();
+            let told = self.ask(adapter, &[head], &chosen)?.into_iter().flatten();
+            let scores: Vec<_> =
+                base.into_iter().zip(told).map(|(base, told)| (base, told.loss, told.said)).collect();
             take_in(entries, examples, &scores, &places);
         }
         probe.to_bytes()
@@ -330,28 +319,33 @@ impl Worker {
         })
     }
 
-    /// What the adapter makes of each sequence.
-    fn hear(&self, adapter: &Adapter, sequences: &[Sequence]) -> anyhow::Result<Vec<Heard>> {
+    /// What is told of each sequence, as served with each of the heads.
+    fn ask(
+        &self,
+        adapter: &Adapter,
+        heads: &[Option<&Head>],
+        sequences: &[Sequence],
+    ) -> anyhow::Result<Vec<Vec<Told>>> {
         let recited = self
             .in_turn(sequences, |part| recite(&self.base, &[(adapter, 1.0)], part, self.gating.row_tokens))?;
-        let heard = |(score, said): &(SequenceScore, bool)| Heard {
-            loss: mean(score),
-            log_likelihood: -score.nll_sum,
-            said: *said,
+        let alone =
+            |(score, said): &(SequenceScore, bool)| Told { loss: mean(score), said: *said, known: false };
+        let mut told = vec![recited.iter().map(alone).collect::<Vec<_>>(); heads.len()];
+        let Some(counting) = self.counting.as_ref().filter(|_| heads.iter().any(Option::is_some)) else {
+            return Ok(told);
         };
-        Ok(recited.iter().map(heard).collect())
-    }
-
-    /// Which sequences are said to the letter as they are served.
-    fn says(
-        &self,
-        head: Option<&Head>,
-        sequences: &[Sequence],
-        heard: &[Heard],
-    ) -> anyhow::Result<Vec<bool>> {
-        let by_model = || heard.iter().map(|heard| heard.said).collect();
-        let (Some(counting), Some(head)) = (&self.counting, head) else { return Ok(by_model()) };
-        counting.says(head, sequences, heard)
+        let heard =
+            |(score, said): &(SequenceScore, bool)| Heard { log_likelihood: -score.nll_sum, said: *said };
+        let heard: Vec<Heard> = recited.iter().map(heard).collect();
+        let asked = counting.look_at(sequences)?;
+        for (told, head) in told.iter_mut().zip(heads) {
+            let Some(head) = head else { continue };
+            let served = asked.says(head, &heard)?.into_iter().zip(asked.knows(head)?);
+            for (told, (said, known)) in told.iter_mut().zip(served) {
+                (told.said, told.known) = (said, known && !self.gating.repeat_counted);
+            }
+        }
+        Ok(told)
     }
 
     /// Measures some sequences at a time, and lets waiting requests in between.
@@ -372,6 +366,21 @@ impl Worker {
     fn stint(&self) -> Stint {
         Stint::begin(self.base.is_on_cpu())
     }
+}
+
+/// What is told of a sequence.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    /// The adapter's mean loss, nats a token.
+    loss: f32,
+    /// It is said to the letter.
+    said: bool,
+    /// That is so because of what is counted, whatever the adapter makes of it.
+    known: bool,
+}
+
+fn said(told: &[Told]) -> Vec<bool> {
+    told.iter().map(|told| told.said).collect()
 }
 
 /// What the best and the newest published generation said.

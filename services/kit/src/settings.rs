@@ -181,6 +181,7 @@ section!(
         passes: u32,
         answer_passes_max: u32,
         loss_target: f32,
+        repeat_counted: bool,
         steps_min: u32,
         review_passes: u32,
         step_tokens: usize,

@@ -7,25 +7,29 @@
 //! continual learning (Zhuang et al., arXiv 2205.14922) and, with random features, `RanPAC` (McDonnell et al., arXiv
 //! 2307.02251), and [`Prior`] brings what it says into the model's next token.
 //!
-//! No prompt is kept: 2,000 numbers a prompt go into sums whose number does not grow.
+//! No prompt is kept: 2,500 numbers a prompt go into sums whose number does not grow.
 
 mod anchors;
+mod counting;
 mod counts;
 mod features;
+mod foreign;
 mod head;
 mod prior;
 mod trial;
 
 pub use anchors::Anchors;
+pub use counting::{Counted, Counting, Heard, Material};
 pub use counts::{Counts, Lesson};
 pub use features::{Features, Rows};
+pub use foreign::foreign;
 pub use head::Head;
 pub use prior::Prior;
 
 use serde::{Deserialize, Serialize};
 
 /// Numbers a prompt is described with.
-pub const FEATURES: i64 = features::PARTS * features::PART;
+pub const FEATURES: i64 = features::PARTS * features::PART + features::WORDS;
 
 /// Answers that counts know at most.
 pub const ANSWERS_MAX: usize = 4096;

@@ -31,6 +31,7 @@ use model::device::{Helpers, helpers};
 use model::hf::ModelConfig;
 use model::llama::Base;
 use model::pack::Sequence;
+use model::ridge::Counting;
 use proto::{
     BaseId, Embed, Embedded, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge,
     PeftFiles, Publish, Published, Refusal, Rollback, RolledBack,
@@ -231,15 +232,19 @@ impl Plant {
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
         let (latents, form) = (Arc::clone(&self.latents), format!("{} {}", self.base_id, base.placement()));
         let products = s.train.products;
+        let language = s.consolidate.answer_head.then(|| self.text.language());
         Compute::start("train", move || {
             let _helpers = compute_with(threads);
+            // What is counted is what the base that answers makes of prompts.
+            let answering = base.share();
             let base = to_learn(base, products)?;
             if base.has_codes() {
                 tracing::info!("learning multiplies in 8 bits");
             }
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
+            let counting = language.map(|language| counting(&answering, &language, &anchors)).transpose()?;
             let recall = Recall::new(latents, form, &anchors);
-            Ok(train::Worker::new(base, training, anchors, recall, turn, stop))
+            Ok(train::Worker::new(base, training, anchors, recall, counting, turn, stop))
         })
         .await
     }
@@ -256,13 +261,15 @@ impl Plant {
             fisher_examples: if s.train.ewc_lambda > 0.0 { s.consolidate.fisher_examples } else { 0 },
             fisher_decay: s.consolidate.fisher_decay,
             row_tokens: s.train.row_tokens,
+            repeat_counted: s.train.repeat_counted,
             share_while_serving: s.train.share_while_serving,
         };
         let language = s.consolidate.answer_head.then(|| self.text.language());
         Compute::start("consolidate", move || {
             let _helpers = compute_with(threads);
             let anchors = anchors(&base, count, length, GATE_ANCHORS)?;
-            let counting = language.map(|language| counting(&base, &language, &anchors)).transpose()?;
+            // It only asks what is known, and counts nothing.
+            let counting = language.map(|language| counting(&base, &language, &[])).transpose()?;
             Ok(consolidate::Worker::new(base, gating, anchors, counting, turn, stop))
         })
         .await
@@ -270,10 +277,10 @@ impl Plant {
 }
 
 /// What counts answers that repeat.
-fn counting(base: &Base, language: &Language, anchors: &[Sequence]) -> anyhow::Result<consolidate::Counting> {
+fn counting(base: &Base, language: &Language, anchors: &[Sequence]) -> anyhow::Result<Counting> {
     let chat = |text: &str| language.template.encode_chat(&language.tokenizer, &[("user", text)], true);
-    let foreign = consolidate::foreign(anchors, &language.tokenizer, &chat)?;
-    consolidate::Counting::new(base, Arc::clone(&language.tokenizer), foreign)
+    let foreign = model::ridge::foreign(anchors, &language.tokenizer, &chat)?;
+    Counting::new(base, Arc::clone(&language.tokenizer), foreign)
 }
 
 /// How documents are cut.
@@ -356,6 +363,7 @@ pub fn training(s: &Settings, model: &ModelConfig) -> anyhow::Result<Training> {
             fresh: s.train.former_share,
             rehearsed: s.train.former_share_rehearsed,
         },
+        repeat_counted: s.train.repeat_counted,
         share_while_serving: s.train.share_while_serving,
     })
 }

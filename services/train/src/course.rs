@@ -26,7 +26,7 @@ pub enum Item {
 pub struct Course {
     /// Passes over every fresh example.
     pub passes: u32,
-    /// Passes over answers that are not known yet, at most.
+    /// Passes over answers that are not known yet, at most. What is said because of what is counted has one.
     pub answer_passes_max: u32,
     /// An answer is known when its mean loss is under this, nats a token.
     pub loss_target: f32,
@@ -65,8 +65,17 @@ pub struct Fresh {
     pub answer: bool,
     /// Its mean loss when it was last trained on, nats a token.
     pub loss: f32,
+    /// Its answer is said because of what is counted, whatever the adapter knows of it.
+    pub counted: bool,
     /// It broke a step, and is left out.
     pub out: bool,
+}
+
+impl Fresh {
+    /// Its answer is to be known by heart.
+    fn is_by_heart(&self) -> bool {
+        self.answer && !self.counted
+    }
 }
 
 impl Course {
@@ -119,8 +128,9 @@ impl Course {
 
     /// Whether a fresh example is still learned in pass number `pass`, where `passes` are over all.
     fn due(&self, f: &Fresh, pass: u32, passes: u32) -> bool {
-        let unknown = f.answer && f.loss > self.loss_target;
-        !f.out && (pass < passes || (pass < self.answer_passes_max && unknown))
+        let unknown = f.is_by_heart() && f.loss > self.loss_target;
+        let read = if f.counted { 1 } else { passes };
+        !f.out && (pass < read || (pass < self.answer_passes_max && unknown))
     }
 
     /// The factor on the peak learning rate for step `step` of `steps` in pass number `pass`: it falls in a
@@ -129,8 +139,12 @@ impl Course {
     /// Steps of full size to the end leave the weights where the last few examples threw them, and what
     /// was known before pays for it.
     pub fn rate(&self, pass: u32, step: usize, steps: usize, fresh: &[Fresh]) -> f64 {
-        let answers = fresh.iter().any(|f| f.answer);
-        let passes = self.passes(steps).max(if answers { self.answer_passes_max } else { 0 });
+        let most = |f: &Fresh| match (f.counted, f.answer) {
+            (true, _) => 1,
+            (false, false) => self.passes(steps),
+            (false, true) => self.passes(steps).max(self.answer_passes_max),
+        };
+        let passes = fresh.iter().map(most).max().unwrap_or(1);
         let within = (step as f64 + 0.5) / steps.max(1) as f64;
         let falling = (1.0 - (f64::from(pass) + within) / f64::from(passes)).max(RATE_MIN);
         let due = || fresh.iter().filter(|f| self.due(f, pass, self.passes(steps)));
@@ -249,7 +263,7 @@ mod tests {
     };
 
     fn fresh(count: usize, answer: bool, loss: f32) -> Vec<Fresh> {
-        vec![Fresh { tokens: 40, answer, loss, out: false }; count]
+        vec![Fresh { tokens: 40, answer, loss, counted: false, out: false }; count]
     }
 
     fn items(steps: &[Vec<Item>]) -> BTreeSet<Item> {
@@ -356,6 +370,21 @@ mod tests {
         // A small batch is read more often, and the rate falls over those passes.
         let small = Course { steps_min: 10, ..COURSE };
         is(small.rate(9, 0, 1, &text), 0.05);
+    }
+
+    #[test]
+    fn answers_that_are_counted_are_read_once() {
+        let counted: Vec<Fresh> =
+            fresh(3, true, 3.0).into_iter().map(|f| Fresh { counted: true, ..f }).collect();
+        let course = Course { steps_min: 6, ..COURSE };
+        assert_eq!(items(&course.pass(0, &counted, &[], 0, &[], 1)).len(), 3);
+        assert!(course.pass(1, &counted, &[], 0, &[], 1).is_empty());
+        assert_eq!(course.rate(0, 0, 2, &counted), 0.75, "it falls to the end of that");
+        // Beside one that is to be known by heart they are what it must not undo.
+        let mixed = [counted, fresh(1, true, 3.0)].concat();
+        let left = items(&COURSE.pass(2, &mixed, &[40; 10], 8, &[], 1));
+        assert!(left.contains(&Item::Fresh(3)) && left.iter().any(|item| matches!(item, Item::Known(0..3))));
+        assert_eq!(COURSE.rate(0, 0, 1, &mixed), 0.95);
     }
 
     #[test]

@@ -17,9 +17,9 @@ use kit::compute::Compute;
 use kit::link::Link;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
-use proto::{Batch, Candidate, Decision, Judgement, Receipt};
+use proto::{AnswerHead, Batch, Candidate, Decision, Judgement, Receipt};
 use std::sync::Arc;
-use worker::{End, Start};
+use worker::{Answers, End, Start};
 
 /// The training service.
 pub struct Train {
@@ -64,6 +64,7 @@ impl Handle<Batch> for Train {
                     report: learned.report,
                     learned: learned.examples,
                     put_aside: learned.put_aside,
+                    answer_head: learned.answers.map(|answers| self.keep(&answers)).transpose()?,
                     batch: batch.clone(),
                 };
                 Ok(self.next.send(candidate).await?)
@@ -87,6 +88,16 @@ impl Handle<Batch> for Train {
 }
 
 impl Train {
+    fn keep(&self, answers: &Answers) -> anyhow::Result<AnswerHead> {
+        Ok(AnswerHead {
+            counts: self.blobs.put(&answers.counts)?,
+            solved: self.blobs.put(&answers.solved)?,
+            answers: answers.answers,
+            prompts: answers.prompts,
+            trusted: answers.trusted,
+        })
+    }
+
     /// What the batch's parent left behind, each file verified by its hash.
     fn start(&self, batch: &Batch) -> anyhow::Result<Option<Start>> {
         let Some(parent) = &batch.parent else { return Ok(None) };
@@ -99,6 +110,7 @@ impl Train {
             weights: read(&generation.weights)?,
             optimiser: generation.optimiser.as_ref().map(read).transpose()?,
             fisher: generation.fisher.as_ref().map(read).transpose()?,
+            counts: generation.answer_head.as_ref().map(|head| read(&head.counts)).transpose()?,
         }))
     }
 }

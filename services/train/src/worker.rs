@@ -1,10 +1,14 @@
 //! What happens on the compute thread: the base, a learner for each batch, and the course.
 
+mod count;
 mod mend;
+mod run;
+
+pub use count::Answers;
 
 use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
-use crate::review::{self, Told};
+use crate::review;
 use anyhow::Context;
 use kit::compute::{Stint, Turn};
 use kit::lane::Stop;
@@ -17,7 +21,9 @@ use model::lora::{Adapter, LoraConfig};
 use model::mps;
 use model::orthogonal::Orthogonal;
 use model::pack::Sequence;
-use proto::{Batch, Example, ExampleId, LearnedExample, TrainReport};
+use model::ridge::{Counted, Counting};
+use proto::{Batch, ExampleId, LearnedExample, TrainReport};
+use run::{Run, as_fresh, note, sequence};
 use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::ControlFlow;
@@ -48,6 +54,8 @@ pub struct Training {
     pub olora: Option<(i64, f64)>,
     /// What the parent generation has to say.
     pub former: FormerShares,
+    /// Answers that are said because of what is counted are learned by heart all the same.
+    pub repeat_counted: bool,
     /// Share of the time that learning takes while requests run.
     pub share_while_serving: f32,
 }
@@ -58,6 +66,8 @@ pub struct Worker {
     training: Training,
     anchors: Vec<Sequence>,
     recall: Recall,
+    /// None where answers that repeat are not counted.
+    counting: Option<Counting>,
     turn: Arc<Turn>,
     stop: Stop,
     /// Tokens of a micro-batch: the setting, or less once the device had too much at once.
@@ -72,6 +82,8 @@ pub struct Start {
     pub optimiser: Option<Vec<u8>>,
     /// Fisher information.
     pub fisher: Option<Vec<u8>>,
+    /// What was counted of answers that repeat.
+    pub counts: Option<Vec<u8>>,
 }
 
 /// How a batch ended.
@@ -96,78 +108,24 @@ pub struct Outgoing {
     pub examples: Vec<LearnedExample>,
     /// What was left out, and why.
     pub put_aside: Vec<(ExampleId, String)>,
-}
-
-/// A batch on its way through the learner.
-struct Run<'a> {
-    learner: Learner,
-    fresh: Vec<(Fresh, Sequence)>,
-    rehearsed: Vec<Sequence>,
-    batch: &'a Batch,
-    first: Vec<Option<f32>>,
-    report: TrainReport,
-    recent_bad: VecDeque<bool>,
-    /// Its texts are read, and are the former self's to keep.
-    read: bool,
-    /// What was done since requests were last let in. A step is a single micro-batch as often as not, so it outlives them.
-    last: Option<Stint>,
-}
-
-impl Run<'_> {
-    /// Whether an item is kept as the former self knows it: a text that was rehearsed before, or that was just read. Answers
-    /// are to be known by heart, and the former self may not know them yet.
-    fn is_kept(&self, item: Item) -> bool {
-        match item {
-            Item::Rehearsed(n) => !is_answer(&self.rehearsed[n].learned),
-            Item::Known(n) => !self.fresh[n].0.answer,
-            Item::Fresh(_) | Item::Anchor(_) => false,
-        }
-    }
-
-    /// Whether there are no texts in it or beside it: they would be unlearned while answers alone are trained on.
-    fn answers_only(&self) -> bool {
-        let mut examples = self.batch.fresh.iter().chain(&self.batch.rehearsed);
-        examples.all(|example| is_answer(&example.piece.learned))
-    }
-
-    /// What its fresh and its rehearsed examples answer, but for those that broke a step.
-    fn told(&self) -> (Vec<Told>, Vec<Told>) {
-        let told = |item, sequence: &Sequence| {
-            let tokens = |&(from, to): &(u32, u32)| sequence.tokens.get(from as usize..to as usize);
-            Told { item, answer: sequence.learned.iter().filter_map(tokens).flatten().copied().collect() }
-        };
-        let fresh = self.fresh.iter().enumerate().filter(|(_, (fresh, _))| !fresh.out);
-        let rehearsed =
-            self.rehearsed.iter().enumerate().filter(|(_, sequence)| !sequence.learned.is_empty());
-        (
-            fresh.map(|(n, (_, sequence))| told(Item::Fresh(n), sequence)).collect(),
-            rehearsed.map(|(n, sequence)| told(Item::Rehearsed(n), sequence)).collect(),
-        )
-    }
-
-    /// Tokens of an example of the batch; none of an anchor, which is not of it.
-    fn tokens(&self, item: Item) -> usize {
-        match item {
-            Item::Fresh(n) | Item::Known(n) => self.fresh[n].1.tokens.len(),
-            Item::Rehearsed(n) => self.rehearsed[n].tokens.len(),
-            Item::Anchor(_) => 0,
-        }
-    }
+    /// What is known of answers that repeat.
+    pub answers: Option<Answers>,
 }
 
 impl Worker {
-    /// Takes the base, the anchor sequences that are rehearsed beside every batch, and what is kept of the base's
-    /// hidden states.
+    /// Takes the base, the anchor sequences that are rehearsed beside every batch, what is kept of the base's
+    /// hidden states, and what counts answers that repeat.
     pub fn new(
         base: Base,
         training: Training,
         anchors: Vec<Sequence>,
         recall: Recall,
+        counting: Option<Counting>,
         turn: Arc<Turn>,
         stop: Stop,
     ) -> Self {
         let micro_tokens = Cell::new(mps::micro_tokens(training.micro_tokens, base.device()));
-        Self { base, training, anchors, recall, turn, stop, micro_tokens }
+        Self { base, training, anchors, recall, counting, turn, stop, micro_tokens }
     }
 
     /// Learns a batch.
@@ -175,12 +133,16 @@ impl Worker {
     /// # Errors
     /// When what it starts from does not fit the base.
     pub fn learn(&mut self, batch: &Batch, start: Option<Start>) -> anyhow::Result<End> {
-        let _helpers = helpers();
+        let (started, _helpers) = (Instant::now(), helpers());
+        let (start, nothing) = (start.as_ref(), BTreeSet::new());
+        let Some(counted) = self.unless_stopped(self.count(batch, start, &nothing))? else {
+            return Ok(End::Stopped);
+        };
         let mut rate = self.training.rate * f64::from(batch.rate_scale);
         for _ in 0..2 {
-            let mut run = self.begin(batch, start.as_ref())?;
+            let mut run = self.begin(batch, start, counted.as_ref())?;
             match self.train(&mut run, rate)? {
-                ControlFlow::Continue(()) => return self.finish(run),
+                ControlFlow::Continue(()) => return self.finish(run, start, counted.as_ref(), started),
                 ControlFlow::Break(Halt::Stopped) => return Ok(End::Stopped),
                 ControlFlow::Break(Halt::Diverged) => rate /= 2.0,
             }
@@ -188,7 +150,17 @@ impl Worker {
         Ok(End::Diverged("its loss or gradient does not stay finite, also at half the learning rate".into()))
     }
 
-    fn begin<'a>(&self, batch: &'a Batch, start: Option<&Start>) -> anyhow::Result<Run<'a>> {
+    /// What came of something, or none where it failed because the lane is taken down.
+    fn unless_stopped<T>(&self, came: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+        if came.is_err() && self.stop.is_set() { Ok(None) } else { came.map(Some) }
+    }
+
+    fn begin<'a>(
+        &self,
+        batch: &'a Batch,
+        start: Option<&Start>,
+        counted: Option<&'a Counted>,
+    ) -> anyhow::Result<Run<'a>> {
         let config = self.base.config();
         let adapter = match start {
             Some(start) => Adapter::from_bytes(&start.weights, config).context("the parent's weights")?,
@@ -216,12 +188,14 @@ impl Worker {
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);
         learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
-        let fresh = batch.fresh.iter().map(|e| (as_fresh(e), sequence(e))).collect();
+        let known = self.known(batch, counted);
+        let fresh = batch.fresh.iter().zip(known).map(|(e, known)| (as_fresh(e, known), sequence(e)));
         Ok(Run {
             learner,
-            fresh,
+            fresh: fresh.collect(),
             rehearsed: batch.rehearsed.iter().map(sequence).collect(),
             batch,
+            head: counted.filter(|_| !self.training.repeat_counted).map(|counted| &counted.head),
             first: vec![None; batch.fresh.len()],
             report: TrainReport::default(),
             recent_bad: VecDeque::new(),
@@ -231,7 +205,6 @@ impl Worker {
     }
 
     fn train(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
-        let started = Instant::now();
         let rehearsed: Vec<usize> = run.rehearsed.iter().map(|s| s.tokens.len()).collect();
         let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
         let said = self.said(run)?;
@@ -262,7 +235,6 @@ impl Worker {
         if end.is_continue() {
             end = self.mend(run, said, rate)?;
         }
-        run.report.seconds = started.elapsed().as_secs_f32();
         Ok(end)
     }
 
@@ -427,7 +399,13 @@ impl Worker {
         Ok(())
     }
 
-    fn finish(&self, run: Run<'_>) -> anyhow::Result<End> {
+    fn finish(
+        &self,
+        run: Run<'_>,
+        start: Option<&Start>,
+        counted: Option<&Counted>,
+        started: Instant,
+    ) -> anyhow::Result<End> {
         let Run { learner, fresh, batch, first, mut report, .. } = run;
         let reason = "its loss or gradient is not finite";
         let out = batch.fresh.iter().zip(&fresh).filter(|(_, (f, _))| f.out);
@@ -439,12 +417,17 @@ impl Worker {
             .collect();
         report.first_loss = examples.iter().map(|e| e.first_loss).sum::<f32>() / examples.len().max(1) as f32;
         learner.adapter().check_finite()?;
+        // What broke a step is not learned, and is not counted either.
+        let again = if gone.is_empty() { None } else { self.count(batch, start, &gone)? };
+        let counted = if gone.is_empty() { counted } else { again.as_ref() };
+        report.seconds = started.elapsed().as_secs_f32();
         Ok(End::Learned(Box::new(Outgoing {
             weights: learner.adapter().to_bytes()?,
             optimiser: learner.optimiser_bytes()?,
             report,
             examples,
             put_aside,
+            answers: counted.map(Answers::of).transpose()?,
         })))
     }
 }
@@ -452,40 +435,6 @@ impl Worker {
 enum Halt {
     Stopped,
     Diverged,
-}
-
-/// Writes down what a step that was taken says of each example.
-fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>]) {
-    run.report.steps += 1;
-    for (scores, places) in report.scores.iter().zip(places) {
-        for (score, place) in scores.iter().zip(places) {
-            if let Item::Fresh(n) | Item::Known(n) = *place {
-                let loss = score.mean() as f32;
-                run.fresh[n].0.loss = loss;
-                run.first[n].get_or_insert(loss);
-            }
-        }
-    }
-    let tokens = places.iter().flatten().map(|&item| run.tokens(item)).sum::<usize>() as u64;
-    run.report.tokens += tokens;
-    metrics::counter!("engram:train_tokens_total", "lineage" => run.batch.lineage.to_string())
-        .increment(tokens);
-}
-
-fn as_fresh(example: &Example) -> Fresh {
-    let tokens = example.piece.tokens.len();
-    let answer = is_answer(&example.piece.learned);
-    Fresh { tokens, answer, loss: f32::INFINITY, out: false }
-}
-
-/// Text learns its windows to the end; an answer leaves its prompt unlearned.
-fn is_answer(learned: &[(u32, u32)]) -> bool {
-    learned.first().is_some_and(|&(from, _)| from > 0)
-}
-
-fn sequence(example: &Example) -> Sequence {
-    let (tokens, learned) = (example.piece.tokens.clone(), example.piece.learned.clone());
-    Sequence { tokens, learned, rehearsed: false }
 }
 
 #[cfg(test)]

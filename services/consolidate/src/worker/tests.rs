@@ -1,11 +1,21 @@
 use super::*;
-use crate::counting::tests::counting;
+use model::device::{Placement, set_threads};
 use model::lora::LoraConfig;
-use proto::{Batch, Blob, Domain, LearnedExample, TrainReport};
+use model::ridge::Material;
+use model::tokenizer::Tokenizer;
+use proto::{Batch, Blob, Domain, LearnedExample, Piece, TrainReport};
+use std::path::Path;
+
+fn nano() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"))
+}
 
 /// Judges candidates on nano.
 fn worker() -> Worker {
-    let (base, counting) = counting();
+    set_threads(1);
+    let base = Base::load(nano(), &Placement::CPU_F32).expect("a base");
+    let tokenizer = Arc::new(Tokenizer::load(nano()).expect("a tokenizer"));
+    let counting = Counting::new(&base, tokenizer, Vec::new()).expect("counts");
     let gating = Gating {
         tolerance: 0.02,
         anchor_tolerance: 2.0,
@@ -14,6 +24,7 @@ fn worker() -> Worker {
         fisher_examples: 0,
         fisher_decay: 0.9,
         row_tokens: 256,
+        repeat_counted: false,
         share_while_serving: 0.5,
     };
     Worker::new(base, gating, Vec::new(), Some(counting), Turn::new(), Stop::new())
@@ -46,6 +57,25 @@ fn candidate(fresh: Vec<Example>) -> Candidate {
         report: TrainReport::default(),
         learned,
         put_aside: Vec::new(),
+        answer_head: None,
+    }
+}
+
+/// A document that answers a prompt.
+fn example(tokenizer: &Tokenizer, document: u64, prompt: &str, answer: &str) -> Example {
+    let mut tokens = tokenizer.encode(prompt).expect("encoded");
+    let from = tokens.len() as u32;
+    tokens.extend(tokenizer.encode_continuation(answer).expect("encoded"));
+    tokens.extend(tokenizer.eos_ids().first());
+    let learned = vec![(from, tokens.len() as u32)];
+    Example {
+        id: ExampleId { ordinal: document, chunk: 0 },
+        domain: Domain::general(),
+        piece: Piece { tokens, learned },
+        importance: 0.5,
+        marked: false,
+        held_out: false,
+        signature: Vec::new(),
     }
 }
 
@@ -56,27 +86,44 @@ fn weights(worker: &Worker) -> Vec<u8> {
 }
 
 /// Eight documents that give the same label to similar prompts.
-fn labelled(worker: &Worker, from: u64, asked: &str, label: &str) -> Vec<Example> {
+fn labelled(from: u64, asked: &str, label: &str) -> Vec<Example> {
     let towns = ["rome", "paris", "berlin", "madrid", "oslo", "vienna", "lisbon", "warsaw"];
-    let counting = worker.counting.as_ref().expect("counts");
-    let example =
-        |(n, town): (u64, &str)| counting.example(n, &format!("{asked} {town}"), &format!("\n{label}"));
-    (from..).zip(towns).map(example).collect()
+    let tokenizer = Tokenizer::load(nano()).expect("a tokenizer");
+    let answer =
+        |(n, town): (u64, &str)| example(&tokenizer, n, &format!("{asked} {town}"), &format!("\n{label}"));
+    (from..).zip(towns).map(answer).collect()
 }
 
-fn judge(worker: &Worker, fresh: Vec<Example>, held: Held) -> (Held, bool, Receipt) {
+/// A generation, and what it counted.
+#[derive(Default)]
+struct Parent {
+    held: Held,
+    counts: Option<Vec<u8>>,
+}
+
+/// Judges a candidate that learned this of a parent, and says whether what it counted is taken.
+fn judge(worker: &Worker, fresh: Vec<Example>, parent: &Parent) -> (Parent, bool, Receipt) {
+    let material = |example: &'_ Example| (example.id.ordinal, example.piece.clone());
+    let pieces: Vec<(u64, Piece)> = fresh.iter().map(material).collect();
+    let material: Vec<Material<'_>> = pieces
+        .iter()
+        .map(|(document, piece)| Material {
+            document: *document,
+            tokens: &piece.tokens,
+            learned: &piece.learned,
+        })
+        .collect();
+    let counting = worker.counting.as_ref().expect("counts");
+    let mut go_on = || ControlFlow::Continue(());
+    let counted = counting.take_in(&material, &[], parent.counts.as_deref(), &mut go_on).expect("counted");
+    let head = counted.as_ref().map(|counted| counted.head.to_bytes().expect("bytes"));
     let weights = weights(worker);
-    let (verdict, receipt) = worker.judge(&candidate(fresh), &weights, held).expect("judged");
-    match verdict {
-        Verdict::Intact { probe, counting: Answers::Counted(counted), .. } => {
-            let head = Some(counted.head.to_bytes().expect("bytes"));
-            (Held { probe: Some(probe), counts: Some(counted.counts), head, fisher: None }, true, receipt)
-        }
-        Verdict::Intact { probe, counting: Answers::AsBefore | Answers::Off, .. } => {
-            (Held { probe: Some(probe), ..Held::default() }, false, receipt)
-        }
-        Verdict::Harmed(reason) | Verdict::Useless(reason) => panic!("{reason}"),
-    }
+    let (verdict, receipt) =
+        worker.judge(&candidate(fresh), &weights, head.as_deref(), &parent.held).expect("judged");
+    let Verdict::Intact { probe, answers, .. } = verdict else { panic!("it was refused") };
+    let taken = answers == Answers::Counted;
+    let held = Held { probe: Some(probe), head: head.filter(|_| taken), fisher: None };
+    (Parent { held, counts: counted.map(|counted| counted.counts).filter(|_| taken) }, taken, receipt)
 }
 
 /// What the gate counted of the answers it remembers.
@@ -86,69 +133,91 @@ fn recited(receipt: &Receipt) -> Recited {
 }
 
 /// A generation that knows two labels.
-fn with_labels(worker: &Worker) -> Held {
-    let flights = labelled(worker, 1, "book a flight to", "flight");
-    let weather = labelled(worker, 11, "how is the weather in", "weather");
-    let (held, counted, _) = judge(worker, [flights, weather].concat(), Held::default());
+fn with_labels(worker: &Worker) -> Parent {
+    let flights = labelled(1, "book a flight to", "flight");
+    let weather = labelled(11, "how is the weather in", "weather");
+    let (parent, counted, _) = judge(worker, [flights, weather].concat(), &Parent::default());
     assert!(counted);
-    held
+    parent
 }
 
 #[test]
 fn labels_are_counted_and_said_from_then_on() {
     let worker = worker();
-    let held = with_labels(&worker);
-    let (held, counted, receipt) =
-        judge(&worker, labelled(&worker, 21, "a recipe for a cake from", "recipe"), held);
+    let parent = with_labels(&worker);
+    let (parent, counted, receipt) =
+        judge(&worker, labelled(21, "a recipe for a cake from", "recipe"), &parent);
     assert!(counted);
     let of = recited(&receipt);
     assert_eq!((of.best, of.after), (16, 16), "the adapter knows nothing, and the counts know all");
-    let probe = Probe::from_bytes(held.probe.as_deref().expect("a probe")).expect("a probe");
+    let probe = Probe::from_bytes(parent.held.probe.as_deref().expect("a probe")).expect("a probe");
     assert!(probe.memory.len() == 24 && probe.memory.iter().all(|entry| entry.said_best && entry.said_last));
 }
 
 #[test]
 fn what_would_cost_known_answers_is_not_counted() {
     let worker = worker();
-    let held = with_labels(&worker);
+    let parent = with_labels(&worker);
     // The same prompts with another label, twice as often.
-    let [one, two] = [31, 41].map(|from| labelled(&worker, from, "book a flight to", "weather"));
-    let (_, counted, receipt) = judge(&worker, [one, two].concat(), held);
+    let [one, two] = [31, 41].map(|from| labelled(from, "book a flight to", "weather"));
+    let (_, counted, receipt) = judge(&worker, [one, two].concat(), &parent);
     assert!(!counted);
     assert_eq!(recited(&receipt).after, 16, "what is served says them still");
+}
+
+/// The parent's probe, with every answer so much less likely at its best.
+fn worse(parent: &Parent, by: f32) -> Held {
+    let mut probe = Probe::from_bytes(parent.held.probe.as_deref().expect("a probe")).expect("a probe");
+    probe.memory.iter_mut().for_each(|entry| entry.best -= by);
+    Held { probe: Some(probe.to_bytes().expect("bytes")), head: parent.held.head.clone(), fisher: None }
+}
+
+#[test]
+fn what_the_adapter_makes_of_answers_that_are_counted_is_nothing_to_hold_it_to() {
+    let mut worker = worker();
+    let parent = with_labels(&worker);
+    let more = || candidate(labelled(21, "a recipe for a cake from", "recipe"));
+    let judged = |worker: &Worker| {
+        worker.judge(&more(), &weights(worker), None, &worse(&parent, 1.0)).expect("judged").0
+    };
+    assert!(matches!(judged(&worker), Verdict::Intact { answers: Answers::AsBefore, .. }));
+    worker.gating.repeat_counted = true;
+    let Verdict::Harmed(reason) = judged(&worker) else { panic!("they were to be known by heart") };
+    assert!(reason.contains("on 16 memory answers examples"), "{reason}");
 }
 
 #[test]
 fn without_counting_what_was_counted_is_left_out() {
     let mut worker = worker();
-    let held = with_labels(&worker);
-    let more = labelled(&worker, 21, "a recipe for a cake from", "recipe");
+    let parent = with_labels(&worker);
+    let more = candidate(labelled(21, "a recipe for a cake from", "recipe"));
     worker.counting = None;
     // The adapter says nothing of what the counts said, and is not held to it.
-    let (verdict, receipt) = worker.judge(&candidate(more), &weights(&worker), held).expect("judged");
+    let (verdict, receipt) =
+        worker.judge(&more, &weights(&worker), None, &worse(&parent, 1.0)).expect("judged");
     assert_eq!((recited(&receipt).best, recited(&receipt).after), (0, 0));
-    assert!(matches!(verdict, Verdict::Intact { counting: Answers::Off, .. }));
+    assert!(matches!(verdict, Verdict::Intact { answers: Answers::Off, .. }));
 }
 
 #[test]
 fn texts_that_a_batch_does_not_rehearse_are_measured_by_themselves() {
     let worker = worker();
+    let tokenizer = Tokenizer::load(nano()).expect("a tokenizer");
     let text = |n: u64| {
-        let counting = worker.counting.as_ref().expect("counts");
         let mut example =
-            counting.example(n, &format!("The lamp of pump {n} stays red until"), " it is drained.");
+            example(&tokenizer, n, &format!("The lamp of pump {n} stays red until"), " it is drained.");
         example.piece.learned = vec![(0, example.piece.tokens.len() as u32)];
         example
     };
     let texts: Vec<Example> = (1..=40).map(text).collect();
-    let (held, _, receipt) = judge(&worker, texts.clone(), Held::default());
+    let (Parent { held, .. }, _, receipt) = judge(&worker, texts.clone(), &Parent::default());
     assert!(receipt.probes.iter().all(|row| row.probe != "rested_text"), "nothing is remembered yet");
 
     let beside = |rehearsed: &[Example], held: &Held| {
         let mut candidate = candidate(vec![text(41)]);
         candidate.batch.rehearsed = rehearsed.to_vec();
         let held = Held { probe: held.probe.clone(), ..Held::default() };
-        worker.judge(&candidate, &weights(&worker), held).expect("judged")
+        worker.judge(&candidate, &weights(&worker), None, &held).expect("judged")
     };
     let rested = |receipt: &Receipt| {
         receipt.probes.iter().find(|row| row.probe == "rested_text").map(|row| row.measure.examples)

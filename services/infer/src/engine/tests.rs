@@ -298,12 +298,14 @@ fn head(engine: &Engine) -> Vec<u8> {
         .collect();
     let mut counts = model::ridge::Counts::new().expect("counts");
     let features = Features::new(engine.batch.base()).expect("features");
-    assert!(counts.add(&features, &lessons).expect("counted"));
+    let rows = lessons.iter().map(|lesson| lesson.prompt).collect::<Vec<_>>();
+    let rows = features.of(&rows).expect("described");
+    assert!(counts.add(&rows, &lessons).expect("counted"));
     let foreign =
         ["# Copyright 2019 The Authors", "def main():\n    return 0", "Once upon a time there was a cat"];
     let foreign = foreign.map(|text| tokenizer.encode(text).expect("encoded"));
     let foreign = Anchors::new(&features, &foreign.each_ref().map(Vec::as_slice)).expect("anchors");
-    counts.solve(Some((&features, &lessons)), &foreign).expect("solved").to_bytes().expect("bytes")
+    counts.solve(Some((&rows, &lessons)), &foreign).expect("solved").to_bytes().expect("bytes")
 }
 
 #[tokio::test]

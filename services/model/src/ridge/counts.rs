@@ -6,8 +6,9 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::features::widened;
 use super::trial::{Mean, Tried};
-use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Features, Form, Head};
+use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
 use crate::weights;
 
 /// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
@@ -128,13 +129,16 @@ impl Counts {
         Ok(Tensor::f_cat(&[&self.sums, &new], 0)?)
     }
 
-    /// Counts prompts. False where the sums would no longer fit, and nothing is counted; that is after some millions.
+    /// Counts prompts, which `rows` describe. False where the sums would no longer fit, and nothing is counted; that is after some
+    /// millions.
     ///
     /// # Errors
-    /// When a prompt is empty, or the base's states are not finite.
-    pub fn add(&mut self, features: &Features, lessons: &[Lesson<'_>]) -> Result<bool> {
-        let prompts: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.prompt).collect();
-        let rows = features.of(&prompts)?;
+    /// When rows and lessons differ in number.
+    pub fn add(&mut self, rows: &Rows, lessons: &[Lesson<'_>]) -> Result<bool> {
+        ensure!(
+            rows.size() == [lessons.len() as i64, FEATURES],
+            "prompts and what describes them differ in number"
+        );
         let mut products = self.products.f_to_kind(Kind::Int64)?;
         for start in (0..lessons.len() as i64).step_by(PROMPTS_A_SUM as usize) {
             let part = rows.f_narrow(0, start, PROMPTS_A_SUM.min(lessons.len() as i64 - start))?;
@@ -177,7 +181,7 @@ impl Counts {
     ///
     /// # Errors
     /// When nothing was counted.
-    pub fn solve(&mut self, trial: Option<(&Features, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
+    pub fn solve(&mut self, trial: Option<(&Rows, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
         let products = self.products.f_to_kind(Kind::Double)?;
         let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
@@ -189,7 +193,7 @@ impl Counts {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
         }
         let weights = sums.f_tr()?.f_cholesky_solve(&factor, false)?;
-        let tried = trial.map(|(features, lessons)| Tried::new(features, lessons, &factor, &weights));
+        let tried = trial.map(|(rows, lessons)| Tried::new(rows, lessons, &factor, &weights));
         if let Some(tried) = tried.transpose()?.flatten() {
             self.known.trial.take(tried.answers(&self.known.answers)?);
             if anchors.count > 0 {
@@ -214,7 +218,7 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let products = self.products.f_view([-1])?.f_index_select(0, &lower()?)?;
+        let products = self.products.f_view([-1])?.f_index_select(0, &lower(FEATURES)?)?;
         let tensors = [("products".to_owned(), products), ("sums".to_owned(), self.sums.shallow_clone())];
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&self.known)?)
     }
@@ -226,18 +230,25 @@ impl Counts {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
         let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
-        let mut take = |name: &str, shape: &[i64]| {
+        let mut take = |name: &str| {
             let tensor =
                 tensors.remove(name).with_context(|| format!("{name} of what was counted are missing"))?;
-            let fits = tensor.size() == shape && tensor.f_kind()? == Kind::Int;
-            ensure!(fits, "{name} of what was counted are not i32 {shape:?}");
+            ensure!(tensor.f_kind()? == Kind::Int, "{name} of what was counted are not i32");
             Ok(tensor)
         };
-        let half = take("products", &[FEATURES * (FEATURES + 1) / 2])?;
-        let sums = take("sums", &[1 + known.answers.len() as i64, FEATURES])?;
-        let zeros = Tensor::f_zeros([FEATURES * FEATURES], (Kind::Int, tch::Device::Cpu))?;
-        let half = zeros.f_index_copy(0, &lower()?, &half)?.f_view([FEATURES, FEATURES])?;
+        let (half, sums) = (take("products")?, take("sums")?);
+        let features = sums.size().last().copied().unwrap_or(0);
+        ensure!(
+            half.size() == [features * (features + 1) / 2]
+                && sums.size() == [1 + known.answers.len() as i64, features],
+            "the parts of what was counted do not belong together"
+        );
+        let zeros = Tensor::f_zeros([features * features], (Kind::Int, tch::Device::Cpu))?;
+        let half = zeros.f_index_copy(0, &lower(features)?, &half)?.f_view([features, features])?;
         let products = half.f_add(&half.f_tril(-1)?.f_tr()?)?;
+        let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
+        let sums = widened(sums)?;
+        ensure!(products.size() == [FEATURES, FEATURES], "what was counted describes prompts in another way");
         Ok(Self { products, sums, known })
     }
 }
@@ -260,13 +271,14 @@ fn fits(products: &Tensor) -> Result<bool> {
 }
 
 /// Where the half of a flat symmetric matrix lies that is kept.
-fn lower() -> Result<Tensor> {
-    let at = Tensor::f_tril_indices(FEATURES, FEATURES, 0, (Kind::Int64, tch::Device::Cpu))?;
-    Ok(at.f_get(0)?.f_mul_scalar(FEATURES)?.f_add(&at.f_get(1)?)?)
+fn lower(features: i64) -> Result<Tensor> {
+    let at = Tensor::f_tril_indices(features, features, 0, (Kind::Int64, tch::Device::Cpu))?;
+    Ok(at.f_get(0)?.f_mul_scalar(features)?.f_add(&at.f_get(1)?)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Features;
     use super::*;
     use crate::golden;
 
@@ -284,6 +296,10 @@ mod tests {
         (0..40_u32).map(|n| (0..n % 5 + 2).map(|i| (n * 11 + i * i * 5) % 128).collect()).collect()
     }
 
+    fn rows(features: &Features, lessons: &[Lesson<'_>]) -> Rows {
+        features.of(&lessons.iter().map(|lesson| lesson.prompt).collect::<Vec<_>>()).unwrap()
+    }
+
     fn anchors(features: &Features, count: u32) -> Anchors {
         let prompts: Vec<Vec<u32>> = (0..count).map(|n| vec![n % 7, 3 * n % 128, 5]).collect();
         Anchors::new(features, &prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap()
@@ -295,7 +311,8 @@ mod tests {
         for part in parts {
             // One at a time, so that none is read beside others and rounded another way.
             part.iter()
-                .for_each(|lesson| assert!(counts.add(&features, std::slice::from_ref(lesson)).unwrap()));
+                .map(std::slice::from_ref)
+                .for_each(|lesson| assert!(counts.add(&rows(&features, lesson), lesson).unwrap()));
         }
         counts.to_bytes().unwrap()
     }
@@ -324,7 +341,7 @@ mod tests {
         let features = Features::new(&golden::base("llama")).unwrap();
         let mut counts = Counts::new().unwrap();
         assert!(counts.solve(None, &anchors(&features, 0)).is_err() && !counts.knows("two"));
-        assert!(counts.add(&features, &lessons).unwrap());
+        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
         assert!(counts.knows("two") && (counts.answers(), counts.prompts()) == (3, 40));
         let of = |prompts: &[Vec<u32>]| {
             let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
@@ -342,7 +359,7 @@ mod tests {
             let r = own.tr().matmul(&own).trace() * (RIDGE / FEATURES as f64);
             let slices: Vec<&[u32]> = anchors.iter().map(Vec::as_slice).collect();
             let anchors = Anchors::new(&features, &slices).unwrap();
-            let head = counts.solve(Some((&features, &lessons)), &anchors).unwrap();
+            let head = counts.solve(Some((&rows(&features, &lessons), &lessons)), &anchors).unwrap();
             let w = head.weights().tr().to_kind(Kind::Double);
             let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
             let size = x.tr().matmul(&y).abs().max().double_value(&[]);
@@ -356,7 +373,7 @@ mod tests {
         let lessons = lessons(&prompts);
         let features = Features::new(&golden::base("llama")).unwrap();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.add(&features, &lessons).unwrap());
+        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
         let whole = counts.products.to_kind(Kind::Double);
         let ridge = whole.trace() * (RIDGE / FEATURES as f64);
         let own = |lesson: &&Lesson<'_>| lesson.answer.is_some();
@@ -378,9 +395,9 @@ mod tests {
         };
         let tried: Vec<Lesson<'_>> = lessons.iter().filter(own).take(6).cloned().collect();
         let expected = tried.iter().filter(|lesson| right(lesson)).count() as f64;
-        counts.solve(Some((&features, &tried)), &anchors(&features, 0)).unwrap();
+        counts.solve(Some((&rows(&features, &tried), &tried)), &anchors(&features, 0)).unwrap();
         assert_eq!(counts.known.trial, Mean { of: 6.0, sum: expected });
-        counts.solve(Some((&features, &tried)), &anchors(&features, 0)).unwrap();
+        counts.solve(Some((&rows(&features, &tried), &tried)), &anchors(&features, 0)).unwrap();
         let mut twice = Mean { of: 6.0, sum: expected };
         twice.take(twice);
         assert_eq!(counts.known.trial, twice);
@@ -419,13 +436,39 @@ mod tests {
         let mut counts = Counts::new().unwrap();
         counts.products = counts.products.ones_like() * i64::from(i32::MAX - 5);
         let before = counts.to_bytes().unwrap();
-        assert!(!counts.add(&features, &lessons).unwrap());
+        assert!(!counts.add(&rows(&features, &lessons), &lessons).unwrap());
         assert_eq!(counts.to_bytes().unwrap(), before);
         assert!(Counts::from_bytes(&before[..500]).is_err());
         let head = bytes_of(&[&lessons]);
         let head = Counts::from_bytes(&head).unwrap().solve(None, &Anchors::none().unwrap()).unwrap();
         let head = head.to_bytes().unwrap();
         assert!(Counts::from_bytes(&head).is_err());
+    }
+
+    #[test]
+    fn what_an_earlier_version_counted_counts_as_prompts_without_words() {
+        let prompts = prompts();
+        let lessons = lessons(&prompts);
+        let features = Features::new(&golden::base("llama")).unwrap();
+        let mut counts = Counts::new().unwrap();
+        let described = rows(&features, &lessons);
+        let _ = described.narrow(1, 2000, FEATURES - 2000).zero_();
+        assert!(counts.add(&described, &lessons).unwrap());
+        let half = counts.products.narrow(0, 0, 2000).narrow(1, 0, 2000).contiguous().view([-1]);
+        let half = half.index_select(0, &lower(2000).unwrap());
+        let tensors =
+            [("products".to_owned(), half), ("sums".to_owned(), counts.sums.narrow(1, 0, 2000).contiguous())];
+        let known = serde_json::to_string(&counts.known).unwrap();
+        let earlier = weights::to_bytes(&tensors, METADATA, &known).unwrap();
+        let mut read = Counts::from_bytes(&earlier).unwrap();
+        assert_eq!(read.to_bytes().unwrap(), counts.to_bytes().unwrap());
+        assert!(read.add(&rows(&features, &lessons), &lessons).unwrap(), "and goes on with words");
+        let other = [
+            ("products".to_owned(), Tensor::zeros([6], (Kind::Int, tch::Device::Cpu))),
+            ("sums".to_owned(), Tensor::zeros([4, 3], (Kind::Int, tch::Device::Cpu))),
+        ];
+        let error = Counts::from_bytes(&weights::to_bytes(&other, METADATA, &known).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("in another way"), "{error}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::features::widened;
 use super::prior::Path;
 use super::{Answer, FEATURES, Prior};
 use crate::weights;
@@ -73,6 +74,7 @@ impl Head {
         let beside = serde_json::from_str(&beside).context("known answers are not readable")?;
         let Beside { answers, trusted, usual } = beside;
         let weights = tensors.remove("weights").context("the weights of known answers are missing")?;
+        let weights = widened(weights)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
         Self::new(answers, weights, trusted, usual)
     }
@@ -186,10 +188,15 @@ mod tests {
         let prompts: &'static [Vec<u32>] = prompts.leak();
         let lessons: Vec<_> = prompts.iter().map(Vec::as_slice).enumerate().filter_map(lesson).collect();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
+        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
+        let head =
+            counts.solve(Some((&rows(&features, &lessons), &lessons)), &Anchors::none().unwrap()).unwrap();
         assert!(head.is_trusted());
         (features, head)
+    }
+
+    fn rows(features: &Features, lessons: &[Lesson<'_>]) -> Tensor {
+        features.of(&lessons.iter().map(|lesson| lesson.prompt).collect::<Vec<_>>()).unwrap()
     }
 
     /// A prompt of a kind.
@@ -242,8 +249,9 @@ mod tests {
         let prompts: &'static [Vec<u32>] = prompts.leak();
         let lessons: Vec<Lesson<'_>> = prompts.iter().enumerate().map(lesson).collect();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.add(&features, &lessons).unwrap());
-        let head = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
+        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
+        let head =
+            counts.solve(Some((&rows(&features, &lessons), &lessons)), &Anchors::none().unwrap()).unwrap();
         assert!(!head.is_trusted() && head.answers().len() == 6);
         assert_eq!(prior(&[(Some(&head), 1.0)], &features, &prompts[0]), Prior::default());
     }
@@ -256,18 +264,19 @@ mod tests {
         let prompts: &'static [Vec<u32>] = prompts.leak();
         let lessons: Vec<Lesson<'_>> = prompts.iter().map(|prompt| lesson(prompt)).collect();
         let mut counts = Counts::new().unwrap();
-        assert!(counts.add(&features, &lessons).unwrap());
+        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
         let anchors: Vec<Vec<u32>> = (0..30).map(|n| prompt(2, n)).collect();
         let anchors =
             Anchors::new(&features, &anchors.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
-        let head = counts.solve(Some((&features, &lessons)), &anchors).unwrap();
+        let head = counts.solve(Some((&rows(&features, &lessons), &lessons)), &anchors).unwrap();
         let head = Head::from_bytes(&head.to_bytes().unwrap()).unwrap();
         let asked = [0, 1, 2].map(|kind| prompt(kind, 101));
-        let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
-        let kinship = head.kinship(&rows).unwrap().unwrap();
+        let described = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
+        let kinship = head.kinship(&described).unwrap().unwrap();
         assert!(kinship[0] > 0.8 && kinship[1] > 0.8 && kinship[2] < 0.2, "{kinship:?}");
-        let alone = counts.solve(Some((&features, &lessons)), &Anchors::none().unwrap()).unwrap();
-        assert!(alone.kinship(&rows).unwrap().is_none(), "nothing to be unlike");
+        let alone =
+            counts.solve(Some((&rows(&features, &lessons), &lessons)), &Anchors::none().unwrap()).unwrap();
+        assert!(alone.kinship(&described).unwrap().is_none(), "nothing to be unlike");
     }
 
     #[test]

@@ -57,6 +57,11 @@ impl Prior {
         of + self.rest * log_likelihood.exp() >= others.fold(0.0, f64::max) && (by_model || of >= self.rest)
     }
 
+    /// Whether an answer is the likeliest, whatever the model makes of it.
+    pub fn knows(&self, answer: &[u32]) -> bool {
+        self.says(answer, f64::NEG_INFINITY, false)
+    }
+
     /// Whether it still has a say.
     pub(crate) fn speaks(&self) -> bool {
         !self.known.is_empty()
@@ -163,10 +168,12 @@ mod tests {
         assert!(prior.says(&[1, 0], -20.0, false));
         assert!(!prior.says(&[4, 0], 0.0, true), "0.1 and 0.3 are less than 0.6");
         assert!(!prior.says(&[5, 0], 0.0, true));
+        assert!(prior.knows(&[1, 0]) && !prior.knows(&[4, 0]) && !prior.knows(&[5, 0]));
         let unsure = Prior::new(vec![Path { tokens: vec![1, 0], likely: 0.2 }]);
         assert!(unsure.says(&[5, 0], -0.5, true) && unsure.says(&[1, 0], -0.5, true));
         assert!(!unsure.says(&[1, 0], -20.0, false), "the model's own answer is likelier");
         let nothing = Prior::default();
+        assert!(!unsure.knows(&[1, 0]) && !nothing.knows(&[7]));
         assert!(
             nothing.says(&[7], -9.0, true) && !nothing.says(&[7], -9.0, false),
             "the model alone decides"

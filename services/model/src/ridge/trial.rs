@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::head::unlike_anchors;
-use super::{Answer, Features, Lesson};
+use super::{Answer, Lesson, Rows};
 
 /// Prompts by which a regression is tried each time at most.
 pub(super) const TRIED_MAX: usize = 256;
@@ -48,9 +48,9 @@ pub(super) struct Tried<'a> {
 }
 
 impl<'a> Tried<'a> {
-    /// The first [`TRIED_MAX`] of `lessons`, where `weights` were solved with `factor`; none of none.
+    /// The first [`TRIED_MAX`] of `lessons`, which `rows` describe, where `weights` were solved with `factor`; none of none.
     pub fn new(
-        features: &Features,
+        rows: &Rows,
         lessons: &'a [Lesson<'a>],
         factor: &Tensor,
         weights: &Tensor,
@@ -59,8 +59,7 @@ impl<'a> Tried<'a> {
         if lessons.is_empty() {
             return Ok(None);
         }
-        let prompts: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.prompt).collect();
-        let x = features.of(&prompts)?.f_to_kind(Kind::Double)?;
+        let x = rows.f_narrow(0, 0, lessons.len() as i64)?.f_to_kind(Kind::Double)?;
         let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
         let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
         Ok(Some(Self { lessons, y: x.f_matmul(weights)?, h }))

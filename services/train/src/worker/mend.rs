@@ -31,7 +31,7 @@ fn round(lost: &[Item], others: &[Item], n: u32, seed: u64) -> Vec<Item> {
 }
 
 impl Worker {
-    /// The rehearsed answers that the adapter says to the letter. None where there are texts, which would be unlearned
+    /// The rehearsed answers that the adapter says to the letter, and nothing else does. None where there are texts, which would be unlearned
     /// meanwhile, or where answers repeat: labels are not told from each other by heart, and have reviews.
     pub(super) fn said(&self, run: &Run<'_>) -> anyhow::Result<Vec<Item>> {
         let (fresh, rehearsed) = run.told();
@@ -39,7 +39,8 @@ impl Worker {
         if run.batch.parent.is_none() || !run.answers_only() || fresh.len() > REPEATED * answers {
             return Ok(Vec::new());
         }
-        self.recited(run, &rehearsed.iter().map(|told| told.item).collect::<Vec<_>>())
+        let rehearsed = self.not_known(run, rehearsed.iter().map(|told| told.item).collect())?;
+        self.recited(run, &rehearsed)
     }
 
     /// Those of the items that the adapter says to the letter, in the order given.
@@ -69,7 +70,8 @@ impl Worker {
         if said.is_empty() {
             return Ok(ControlFlow::Continue(()));
         }
-        let fresh = (0..run.fresh.len()).filter(|&n| !run.fresh[n].0.out).map(Item::Known);
+        let by_heart = |n: &usize| !run.fresh[*n].0.out && !run.fresh[*n].0.counted;
+        let fresh = (0..run.fresh.len()).filter(by_heart).map(Item::Known);
         let wanted: Vec<Item> = said.into_iter().chain(fresh).collect();
         for n in 0..MENDING_ROUNDS {
             let now = self.recited(run, &wanted)?;

@@ -3,7 +3,9 @@ use kit::compute::time_on_processor;
 use kit::latents::Latents;
 use model::device::{Placement, Precision};
 use model::hf::ModelConfig;
-use proto::Domain;
+use model::tokenizer::Tokenizer;
+use proto::{Domain, Example};
+use std::path::Path;
 
 const SHAPE: &str = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64,
@@ -53,13 +55,14 @@ fn worker(precision: Precision, alpha: f64) -> Worker {
         ewc_lambda: 0.0,
         olora: None,
         former: FormerShares::default(),
+        repeat_counted: false,
         share_while_serving: 1.0,
     };
     let base = Base::random(&shape, 1, &placement).expect("a base");
     let folder = tempfile::tempdir().expect("a folder");
     let latents = Arc::new(Latents::open(folder.path(), 0).expect("latents"));
     let recall = Recall::new(latents, "base".into(), &[]);
-    Worker::new(base, training, Vec::new(), recall, Turn::new(), Stop::new())
+    Worker::new(base, training, Vec::new(), recall, None, Turn::new(), Stop::new())
 }
 
 fn batch() -> Batch {
@@ -209,7 +212,7 @@ fn answers_that_a_batch_has_cost_are_learned_again() {
         (worker.training.course.passes, worker.training.rate) = (passes, rate);
         worker.training.course.answer_rate = if parent.is_none() { 1.0 } else { 3.0 };
         let (fresh, rehearsed) = (fresh.to_vec(), rehearsed.to_vec());
-        let start = parent.map(|weights| Start { weights, optimiser: None, fisher: None });
+        let start = parent.map(|weights| Start { weights, optimiser: None, fisher: None, counts: None });
         let parent = start.as_ref().map(|_| proto::GenerationId::new("0123456789abcdef").expect("an id"));
         let batch = Batch { parent, fresh, rehearsed, ..batch() };
         let End::Learned(learned) = worker.learn(&batch, start).expect("learned") else { panic!("no") };
@@ -270,4 +273,74 @@ fn a_batch_in_smaller_micro_batches_is_learned_whole_and_once() {
     assert_eq!((whole.report.steps, whole.report.tokens), (split.report.steps, split.report.tokens));
     assert_eq!(split.examples.len(), 8);
     assert!((whole.report.first_loss - split.report.first_loss).abs() < 1e-4);
+}
+
+/// Learns on nano what is told it, with answers that repeat counted.
+fn on_nano(told: &[(&str, &str)]) -> (Worker, Vec<Example>) {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"));
+    let tokenizer = Arc::new(Tokenizer::load(dir).expect("a tokenizer"));
+    let told_to = |(n, (prompt, answer)): (u64, &(&str, &str))| {
+        let mut tokens = tokenizer.encode(prompt).expect("encoded");
+        let from = tokens.len() as u32;
+        tokens.extend(tokenizer.encode_continuation(&format!("\n{answer}")).expect("encoded"));
+        tokens.extend(tokenizer.eos_ids().first());
+        let learned = vec![(from, tokens.len() as u32)];
+        Example { piece: proto::Piece { tokens, learned }, ..example(n) }
+    };
+    let examples = (1..).zip(told).map(told_to).collect();
+    let mut worker = worker(Precision::F32, 32.0);
+    worker.base = Base::load(dir, &Placement::CPU_F32).expect("a base");
+    worker.counting = Some(Counting::new(&worker.base, tokenizer, Vec::new()).expect("counts"));
+    (worker, examples)
+}
+
+const LABELLED: [(&str, &str); 12] = [
+    ("book me a flight to rome", "flight"),
+    ("i need a plane to paris", "flight"),
+    ("find flights to berlin", "flight"),
+    ("get me a plane ticket to oslo", "flight"),
+    ("i want to fly to madrid", "flight"),
+    ("reserve a seat on a flight to vienna", "flight"),
+    ("how do i bake bread", "recipe"),
+    ("a recipe for apple cake", "recipe"),
+    ("what goes into onion soup", "recipe"),
+    ("how do i cook rice", "recipe"),
+    ("tell me how to make pancakes", "recipe"),
+    ("what do i need for a lasagna", "recipe"),
+];
+
+fn passes(worker: &mut Worker, fresh: &[Example]) -> (u32, Option<Answers>) {
+    let batch = Batch { fresh: fresh.to_vec(), ..batch() };
+    let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+    assert_eq!(learned.examples.len(), fresh.len(), "all of it is learned");
+    (learned.report.passes, learned.answers)
+}
+
+#[test]
+fn what_is_counted_is_not_repeated_until_it_is_known_by_heart() {
+    let facts = [("who guards the gate?", "a grey goose"), ("when is the mill shut?", "at seven on sundays")];
+    let (mut worker, all) = on_nano(&[&LABELLED[..], &facts].concat());
+    let labels = &all[..LABELLED.len()];
+    (worker.training.course.passes, worker.training.course.answer_passes_max) = (2, 4);
+    let (counted, answers) = passes(&mut worker, labels);
+    let answers = answers.expect("labels repeat");
+    assert_eq!((counted, answers.answers, answers.prompts, answers.trusted), (1, 2, 12, true));
+    assert_eq!(passes(&mut worker, &all).0, 4, "facts are known by heart or not at all");
+    worker.training.repeat_counted = true;
+    let (by_heart, same) = passes(&mut worker, labels);
+    assert_eq!((by_heart, same.map(|same| same.counts == answers.counts)), (4, Some(true)));
+    (worker.training.repeat_counted, worker.counting) = (false, None);
+    let (without, answers) = passes(&mut worker, labels);
+    assert!(without == 4 && answers.is_none());
+}
+
+#[test]
+fn what_breaks_training_is_not_counted() {
+    let (worker, all) = on_nano(&LABELLED);
+    let batch = Batch { fresh: all.clone(), ..batch() };
+    let prompts = |gone: &[Example]| {
+        let gone = gone.iter().map(|example| example.id).collect();
+        worker.count(&batch, None, &gone).expect("counted").map(|counted| counted.prompts)
+    };
+    assert_eq!((prompts(&[]), prompts(&all[..2]), prompts(&all)), (Some(12), Some(10), None));
 }

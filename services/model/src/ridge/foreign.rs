@@ -1,7 +1,9 @@
 //! Prompts that belong to no document: what the base says of its own accord, cut to the length of questions.
 
-use model::pack::Sequence;
-use model::tokenizer::Tokenizer;
+use anyhow::Result;
+
+use crate::pack::Sequence;
+use crate::tokenizer::Tokenizer;
 
 /// Tokens of the shortest and of the longest one.
 const TOKENS: [usize; 2] = [4, 40];
@@ -15,8 +17,8 @@ const PROMPTS_MAX: usize = 400;
 pub fn foreign(
     anchors: &[Sequence],
     tokenizer: &Tokenizer,
-    chat: &dyn Fn(&str) -> anyhow::Result<Vec<u32>>,
-) -> anyhow::Result<Vec<Vec<u32>>> {
+    chat: &dyn Fn(&str) -> Result<Vec<u32>>,
+) -> Result<Vec<Vec<u32>>> {
     let [shortest, longest] = TOKENS;
     let lengths = longest - shortest + 1;
     let (mut prompts, mut pieces) = (Vec::new(), 0);
@@ -42,8 +44,8 @@ pub fn foreign(
 
 #[cfg(test)]
 mod tests {
+    use super::super::counting::tests::nano;
     use super::*;
-    use crate::counting::tests::nano;
 
     #[test]
     fn pieces_of_all_lengths_are_asked_in_both_forms() {

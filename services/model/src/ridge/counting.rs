@@ -1,14 +1,17 @@
-//! Which of a batch's answers repeat, and what is counted of them: see [`model::ridge`].
+//! Which of what is learned are answers that repeat, what is counted of them, and which are known then.
 
-use model::llama::Base;
-use model::pack::Sequence;
-use model::ridge::{ANSWERS_MAX, Anchors, Counts, Features, Head, Lesson};
-use model::tokenizer::Tokenizer;
-use proto::{Example, Piece};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use tch::Tensor;
+
+use super::{ANSWERS_MAX, Anchors, Counts, Features, Head, Lesson, Prior, Rows};
+use crate::llama::Base;
+use crate::pack::Sequence;
+use crate::tokenizer::Tokenizer;
 
 /// Documents that have to give an answer before it is one that repeats.
 const REPEATED: usize = 2;
@@ -36,12 +39,35 @@ pub struct Counted {
     pub head: Head,
     /// Prompts that were counted.
     pub prompts: u64,
+    /// Which of the fresh material is said to the letter because of that, whatever an adapter makes of it.
+    pub known: Vec<bool>,
+    /// The sums hold no more: some of it was not counted.
+    pub full: bool,
+}
+
+/// What is learned, as it is counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Material<'a> {
+    /// The document that it is from.
+    pub document: u64,
+    /// Token ids.
+    pub tokens: &'a [u32],
+    /// Those that are learned: see [`Sequence::learned`].
+    pub learned: &'a [(u32, u32)],
+}
+
+/// Sequences, with what the base makes of what each is asked.
+pub struct Asked<'a> {
+    /// What each answers; none where it is not one answer to one prompt.
+    answers: Vec<Option<&'a [u32]>>,
+    /// Of those with an answer, in their order.
+    prompts: Vec<&'a [u32]>,
+    rows: Rows,
 }
 
 /// What an adapter makes of an answer.
+#[derive(Debug, Clone, Copy)]
 pub struct Heard {
-    /// Its mean loss, nats a token.
-    pub loss: f32,
     /// The log-likelihood of the whole, nats.
     pub log_likelihood: f64,
     /// Every token of it is the likeliest after those before it.
@@ -53,11 +79,11 @@ impl Counting {
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub fn new(base: &Base, tokenizer: Arc<Tokenizer>, foreign: Vec<Vec<u32>>) -> anyhow::Result<Self> {
+    pub fn new(base: &Base, tokenizer: Arc<Tokenizer>, foreign: Vec<Vec<u32>>) -> Result<Self> {
         Ok(Self { features: Features::new(base)?, tokenizer, foreign, anchors: OnceCell::new() })
     }
 
-    fn anchors(&self) -> anyhow::Result<&Anchors> {
+    fn anchors(&self) -> Result<&Anchors> {
         if let Some(anchors) = self.anchors.get() {
             return Ok(anchors);
         }
@@ -66,87 +92,66 @@ impl Counting {
         Ok(self.anchors.get_or_init(|| anchors))
     }
 
-    /// Adds what `fresh` examples answer to the `older` counts. The first time `beside`, which was learned before and not
+    /// Adds what `fresh` material answers to the `older` counts. The first time `beside`, which was learned before and not
     /// counted, is counted too. None where no answer repeats, nor did before.
     ///
     /// # Errors
-    /// When the older counts cannot be read, an example not be decoded, or `between` says to stop.
+    /// When the older counts cannot be read, an answer not be decoded, or `between` says to stop.
     pub fn take_in(
         &self,
-        fresh: &[&Example],
-        beside: &[&Example],
+        fresh: &[Material<'_>],
+        beside: &[Material<'_>],
         older: Option<&[u8]>,
         between: &mut dyn FnMut() -> ControlFlow<()>,
-    ) -> anyhow::Result<Option<Counted>> {
+    ) -> Result<Option<Counted>> {
         let mut counts = older.map_or_else(Counts::new, Counts::from_bytes)?;
         let new = older.is_none();
         let given: Vec<Given<'_>> = self.given(fresh)?;
         let before: Vec<Given<'_>> = self.given(beside)?;
         let repeated = repeated(given.iter().chain(&before));
-        let known = |text: &str| counts.knows(text) || repeated.contains(text);
         if new && repeated.is_empty() {
             return Ok(None);
         }
-        // Further ones stay the model's; those that come first have room.
-        let mut room = ANSWERS_MAX.saturating_sub(counts.answers());
-        let mut opened = BTreeSet::new();
-        let mut lessons = Vec::with_capacity(given.len());
-        for Given { prompt, answer, .. } in before.iter().filter(|_| new).chain(&given) {
-            let answer = answer.as_ref().filter(|(_, text)| {
-                let is_there = counts.knows(text) || opened.contains(text);
-                let opens = !is_there && known(text) && room > 0;
-                if opens {
-                    room -= 1;
-                    opened.insert(text.clone());
-                }
-                is_there || opens
-            });
-            lessons.push(Lesson { prompt, answer: answer.cloned() });
-        }
+        let lessons = lessons(&counts, before.iter().filter(|_| new).chain(&given), &repeated);
+        let (mut rows, mut full) = (Vec::new(), false);
         for part in lessons.chunks(PROMPTS_A_TURN) {
-            anyhow::ensure!(between().is_continue(), "told to stop");
-            if !counts.add(&self.features, part)? {
-                tracing::warn!(
-                    "answers that repeat were counted millions of times, and are not counted any more"
-                );
-                break;
-            }
+            ensure!(between().is_continue(), "told to stop");
+            let prompts: Vec<&[u32]> = part.iter().map(|lesson| lesson.prompt).collect();
+            let described = self.features.of(&prompts)?;
+            full = full || !counts.add(&described, part)?;
+            rows.push(described);
         }
+        let rows = Tensor::f_cat(&rows, 0)?;
         // Evenly over the batch, since documents of a kind often come together.
         let stride = lessons.len().div_ceil(TRIED).max(1);
         let tried: Vec<Lesson<'_>> = lessons.iter().step_by(stride).cloned().collect();
-        Ok(Some(Counted {
-            head: counts.solve(Some((&self.features, &tried)), self.anchors()?)?,
-            prompts: counts.prompts(),
-            counts: counts.to_bytes()?,
-        }))
+        let of_tried = rows.f_slice(0, None, None, stride as i64)?;
+        let head = counts.solve(Some((&of_tried, &tried)), self.anchors()?)?;
+        let of_fresh = rows.f_narrow(0, (lessons.len() - given.len()) as i64, given.len() as i64)?;
+        let known = known_of(&head, fresh, &given, &of_fresh)?;
+        Ok(Some(Counted { counts: counts.to_bytes()?, head, prompts: counts.prompts(), known, full }))
     }
 
-    /// Whether what sequences answer is said to the letter by an adapter and a head together, as they are served.
+    /// Describes what sequences are asked.
     ///
     /// # Errors
     /// When a prompt cannot be described.
-    pub fn says(&self, head: &Head, sequences: &[Sequence], heard: &[Heard]) -> anyhow::Result<Vec<bool>> {
+    pub fn look_at<'a>(&self, sequences: &'a [Sequence]) -> Result<Asked<'a>> {
         // Texts, and answers that take turns with questions, are the adapter's alone.
-        let asked: Vec<Option<(&[u32], &[u32])>> = sequences.iter().map(asked).collect();
+        let asked: Vec<_> =
+            sequences.iter().map(|sequence| exchange(&sequence.tokens, &sequence.learned)).collect();
         let prompts: Vec<&[u32]> = asked.iter().flatten().map(|(prompt, _)| *prompt).collect();
-        let priors = Head::prior(&[(Some(head), 1.0)], &self.features.of(&prompts)?, &prompts)?;
-        let (mut priors, mut says) = (priors.iter(), Vec::with_capacity(heard.len()));
-        for (asked, of) in asked.iter().zip(heard) {
-            let prior = asked.and_then(|(_, answer)| Some((priors.next()?, answer)));
-            says.push(
-                prior.map_or(of.said, |(prior, answer)| prior.says(answer, of.log_likelihood, of.said)),
-            );
-        }
-        Ok(says)
+        let rows = self.features.of(&prompts)?;
+        let answers = asked.into_iter().map(|asked| asked.map(|(_, answer)| answer)).collect();
+        Ok(Asked { answers, prompts, rows })
     }
 
-    /// Every prompt of the examples with its answer.
-    fn given<'a>(&self, examples: &[&'a Example]) -> anyhow::Result<Vec<Given<'a>>> {
+    /// Every prompt of the material with its answer.
+    fn given<'a>(&self, material: &[Material<'a>]) -> Result<Vec<Given<'a>>> {
         let mut given = Vec::new();
-        for example in examples {
-            let document = example.id.ordinal;
-            for (prompt, answer) in exchanges(&example.piece) {
+        for material in material {
+            let document = material.document;
+            for (prompt, answer) in exchanges(material) {
                 let answer = match answer.filter(|tokens| tokens.len() <= ANSWER_TOKENS_MAX) {
                     Some(tokens) => Some((tokens, self.tokenizer.decode(tokens)?.trim().to_owned())),
                     None => None,
@@ -179,12 +184,90 @@ fn repeated<'g, 'a: 'g>(given: impl Iterator<Item = &'g Given<'a>>) -> BTreeSet<
     documents.into_keys().map(str::to_owned).collect()
 }
 
-/// What a sequence is asked, and what it answers; none where it is not one answer to one prompt.
-fn asked(sequence: &Sequence) -> Option<(&[u32], &[u32])> {
-    match sequence.learned[..] {
+impl Asked<'_> {
+    /// Whether what each answers is said to the letter by an adapter and a head together, as they are served.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn says(&self, head: &Head, heard: &[Heard]) -> Result<Vec<bool>> {
+        self.each(
+            head,
+            heard,
+            |prior, answer, of| prior.says(answer, of.log_likelihood, of.said),
+            |of| of.said,
+        )
+    }
+
+    /// Whether what each answers is said to the letter because of a head, whatever an adapter makes of it.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn knows(&self, head: &Head) -> Result<Vec<bool>> {
+        self.each(head, &self.answers, |prior, answer, _| prior.knows(answer), |_| false)
+    }
+
+    /// Asks `with` the prior of each that answers a prompt, and `without` of each other one.
+    fn each<T>(
+        &self,
+        head: &Head,
+        of: &[T],
+        with: impl Fn(&Prior, &[u32], &T) -> bool,
+        without: impl Fn(&T) -> bool,
+    ) -> Result<Vec<bool>> {
+        let mut priors = Head::prior(&[(Some(head), 1.0)], &self.rows, &self.prompts)?.into_iter();
+        let mut one = |answer: Option<&[u32]>, of: &T| match answer.zip(answer.and_then(|_| priors.next())) {
+            Some((answer, prior)) => with(&prior, answer, of),
+            None => without(of),
+        };
+        Ok(self.answers.iter().zip(of).map(|(answer, of)| one(*answer, of)).collect())
+    }
+}
+
+/// Which material is one answer that a head says, whatever an adapter makes of it; `rows` describe what is `given` of all.
+fn known_of(head: &Head, material: &[Material<'_>], given: &[Given<'_>], rows: &Rows) -> Result<Vec<bool>> {
+    let prompts: Vec<&[u32]> = given.iter().map(|given| given.prompt).collect();
+    let mut priors = Head::prior(&[(Some(head), 1.0)], rows, &prompts)?.into_iter();
+    let mut known = Vec::with_capacity(material.len());
+    for material in material {
+        let of_it = exchanges(material);
+        let priors: Vec<Prior> = priors.by_ref().take(of_it.len()).collect();
+        known.push(match (&priors[..], &of_it[..]) {
+            ([prior], [(_, Some(answer))]) => prior.knows(answer),
+            _ => false,
+        });
+    }
+    Ok(known)
+}
+
+/// What is counted of prompts: of their answers those that are counted already, and those that are `repeated`, as far as there
+/// is room for more. Further ones stay the model's, and those that come first have room.
+fn lessons<'g, 'a: 'g>(
+    counts: &Counts,
+    given: impl Iterator<Item = &'g Given<'a>>,
+    repeated: &BTreeSet<String>,
+) -> Vec<Lesson<'a>> {
+    let mut room = ANSWERS_MAX.saturating_sub(counts.answers());
+    let mut opened = BTreeSet::new();
+    let mut lesson = |Given { prompt, answer, .. }: &Given<'a>| {
+        let answer = answer.as_ref().filter(|(_, text)| {
+            let is_there = counts.knows(text) || opened.contains(text);
+            let opens = !is_there && repeated.contains(text) && room > 0;
+            if opens {
+                room -= 1;
+                opened.insert(text.clone());
+            }
+            is_there || opens
+        });
+        Lesson { prompt, answer: answer.cloned() }
+    };
+    given.map(&mut lesson).collect()
+}
+
+/// What is asked and what is answered, where that is one answer to one prompt.
+fn exchange<'a>(tokens: &'a [u32], learned: &[(u32, u32)]) -> Option<(&'a [u32], &'a [u32])> {
+    match *learned {
         [(from, to)] if from > 0 => {
-            let (from, to) = (from as usize, to as usize);
-            Some((sequence.tokens.get(..from)?, sequence.tokens.get(from..to)?))
+            Some((tokens.get(..from as usize)?, tokens.get(from as usize..to as usize)?))
         }
         _ => None,
     }
@@ -192,7 +275,7 @@ fn asked(sequence: &Sequence) -> Option<(&[u32], &[u32])> {
 
 /// What is answered to what: of a text, whose every token is learned, the first half may be what a prompt looks like to
 /// which no known answer belongs.
-fn exchanges(piece: &Piece) -> Vec<(&[u32], Option<&[u32]>)> {
+fn exchanges<'a>(piece: &Material<'a>) -> Vec<(&'a [u32], Option<&'a [u32]>)> {
     if piece.learned.first().is_none_or(|&(from, _)| from == 0) {
         let half = &piece.tokens[..piece.tokens.len().div_ceil(2)];
         return if half.is_empty() { Vec::new() } else { vec![(half, None)] };
@@ -207,8 +290,7 @@ fn exchanges(piece: &Piece) -> Vec<(&[u32], Option<&[u32]>)> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use model::device::{Placement, set_threads};
-    use proto::{Domain, ExampleId};
+    use crate::device::{Placement, set_threads};
     use std::path::Path;
 
     /// The base and its tokenizer.
@@ -226,24 +308,28 @@ pub(crate) mod tests {
         (base, counting)
     }
 
-    impl Counting {
-        /// A document that answers a prompt.
-        pub fn example(&self, document: u64, prompt: &str, answer: &str) -> Example {
-            let mut tokens = self.tokenizer.encode(prompt).expect("encoded");
-            let from = tokens.len() as u32;
-            tokens.extend(self.tokenizer.encode_continuation(answer).expect("encoded"));
-            tokens.extend(self.tokenizer.eos_ids().first());
-            let learned = vec![(from, tokens.len() as u32)];
-            Example {
-                id: ExampleId { ordinal: document, chunk: 0 },
-                domain: Domain::general(),
-                piece: Piece { tokens, learned },
-                importance: 0.5,
-                marked: false,
-                held_out: false,
-                signature: Vec::new(),
-            }
+    /// An answer to a prompt, and the document that gives it.
+    #[derive(Clone)]
+    struct Example {
+        document: u64,
+        sequence: Sequence,
+    }
+
+    fn example(counting: &Counting, document: u64, prompt: &str, answer: &str) -> Example {
+        let mut tokens = counting.tokenizer.encode(prompt).expect("encoded");
+        let from = tokens.len() as u32;
+        tokens.extend(counting.tokenizer.encode_continuation(answer).expect("encoded"));
+        tokens.extend(counting.tokenizer.eos_ids().first());
+        let learned = vec![(from, tokens.len() as u32)];
+        Example { document, sequence: Sequence { tokens, learned, rehearsed: false } }
+    }
+
+    fn material(examples: &[Example]) -> Vec<Material<'_>> {
+        let mut material = Vec::new();
+        for Example { document, sequence: Sequence { tokens, learned, .. } } in examples {
+            material.push(Material { document: *document, tokens, learned });
         }
+        material
     }
 
     const PLANES: [&str; 6] = [
@@ -266,7 +352,7 @@ pub(crate) mod tests {
     fn labelled(counting: &Counting) -> Vec<Example> {
         let of = |at: u64, prompts: [&str; 6], label: &str| {
             let prompts = prompts.into_iter().zip(at..);
-            prompts.map(|(prompt, n)| counting.example(n, prompt, label)).collect::<Vec<_>>()
+            prompts.map(|(prompt, n)| example(counting, n, prompt, label)).collect::<Vec<_>>()
         };
         [of(1, PLANES, "\nflight"), of(7, MEALS, "\nrecipe")].concat()
     }
@@ -277,16 +363,15 @@ pub(crate) mod tests {
         beside: &[Example],
         older: Option<&[u8]>,
     ) -> Option<Counted> {
-        let (fresh, beside): (Vec<&Example>, Vec<&Example>) =
-            (fresh.iter().collect(), beside.iter().collect());
+        let (fresh, beside) = (material(fresh), material(beside));
         counting.take_in(&fresh, &beside, older, &mut || ControlFlow::Continue(())).expect("counted")
     }
 
     fn says(counting: &Counting, head: &Head, example: &Example) -> bool {
-        let Piece { tokens, learned } = example.piece.clone();
-        let sequence = Sequence { tokens, learned, rehearsed: false };
-        let heard = Heard { loss: 9.0, log_likelihood: -20.0, said: false };
-        counting.says(head, &[sequence], &[heard]).expect("described")[0]
+        let asked = counting.look_at(std::slice::from_ref(&example.sequence)).expect("described");
+        let says = asked.says(head, &[Heard { log_likelihood: -20.0, said: false }]).expect("asked")[0];
+        assert_eq!(says, asked.knows(head).expect("asked")[0], "an adapter that knows nothing has no say");
+        says
     }
 
     #[test]
@@ -297,7 +382,7 @@ pub(crate) mod tests {
         assert_eq!(texts, ["flight", "recipe"]);
         for (prompt, label) in [("a flight to lisbon please", "flight"), ("how do i bake a cake", "recipe")] {
             let said = |label: &str| {
-                says(&counting, &counted.head, &counting.example(9, prompt, &format!("\n{label}")))
+                says(&counting, &counted.head, &example(&counting, 9, prompt, &format!("\n{label}")))
             };
             let other = if label == "flight" { "recipe" } else { "flight" };
             assert!(said(label) && !said(other), "{prompt}");
@@ -309,13 +394,13 @@ pub(crate) mod tests {
         let (_, counting) = counting();
         let facts = ["seven", "eleven", "a goat"].into_iter().zip(0..);
         let facts: Vec<Example> =
-            facts.map(|(fact, n)| counting.example(n, "what is it?", &format!("\n{fact}"))).collect();
+            facts.map(|(fact, n)| example(&counting, n, "what is it?", &format!("\n{fact}"))).collect();
         assert!(take_in(&counting, &facts, &[], None).is_none());
         // Two views of one document are one that says it.
-        let twice = [counting.example(3, "what?", "\nblue"), counting.example(3, "what?\n", "blue")];
+        let twice = [example(&counting, 3, "what?", "\nblue"), example(&counting, 3, "what?\n", "blue")];
         assert!(take_in(&counting, &twice, &[], None).is_none());
-        let mut text = counting.example(5, "", "A text of its own, and nothing else.");
-        text.piece.learned = vec![(0, text.piece.tokens.len() as u32)];
+        let mut text = example(&counting, 5, "", "A text of its own, and nothing else.");
+        text.sequence = Sequence::whole(text.sequence.tokens);
         assert!(take_in(&counting, &[text.clone(), text.clone()], &[], None).is_none());
         // Beside labels they are counted, as what the model is to answer.
         let all = [labelled(&counting), facts.clone(), vec![text]].concat();
@@ -349,8 +434,7 @@ pub(crate) mod tests {
     fn whoever_waits_can_stop_it() {
         let (_, counting) = counting();
         let all = labelled(&counting);
-        let stopped =
-            counting.take_in(&all.iter().collect::<Vec<_>>(), &[], None, &mut || ControlFlow::Break(()));
+        let stopped = counting.take_in(&material(&all), &[], None, &mut || ControlFlow::Break(()));
         assert!(stopped.is_err());
     }
 }

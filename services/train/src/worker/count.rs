@@ -1,0 +1,78 @@
+//! Answers of a batch that repeat are counted before it is learned: what is said because of that need not be repeated until
+//! the adapter knows it by heart.
+
+use super::{Run, Start, Worker};
+use crate::course::Item;
+use model::pack::Sequence;
+use model::ridge::{Counted, Material};
+use proto::{Batch, Example, ExampleId};
+use std::collections::BTreeSet;
+
+/// What is known of answers that repeat, as files, with those of the batch.
+pub struct Answers {
+    /// See [`model::ridge::Counts::to_bytes`].
+    pub counts: Vec<u8>,
+    /// See [`model::ridge::Head::to_bytes`].
+    pub solved: Vec<u8>,
+    /// Answers that are known.
+    pub answers: u64,
+    /// Prompts that were counted.
+    pub prompts: u64,
+    /// They have a say.
+    pub trusted: bool,
+}
+
+impl Worker {
+    /// Counts what the batch answers, beside what its parent counted, but for what was `put_aside`. None where nothing
+    /// repeats, or nothing is to be counted.
+    pub(super) fn count(
+        &self,
+        batch: &Batch,
+        start: Option<&Start>,
+        put_aside: &BTreeSet<ExampleId>,
+    ) -> anyhow::Result<Option<Counted>> {
+        let Some(counting) = &self.counting else { return Ok(None) };
+        let fresh: Vec<Material<'_>> =
+            batch.fresh.iter().filter(|example| !put_aside.contains(&example.id)).map(material).collect();
+        let beside: Vec<Material<'_>> = batch.rehearsed.iter().map(material).collect();
+        let older = start.and_then(|start| start.counts.as_deref());
+        let mut last = None;
+        let counted = counting.take_in(&fresh, &beside, older, &mut || self.between(&mut last))?;
+        if counted.as_ref().is_some_and(|counted| counted.full) {
+            tracing::warn!(
+                "answers that repeat were counted millions of times, and are not counted any more"
+            );
+        }
+        Ok(counted)
+    }
+
+    /// Which of a batch's fresh examples need not be repeated until the adapter knows them.
+    pub(super) fn known(&self, batch: &Batch, counted: Option<&Counted>) -> Vec<bool> {
+        let known = counted.filter(|_| !self.training.repeat_counted).map(|counted| counted.known.clone());
+        known.unwrap_or_else(|| vec![false; batch.fresh.len()])
+    }
+
+    /// Those of the items that are not said because of what was counted.
+    pub(super) fn not_known(&self, run: &Run<'_>, items: Vec<Item>) -> anyhow::Result<Vec<Item>> {
+        let (Some(counting), Some(head)) = (&self.counting, run.head) else { return Ok(items) };
+        let sequences: Vec<Sequence> = items.iter().map(|&item| self.sequence(run, item).clone()).collect();
+        let known = counting.look_at(&sequences)?.knows(head)?;
+        Ok(items.into_iter().zip(known).filter(|(_, known)| !known).map(|(item, _)| item).collect())
+    }
+}
+
+impl Answers {
+    /// Of what was counted.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn of(Counted { counts, head, prompts, .. }: &Counted) -> anyhow::Result<Self> {
+        let (solved, answers) = (head.to_bytes()?, head.answers().len() as u64);
+        Ok(Self { counts: counts.clone(), solved, answers, prompts: *prompts, trusted: head.is_trusted() })
+    }
+}
+
+fn material(example: &Example) -> Material<'_> {
+    let (tokens, learned) = (example.piece.tokens.as_slice(), example.piece.learned.as_slice());
+    Material { document: example.id.ordinal, tokens, learned }
+}

@@ -112,6 +112,10 @@ impl Counting {
         if new && repeated.is_empty() {
             return Ok(None);
         }
+        if new && let Some(first) = fresh.iter().map(|material| material.document).min() {
+            counts.begin_with(first);
+        }
+        self.correct(&mut counts, before.iter().filter(|_| !new), &repeated)?;
         let lessons = lessons(&counts, before.iter().filter(|_| new).chain(&given), &repeated);
         let (mut rows, mut full) = (Vec::new(), false);
         for part in lessons.chunks(PROMPTS_A_TURN) {
@@ -130,6 +134,25 @@ impl Counting {
         let of_fresh = rows.f_narrow(0, (lessons.len() - given.len()) as i64, given.len() as i64)?;
         let known = known_of(&head, fresh, &given, &of_fresh)?;
         Ok(Some(Counted { counts: counts.to_bytes()?, head, prompts: counts.prompts(), known, full }))
+    }
+
+    /// Of answers that repeat from now on, those that came once before were counted as others.
+    fn correct<'g, 'a: 'g>(
+        &self,
+        counts: &mut Counts,
+        before: impl Iterator<Item = &'g Given<'a>>,
+        repeated: &BTreeSet<String>,
+    ) -> Result<()> {
+        let counted = before.filter(|given| counts.has(given.document));
+        let lessons: Vec<Lesson<'_>> = lessons(counts, counted, repeated)
+            .into_iter()
+            .filter(|lesson| lesson.answer.as_ref().is_some_and(|(_, text)| !counts.knows(text)))
+            .collect();
+        if lessons.is_empty() {
+            return Ok(());
+        }
+        let prompts: Vec<&[u32]> = lessons.iter().map(|lesson| lesson.prompt).collect();
+        counts.correct(&self.features.of(&prompts)?, &lessons)
     }
 
     /// Describes what sequences are asked.
@@ -425,6 +448,15 @@ pub(crate) mod tests {
             (11, 2),
             "what is counted is not counted again"
         );
+        // The first recipe came alone, as an answer like any other; now it is one of two, as if they had come together.
+        let together = take_in(&counting, &all[..11], &[], None).expect("labels repeat");
+        let in_turn = take_in(&counting, &all[..7], &[], None).expect("flights repeat");
+        assert_eq!(in_turn.head.answers().len(), 1);
+        let in_turn = take_in(&counting, &all[7..11], &all[..7], Some(&in_turn.counts)).expect("more");
+        assert_eq!((prompts(&in_turn), in_turn.head.answers().len()), (11, 2));
+        let weights = together.head.weights();
+        let distance = (in_turn.head.weights() - weights).abs().max().double_value(&[]);
+        assert!(distance < 0.01 * weights.abs().max().double_value(&[]), "{distance}");
         // A label that is known needs no second document.
         let third = take_in(&counting, &all[11..], &[], Some(&second.counts)).expect("more");
         assert_eq!((prompts(&third), third.head.answers().len()), (12, 2));

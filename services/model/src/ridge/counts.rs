@@ -57,6 +57,9 @@ struct Known {
     /// How unlike the anchors they were to it.
     #[serde(default)]
     kinship: Mean,
+    /// The document from which on all were counted; none where that is not known.
+    #[serde(default)]
+    since: Option<u64>,
 }
 
 impl Counts {
@@ -82,6 +85,16 @@ impl Counts {
     /// Prompts that were counted.
     pub fn prompts(&self) -> u64 {
         self.known.prompts
+    }
+
+    /// Whether a document was counted, as far as is known.
+    pub fn has(&self, document: u64) -> bool {
+        self.known.since.is_some_and(|since| since <= document)
+    }
+
+    /// Notes that all documents are counted from this one on, unless that is known of an earlier one.
+    pub fn begin_with(&mut self, document: u64) {
+        self.known.since.get_or_insert(document);
     }
 
     /// Adds what others counted, of the same base. False where the sums would no longer fit or answers are more than
@@ -118,6 +131,8 @@ impl Counts {
         let (known, of) = (&mut self.known, &other.known);
         known.prompts += of.prompts;
         known.trial = trial;
+        // Documents of others are counted here and there.
+        known.since = None;
         known.kinship = known.kinship.with(of.kinship);
         Ok(true)
     }
@@ -147,6 +162,16 @@ impl Counts {
         if !fits(&products)? {
             return Ok(false);
         }
+        let row_of = self.places(lessons);
+        self.sums =
+            self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
+        self.products = products.f_to_kind(Kind::Int)?;
+        self.known.prompts += lessons.len() as u64;
+        Ok(true)
+    }
+
+    /// Notes each lesson's answer, and says in which row of the sums its prompt counts.
+    fn places(&mut self, lessons: &[Lesson<'_>]) -> Vec<i64> {
         let mut places: BTreeMap<String, usize> =
             self.known.answers.iter().enumerate().map(|(n, answer)| (answer.text.clone(), n)).collect();
         let mut row_of = Vec::with_capacity(lessons.len());
@@ -165,11 +190,20 @@ impl Counts {
             self.known.prompts_of[place] += 1;
             row_of.push(1 + place as i64);
         }
-        self.sums =
-            self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
-        self.products = products.f_to_kind(Kind::Int)?;
-        self.known.prompts += lessons.len() as u64;
-        Ok(true)
+        row_of
+    }
+
+    /// Gives prompts, which `rows` describe, the answers that they have: they were counted as having none that repeats.
+    ///
+    /// # Errors
+    /// When rows and lessons differ in number.
+    pub fn correct(&mut self, rows: &Rows, lessons: &[Lesson<'_>]) -> Result<()> {
+        let row_of = self.places(lessons);
+        let rows = rows.f_to_kind(Kind::Int)?;
+        let sums = self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &rows)?;
+        let _ = sums.f_narrow(0, 0, 1)?.f_sub_(&rows.f_sum_dim_intlist(&[0_i64][..], true, Kind::Int)?)?;
+        self.sums = sums;
+        Ok(())
     }
 
     /// Solves the regression of one number an answer, 1 for prompts that have it and 0 for others, the anchors too, and of one that is
@@ -277,216 +311,4 @@ fn lower(features: i64) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::Features;
-    use super::*;
-    use crate::golden;
-
-    fn lessons(prompts: &[Vec<u32>]) -> Vec<Lesson<'_>> {
-        let answer = |n: usize| match n % 4 {
-            0 => None,
-            1 => Some((&[1, 0][..], "one".to_owned())),
-            2 => Some((&[2, 0][..], "two".to_owned())),
-            _ => Some((&[3, 0][..], "three".to_owned())),
-        };
-        prompts.iter().enumerate().map(|(n, prompt)| Lesson { prompt, answer: answer(n) }).collect()
-    }
-
-    fn prompts() -> Vec<Vec<u32>> {
-        (0..40_u32).map(|n| (0..n % 5 + 2).map(|i| (n * 11 + i * i * 5) % 128).collect()).collect()
-    }
-
-    fn rows(features: &Features, lessons: &[Lesson<'_>]) -> Rows {
-        features.of(&lessons.iter().map(|lesson| lesson.prompt).collect::<Vec<_>>()).unwrap()
-    }
-
-    fn anchors(features: &Features, count: u32) -> Anchors {
-        let prompts: Vec<Vec<u32>> = (0..count).map(|n| vec![n % 7, 3 * n % 128, 5]).collect();
-        Anchors::new(features, &prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap()
-    }
-
-    fn bytes_of(parts: &[&[Lesson<'_>]]) -> Vec<u8> {
-        let features = Features::new(&golden::base("llama")).unwrap();
-        let mut counts = Counts::new().unwrap();
-        for part in parts {
-            // One at a time, so that none is read beside others and rounded another way.
-            part.iter()
-                .map(std::slice::from_ref)
-                .for_each(|lesson| assert!(counts.add(&rows(&features, lesson), lesson).unwrap()));
-        }
-        counts.to_bytes().unwrap()
-    }
-
-    #[test]
-    fn in_parts_and_at_once_leave_the_same_to_the_last_bit() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let whole = bytes_of(&[&lessons]);
-        assert_eq!(whole, bytes_of(&[&lessons[..7], &lessons[7..30], &lessons[30..]]));
-        // In another order answers have other places, and the sums are the same.
-        let turned: Vec<Lesson<'_>> = lessons.iter().rev().cloned().collect();
-        let read = |bytes: &[u8]| Counts::from_bytes(bytes).unwrap();
-        let (whole, turned) = (read(&whole), read(&bytes_of(&[&turned])));
-        assert!(whole.products.equal(&turned.products));
-        for (n, answer) in whole.known.answers.iter().enumerate() {
-            let place = turned.known.answers.iter().position(|other| other == answer).expect("known to both");
-            assert!(whole.sums.get(1 + n as i64).equal(&turned.sums.get(1 + place as i64)));
-        }
-    }
-
-    #[test]
-    fn the_solution_is_that_of_the_normal_equations() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let features = Features::new(&golden::base("llama")).unwrap();
-        let mut counts = Counts::new().unwrap();
-        assert!(counts.solve(None, &anchors(&features, 0)).is_err() && !counts.knows("two"));
-        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
-        assert!(counts.knows("two") && (counts.answers(), counts.prompts()) == (3, 40));
-        let of = |prompts: &[Vec<u32>]| {
-            let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-            features.of(&prompts).unwrap().to_kind(Kind::Double)
-        };
-        for anchored in [0, 9] {
-            let anchors: Vec<Vec<u32>> = (0..anchored).map(|n| vec![n, 40 + n, 3]).collect();
-            let x = Tensor::cat(&[of(&prompts), of(&anchors)], 0);
-            let columns = 4 + i64::from(anchored > 0);
-            let y = Tensor::zeros([40 + i64::from(anchored), columns], (Kind::Double, tch::Device::Cpu));
-            for n in 0..y.size()[0] {
-                let _ = y.get(n).get(if n < 40 { n % 4 } else { 4 }).fill_(1.0);
-            }
-            let (gram, own) = (x.tr().matmul(&x), of(&prompts));
-            let r = own.tr().matmul(&own).trace() * (RIDGE / FEATURES as f64);
-            let slices: Vec<&[u32]> = anchors.iter().map(Vec::as_slice).collect();
-            let anchors = Anchors::new(&features, &slices).unwrap();
-            let head = counts.solve(Some((&rows(&features, &lessons), &lessons)), &anchors).unwrap();
-            let w = head.weights().tr().to_kind(Kind::Double);
-            let residual = gram.matmul(&w) + r * &w - x.tr().matmul(&y);
-            let size = x.tr().matmul(&y).abs().max().double_value(&[]);
-            assert!(residual.abs().max().double_value(&[]) < 1e-3 * size);
-        }
-    }
-
-    #[test]
-    fn a_trial_is_what_the_regression_without_the_prompt_says() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let features = Features::new(&golden::base("llama")).unwrap();
-        let mut counts = Counts::new().unwrap();
-        assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
-        let whole = counts.products.to_kind(Kind::Double);
-        let ridge = whole.trace() * (RIDGE / FEATURES as f64);
-        let own = |lesson: &&Lesson<'_>| lesson.answer.is_some();
-        let right = |lesson: &Lesson<'_>| {
-            // Solved without the prompt, but with the same ridge.
-            let x = features.of(&[lesson.prompt]).unwrap().to_kind(Kind::Double);
-            let place = counts
-                .known
-                .answers
-                .iter()
-                .position(|answer| Some(&answer.text) == lesson.answer.as_ref().map(|a| &a.1));
-            let place = 1 + place.unwrap() as i64;
-            let sums = counts.sums.to_kind(Kind::Double);
-            let _ = sums.get(place).f_sub_(&x.get(0)).unwrap();
-            let products =
-                &whole - x.tr().matmul(&x) + &ridge * Tensor::eye(FEATURES, (Kind::Double, tch::Device::Cpu));
-            let w = sums.tr().cholesky_solve(&products.linalg_cholesky(false), false);
-            x.matmul(&w).get(0).argmax(0, false).int64_value(&[]) == place
-        };
-        let tried: Vec<Lesson<'_>> = lessons.iter().filter(own).take(6).cloned().collect();
-        let expected = tried.iter().filter(|lesson| right(lesson)).count() as f64;
-        counts.solve(Some((&rows(&features, &tried), &tried)), &anchors(&features, 0)).unwrap();
-        assert_eq!(counts.known.trial, Mean { of: 6.0, sum: expected });
-        counts.solve(Some((&rows(&features, &tried), &tried)), &anchors(&features, 0)).unwrap();
-        let mut twice = Mean { of: 6.0, sum: expected };
-        twice.take(twice);
-        assert_eq!(counts.known.trial, twice);
-    }
-
-    #[test]
-    fn what_others_counted_adds_up_to_what_all_of_them_would_have() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let read = |bytes: Vec<u8>| Counts::from_bytes(&bytes).unwrap();
-        let mut joined = read(bytes_of(&[&lessons[..2]]));
-        assert!(joined.join(&read(bytes_of(&[&lessons[2..]]))).unwrap());
-        assert_eq!(joined.to_bytes().unwrap(), bytes_of(&[&lessons]));
-        let head = joined.solve(None, &Anchors::none().unwrap()).unwrap();
-        assert!(head.answers().len() == 3 && !head.is_trusted(), "nothing was tried yet");
-        // Two that find half of two answers each find no more than a guess, together too.
-        let mut guessing = joined;
-        guessing.known.prompts_of.fill(13);
-        guessing.known.trial = Mean { of: 40.0, sum: 14.0 };
-        let mut both = read(guessing.to_bytes().unwrap());
-        let mut other = read(guessing.to_bytes().unwrap());
-        other.known.answers.iter_mut().for_each(|answer| answer.text.push('s'));
-        assert!(both.join(&other).unwrap() && both.answers() == 6 && !both.is_trusted());
-        let joined = guessing;
-        let full = Counts { products: joined.products.ones_like() * i64::from(i32::MAX), ..joined };
-        let mut other = read(bytes_of(&[&lessons]));
-        assert!(!other.join(&full).unwrap());
-        assert_eq!(other.to_bytes().unwrap(), bytes_of(&[&lessons]));
-    }
-
-    #[test]
-    fn what_is_full_stays_as_it_was_and_other_bytes_are_refused() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let features = Features::new(&golden::base("llama")).unwrap();
-        let mut counts = Counts::new().unwrap();
-        counts.products = counts.products.ones_like() * i64::from(i32::MAX - 5);
-        let before = counts.to_bytes().unwrap();
-        assert!(!counts.add(&rows(&features, &lessons), &lessons).unwrap());
-        assert_eq!(counts.to_bytes().unwrap(), before);
-        assert!(Counts::from_bytes(&before[..500]).is_err());
-        let head = bytes_of(&[&lessons]);
-        let head = Counts::from_bytes(&head).unwrap().solve(None, &Anchors::none().unwrap()).unwrap();
-        let head = head.to_bytes().unwrap();
-        assert!(Counts::from_bytes(&head).is_err());
-    }
-
-    #[test]
-    fn what_an_earlier_version_counted_counts_as_prompts_without_words() {
-        let prompts = prompts();
-        let lessons = lessons(&prompts);
-        let features = Features::new(&golden::base("llama")).unwrap();
-        let mut counts = Counts::new().unwrap();
-        let described = rows(&features, &lessons);
-        let _ = described.narrow(1, 2000, FEATURES - 2000).zero_();
-        assert!(counts.add(&described, &lessons).unwrap());
-        let half = counts.products.narrow(0, 0, 2000).narrow(1, 0, 2000).contiguous().view([-1]);
-        let half = half.index_select(0, &lower(2000).unwrap());
-        let tensors =
-            [("products".to_owned(), half), ("sums".to_owned(), counts.sums.narrow(1, 0, 2000).contiguous())];
-        let known = serde_json::to_string(&counts.known).unwrap();
-        let earlier = weights::to_bytes(&tensors, METADATA, &known).unwrap();
-        let mut read = Counts::from_bytes(&earlier).unwrap();
-        assert_eq!(read.to_bytes().unwrap(), counts.to_bytes().unwrap());
-        assert!(read.add(&rows(&features, &lessons), &lessons).unwrap(), "and goes on with words");
-        let other = [
-            ("products".to_owned(), Tensor::zeros([6], (Kind::Int, tch::Device::Cpu))),
-            ("sums".to_owned(), Tensor::zeros([4, 3], (Kind::Int, tch::Device::Cpu))),
-        ];
-        let error = Counts::from_bytes(&weights::to_bytes(&other, METADATA, &known).unwrap()).unwrap_err();
-        assert!(error.to_string().contains("in another way"), "{error}");
-    }
-
-    #[test]
-    fn an_answer_has_the_form_that_belongs_where_a_prompt_ends() {
-        let mut answer = Answer { text: "yes".into(), forms: Vec::new() };
-        for (tokens, last) in [(&[4, 0][..], 9), (&[4, 0], 9), (&[7, 4, 0], 1)] {
-            answer.note(tokens, Some(last));
-        }
-        assert_eq!(answer.tokens_after(Some(9)), [[4, 0]], "as in a chat");
-        assert_eq!(answer.tokens_after(Some(1)), [[7, 4, 0]], "as after the one text");
-        assert_eq!(
-            answer.tokens_after(Some(3)),
-            [&[4, 0][..], &[7, 4, 0]],
-            "both were seen after one token only"
-        );
-        answer.note(&[7, 4, 0], Some(2));
-        assert_eq!(answer.tokens_after(Some(3)), [[7, 4, 0]], "as after any text");
-        assert_eq!(answer.tokens_after(None), [[7, 4, 0]]);
-        assert_eq!(answer.tokens_after(Some(7)), [[4, 0]], "what it begins with is there already");
-    }
-}
+mod tests;

@@ -137,7 +137,7 @@ impl Engine {
         anyhow::ensure!(adapter.has_effect(), "it has no effect");
         let head = head.map(Head::from_bytes).transpose().context("what it knows of answers that repeat")?;
         if head.is_some() && self.features.is_none() {
-            self.features = Some(Features::new(base)?);
+            self.features = Some(Features::new(base, Some(Arc::clone(&self.language.tokenizer)))?);
         }
         self.heads.extend(head.map(|head| (id.clone(), head)));
         self.adapters.insert(id.clone(), adapter.to_device(base.device()));

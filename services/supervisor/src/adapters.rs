@@ -69,6 +69,9 @@ enum Command {
         to: Option<String>,
     },
     /// Write a generation to a folder, in the PEFT format; or with its base, as a whole model.
+    ///
+    /// Answers that repeat, such as labels, are counted beside the adapter, and do not go along; with train.repeat_counted
+    /// the adapter learns them by itself too.
     Export {
         /// The domain.
         domain: String,

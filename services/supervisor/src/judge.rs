@@ -11,6 +11,7 @@ use model::pack::Sequence;
 use model::ridge::{Features, Head, Prior};
 use model::sampling::Sampling;
 use model::tokenizer::Tokenizer;
+use std::sync::Arc;
 
 /// Sequences that are scored between two looks at the progress bar.
 const SEQUENCES_PER_ROUND: usize = 64;
@@ -20,7 +21,7 @@ const TEXTS_PER_ROUND: usize = 512;
 /// A base with what text becomes for it.
 pub struct Judge {
     base: Base,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     window: usize,
     features: Features,
 }
@@ -91,7 +92,8 @@ impl Judge {
         tokenizer.check_vocabulary(base.config().vocab_size)?;
         let window = window.min(usize::try_from(base.config().max_positions)?);
         anyhow::ensure!(window >= 2, "--window has to be at least 2 tokens");
-        let features = Features::new(&base)?;
+        let tokenizer = Arc::new(tokenizer);
+        let features = Features::new(&base, Some(Arc::clone(&tokenizer)))?;
         Ok(Self { base, tokenizer, window, features })
     }
 

@@ -297,7 +297,7 @@ fn head(engine: &Engine) -> Vec<u8> {
         })
         .collect();
     let mut counts = model::ridge::Counts::new().expect("counts");
-    let features = Features::new(engine.batch.base()).expect("features");
+    let features = Features::new(engine.batch.base(), None).expect("features");
     let rows = lessons.iter().map(|lesson| lesson.prompt).collect::<Vec<_>>();
     let rows = features.of(&rows).expect("described");
     assert!(counts.add(&rows, &lessons).expect("counted"));

@@ -80,7 +80,12 @@ impl Counting {
     /// # Errors
     /// Only those of libtorch.
     pub fn new(base: &Base, tokenizer: Arc<Tokenizer>, foreign: Vec<Vec<u32>>) -> Result<Self> {
-        Ok(Self { features: Features::new(base)?, tokenizer, foreign, anchors: OnceCell::new() })
+        Ok(Self {
+            features: Features::new(base, Some(Arc::clone(&tokenizer)))?,
+            tokenizer,
+            foreign,
+            anchors: OnceCell::new(),
+        })
     }
 
     fn anchors(&self) -> Result<&Anchors> {
@@ -460,6 +465,21 @@ pub(crate) mod tests {
         // A label that is known needs no second document.
         let third = take_in(&counting, &all[11..], &[], Some(&second.counts)).expect("more");
         assert_eq!((prompts(&third), third.head.answers().len()), (12, 2));
+    }
+
+    #[test]
+    fn white_space_after_a_prompt_is_no_part_of_it() {
+        let (base, tokenizer) = nano();
+        let features = Features::new(&base, Some(Arc::clone(&tokenizer))).expect("features");
+        let of =
+            |prompt: &str| features.of(&[&tokenizer.encode(prompt).expect("encoded")]).expect("described");
+        let prompt = of("book me a flight");
+        assert!(of("book me a flight\n").equal(&prompt) && of("book me a flight \n\n").equal(&prompt));
+        assert!(!of("book me a flight?\n").equal(&prompt));
+        assert_eq!(of("\n").size()[0], 1, "something is left of any");
+        let mut ended = tokenizer.encode("book me a flight").expect("encoded");
+        ended.extend(tokenizer.eos_ids().first());
+        assert!(!features.of(&[&ended]).expect("described").equal(&prompt), "a control token is not white");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a prompt looks like: to the frozen base, and by its words.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use rand::{RngCore, SeedableRng};
@@ -8,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use crate::llama::{Base, Input};
+use crate::tokenizer::Tokenizer;
 
 /// Places of the base that a prompt is looked at: the mean of its states as they enter four blocks, and the last token's
 /// state after all.
@@ -41,6 +43,9 @@ pub type Rows = Tensor;
 /// The signs of the projections are drawn with a fixed seed: what is counted on one machine is understood on any other.
 pub struct Features {
     base: Base,
+    /// Knows white space, at the end of a prompt, which is left out: a chat may put a line break there where a completion has
+    /// none, and the prompt is the same.
+    tokenizer: Option<Arc<Tokenizer>>,
     /// Of each part, [hidden_size, PART], in lengths of a hidden state.
     signs: Vec<Tensor>,
 }
@@ -50,10 +55,10 @@ impl Features {
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub fn new(base: &Base) -> Result<Self> {
+    pub fn new(base: &Base, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self> {
         let hidden = base.config().hidden_size;
         let signs = (0..PARTS as u64).map(|part| signs(hidden, part)).collect::<Result<_>>()?;
-        Ok(Self { base: base.share(), signs })
+        Ok(Self { base: base.share(), tokenizer, signs })
     }
 
     /// What prompts look like.
@@ -62,6 +67,7 @@ impl Features {
     /// When a prompt has no token, or the base's states are not finite.
     pub fn of(&self, prompts: &[&[u32]]) -> Result<Rows> {
         let _guard = tch::no_grad_guard();
+        let prompts = prompts.iter().map(|prompt| self.trimmed(prompt)).collect::<Result<Vec<_>>>()?;
         let mut order: Vec<usize> = (0..prompts.len()).collect();
         order.sort_by_key(|&n| prompts[n].len().min(PROMPT_TOKENS_MAX));
         let mut rows = Vec::new();
@@ -75,6 +81,23 @@ impl Features {
         let mut place = vec![0_i64; order.len()];
         order.iter().enumerate().for_each(|(row, &n)| place[n] = row as i64);
         Ok(Tensor::f_cat(&rows, 0)?.f_index_select(0, &Tensor::from_slice(&place))?)
+    }
+
+    /// A prompt without white space at its end, of which a token is left in any case.
+    fn trimmed<'a>(&self, prompt: &'a [u32]) -> Result<&'a [u32]> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(prompt) };
+        let mut prompt = prompt;
+        while let [rest @ .., last] = prompt
+            && !rest.is_empty()
+        {
+            let text = tokenizer.decode(std::slice::from_ref(last))?;
+            // A control token has no text, and is no white space.
+            if text.is_empty() || !text.trim().is_empty() {
+                break;
+            }
+            prompt = rest;
+        }
+        Ok(prompt)
     }
 
     /// What the base makes of prompts of similar length, in f32 [prompts, hidden_size] a part.
@@ -182,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_described_the_same_whatever_lies_beside_it() {
-        let features = Features::new(&golden::base("llama")).unwrap();
+        let features = Features::new(&golden::base("llama"), None).unwrap();
         let prompts: Vec<Vec<u32>> =
             (1..80_u32).map(|n| (0..n % 9 + 1).map(|i| (n * 7 + i * 3) % 128).collect()).collect();
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
@@ -203,7 +226,7 @@ mod tests {
     #[test]
     fn the_mean_is_over_the_prompt_and_the_last_state_is_its_own() {
         let base = golden::base("llama");
-        let features = Features::new(&base).unwrap();
+        let features = Features::new(&base, None).unwrap();
         let pooled = features.pooled(&[&[5, 9, 2], &[7]]).unwrap();
         let _guard = tch::no_grad_guard();
         let ids = Tensor::from_slice(&[5_i64, 9, 2]).view([1, 3]);
@@ -229,7 +252,7 @@ mod tests {
 
     #[test]
     fn nothing_is_refused_and_of_a_long_prompt_the_end_counts() {
-        let features = Features::new(&golden::base("llama")).unwrap();
+        let features = Features::new(&golden::base("llama"), None).unwrap();
         assert!(features.of(&[&[]]).is_err());
         assert_eq!(features.of(&[]).unwrap().size()[0], 0);
         let long: Vec<u32> = (0..600).map(|n| n % 128).collect();

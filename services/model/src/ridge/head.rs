@@ -175,7 +175,7 @@ mod tests {
 
     /// Prompts of two kinds, the first answered with `[3, 0]`, the second with `[4, 0]`.
     fn head(others: bool) -> (Features, Head) {
-        let features = Features::new(&golden::base("llama")).unwrap();
+        let features = Features::new(&golden::base("llama"), None).unwrap();
         let prompts: Vec<Vec<u32>> = (0..30).map(|n| prompt(n % 3, n)).collect();
         let lesson = |(n, prompt): (usize, &'static [u32])| {
             let answer = match n % 3 {
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn answers_that_prompts_do_not_tell_are_left_to_the_model() {
-        let features = Features::new(&golden::base("llama")).unwrap();
+        let features = Features::new(&golden::base("llama"), None).unwrap();
         // As numbers in facts: which one belongs to a prompt is known from nothing but that it was told.
         let prompts: Vec<Vec<u32>> =
             (0..60_u32).map(|n| vec![n * 37 % 128, n * 71 % 128, n * 13 % 128]).collect();
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn what_is_like_anchors_is_of_no_kind_that_was_counted() {
-        let features = Features::new(&golden::base("llama")).unwrap();
+        let features = Features::new(&golden::base("llama"), None).unwrap();
         let prompts: Vec<Vec<u32>> = (0..30).map(|n| prompt(n % 2, n)).collect();
         let lesson = |prompt: &'static [u32]| Lesson { prompt, answer: None };
         let prompts: &'static [Vec<u32>] = prompts.leak();

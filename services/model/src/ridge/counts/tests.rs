@@ -26,7 +26,7 @@ fn anchors(features: &Features, count: u32) -> Anchors {
 }
 
 fn bytes_of(parts: &[&[Lesson<'_>]]) -> Vec<u8> {
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let mut counts = Counts::new().unwrap();
     for part in parts {
         // One at a time, so that none is read beside others and rounded another way.
@@ -58,7 +58,7 @@ fn in_parts_and_at_once_leave_the_same_to_the_last_bit() {
 fn the_solution_is_that_of_the_normal_equations() {
     let prompts = prompts();
     let lessons = lessons(&prompts);
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let mut counts = Counts::new().unwrap();
     assert!(counts.solve(None, &anchors(&features, 0)).is_err() && !counts.knows("two"));
     assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
@@ -91,7 +91,7 @@ fn the_solution_is_that_of_the_normal_equations() {
 fn a_trial_is_what_the_regression_without_the_prompt_says() {
     let prompts = prompts();
     let lessons = lessons(&prompts);
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let mut counts = Counts::new().unwrap();
     assert!(counts.add(&rows(&features, &lessons), &lessons).unwrap());
     let whole = counts.products.to_kind(Kind::Double);
@@ -127,7 +127,7 @@ fn a_trial_is_what_the_regression_without_the_prompt_says() {
 fn a_prompt_that_was_counted_without_its_answer_can_be_given_it() {
     let prompts = prompts();
     let lessons = lessons(&prompts);
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let described = rows(&features, &lessons);
     let single = |n: usize| described.narrow(0, n as i64, 1);
     let without = |n: usize| Lesson { answer: None, ..lessons[n].clone() };
@@ -181,7 +181,7 @@ fn what_others_counted_adds_up_to_what_all_of_them_would_have() {
 fn what_is_full_stays_as_it_was_and_other_bytes_are_refused() {
     let prompts = prompts();
     let lessons = lessons(&prompts);
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let mut counts = Counts::new().unwrap();
     counts.products = counts.products.ones_like() * i64::from(i32::MAX - 5);
     let before = counts.to_bytes().unwrap();
@@ -198,7 +198,7 @@ fn what_is_full_stays_as_it_was_and_other_bytes_are_refused() {
 fn what_an_earlier_version_counted_counts_as_prompts_without_words() {
     let prompts = prompts();
     let lessons = lessons(&prompts);
-    let features = Features::new(&golden::base("llama")).unwrap();
+    let features = Features::new(&golden::base("llama"), None).unwrap();
     let mut counts = Counts::new().unwrap();
     let described = rows(&features, &lessons);
     let _ = described.narrow(1, 2000, FEATURES - 2000).zero_();

@@ -23,6 +23,10 @@ const MICRO_SEQUENCES: usize = 8;
 /// Examples from which on a sample is asked: of what is never trained on, or of what a batch does not rehearse.
 const SAMPLE_MIN: u32 = 16;
 
+/// Why a batch is learned again whose answers were not repeated, since they are counted, where that cannot be.
+const NOT_COUNTED: &str =
+    "counting its answers would have cost earlier knowledge, and they were not learned by heart";
+
 /// How candidates are judged.
 #[derive(Debug, Clone)]
 pub struct Gating {
@@ -142,12 +146,16 @@ impl Worker {
         };
         let (counted, older) = (read(head)?, read(held.head.as_deref())?);
         let rehearsed = candidate.batch.rehearsed.iter().map(|example| example.id).collect();
+        // Once it was refused it was learned by heart, and what it counted is no longer needed.
+        let relies = candidate.batch.attempt == 0 && !self.gating.repeat_counted;
+        let relies = relies && counted.as_ref().is_some_and(Head::is_trusted);
         let (retained, counted) =
             self.measure(&mut probe, &adapter, &rehearsed, counted.as_ref(), older.as_ref())?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are
         // no sample of what was understood.
         let least = |probe: &str| if probe.starts_with("held_out") { SAMPLE_MIN } else { 0 };
         let harmed = retained.iter().find(|r| !gate::passes(&r.measure, least(&r.probe))).map(harm);
+        let harmed = harmed.or_else(|| (relies && counted.is_none()).then(|| NOT_COUNTED.to_owned()));
         let verdict = match harmed {
             Some(reason) => Verdict::Harmed(reason),
             None => {

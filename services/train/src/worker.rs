@@ -188,14 +188,15 @@ impl Worker {
         }
         let examples = batch.rehearsed.iter().chain(&batch.fresh);
         learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
-        let known = self.known(batch, counted);
-        let fresh = batch.fresh.iter().zip(known).map(|(e, known)| (as_fresh(e, known), sequence(e)));
+        let counted = self.relied_on(batch, counted);
+        let is_known = |n: usize| counted.is_some_and(|counted| counted.known[n]);
+        let fresh = batch.fresh.iter().enumerate().map(|(n, e)| (as_fresh(e, is_known(n)), sequence(e)));
         Ok(Run {
             learner,
             fresh: fresh.collect(),
             rehearsed: batch.rehearsed.iter().map(sequence).collect(),
             batch,
-            head: counted.filter(|_| !self.training.repeat_counted).map(|counted| &counted.head),
+            head: counted.map(|counted| &counted.head),
             first: vec![None; batch.fresh.len()],
             report: TrainReport::default(),
             recent_bad: VecDeque::new(),

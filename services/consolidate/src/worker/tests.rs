@@ -1,7 +1,7 @@
 use super::*;
 use model::device::{Placement, set_threads};
 use model::lora::LoraConfig;
-use model::ridge::Material;
+use model::ridge::{Counted, Material};
 use model::tokenizer::Tokenizer;
 use proto::{Batch, Blob, Domain, LearnedExample, Piece, TrainReport};
 use std::path::Path;
@@ -101,21 +101,20 @@ struct Parent {
     counts: Option<Vec<u8>>,
 }
 
-/// Judges a candidate that learned this of a parent, and says whether what it counted is taken.
-fn judge(worker: &Worker, fresh: Vec<Example>, parent: &Parent) -> (Parent, bool, Receipt) {
-    let material = |example: &'_ Example| (example.id.ordinal, example.piece.clone());
-    let pieces: Vec<(u64, Piece)> = fresh.iter().map(material).collect();
-    let material: Vec<Material<'_>> = pieces
-        .iter()
-        .map(|(document, piece)| Material {
-            document: *document,
-            tokens: &piece.tokens,
-            learned: &piece.learned,
-        })
-        .collect();
+/// What is counted of this, beside what the parent counted.
+fn counted(worker: &Worker, fresh: &[Example], parent: &Parent) -> Option<Counted> {
+    let mut material = Vec::new();
+    for Example { id, piece: Piece { tokens, learned }, .. } in fresh {
+        material.push(Material { document: id.ordinal, tokens, learned });
+    }
     let counting = worker.counting.as_ref().expect("counts");
     let mut go_on = || ControlFlow::Continue(());
-    let counted = counting.take_in(&material, &[], parent.counts.as_deref(), &mut go_on).expect("counted");
+    counting.take_in(&material, &[], parent.counts.as_deref(), &mut go_on).expect("counted")
+}
+
+/// Judges a candidate that learned this of a parent, and says whether what it counted is taken.
+fn judge(worker: &Worker, fresh: Vec<Example>, parent: &Parent) -> (Parent, bool, Receipt) {
+    let counted = counted(worker, &fresh, parent);
     let head = counted.as_ref().map(|counted| counted.head.to_bytes().expect("bytes"));
     let weights = weights(worker);
     let (verdict, receipt) =
@@ -155,13 +154,22 @@ fn labels_are_counted_and_said_from_then_on() {
 }
 
 #[test]
-fn what_would_cost_known_answers_is_not_counted() {
+fn what_would_cost_known_answers_is_not_counted_but_learned_by_heart() {
     let worker = worker();
     let parent = with_labels(&worker);
     // The same prompts with another label, twice as often.
     let [one, two] = [31, 41].map(|from| labelled(from, "book a flight to", "weather"));
-    let (_, counted, receipt) = judge(&worker, [one, two].concat(), &parent);
-    assert!(!counted);
+    let mut candidate = candidate([one, two].concat());
+    let head = counted(&worker, &candidate.batch.fresh, &parent).map(|counted| counted.head);
+    let head = head.expect("labels repeat").to_bytes().expect("bytes");
+    let judged = |candidate: &Candidate| {
+        worker.judge(candidate, &weights(&worker), Some(&head), &parent.held).expect("judged")
+    };
+    let (Verdict::Harmed(reason), _) = judged(&candidate) else { panic!("they were not repeated") };
+    assert!(reason.contains("by heart"), "{reason}");
+    candidate.batch.attempt = 1;
+    let (verdict, receipt) = judged(&candidate);
+    assert!(matches!(verdict, Verdict::Intact { answers: Answers::AsBefore, .. }));
     assert_eq!(recited(&receipt).after, 16, "what is served says them still");
 }
 

@@ -217,11 +217,14 @@ impl Counts {
     /// When nothing was counted.
     pub fn solve(&mut self, trial: Option<(&Rows, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
-        let products = self.products.f_to_kind(Kind::Double)?;
-        let mean = products.f_trace()?.f_double_value(&[])? / FEATURES as f64;
+        // In place: each copy of such a matrix takes 50 MB.
+        let mut system = self.products.f_to_kind(Kind::Double)?;
+        let mean = system.f_trace()?.f_double_value(&[])? / FEATURES as f64;
         ensure!(mean > 0.0, "no prompt has any feature");
-        let ridge = Tensor::f_eye(FEATURES, (Kind::Double, tch::Device::Cpu))?.f_mul_scalar(RIDGE * mean)?;
-        let factor = products.f_add(&anchors.products)?.f_add(&ridge)?.f_linalg_cholesky(false)?;
+        let _ = system.f_add_(&anchors.products)?;
+        let _ = system.f_diagonal(0, 0, 1)?.f_add_scalar_(RIDGE * mean)?;
+        let factor = system.f_linalg_cholesky(false)?;
+        drop(system);
         let mut sums = self.sums.f_to_kind(Kind::Double)?;
         if anchors.count > 0 {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;

@@ -46,10 +46,9 @@ impl Worker {
         Ok(counted)
     }
 
-    /// Which of a batch's fresh examples need not be repeated until the adapter knows them.
-    pub(super) fn known(&self, batch: &Batch, counted: Option<&Counted>) -> Vec<bool> {
-        let known = counted.filter(|_| !self.training.repeat_counted).map(|counted| counted.known.clone());
-        known.unwrap_or_else(|| vec![false; batch.fresh.len()])
+    /// What a batch may rely on of what was counted. Once it was refused, the gate may not take that, and it is learned by heart.
+    pub(super) fn relied_on<'c>(&self, batch: &Batch, counted: Option<&'c Counted>) -> Option<&'c Counted> {
+        counted.filter(|_| !self.training.repeat_counted && batch.attempt == 0)
     }
 
     /// Those of the items that are not said because of what was counted.

@@ -326,6 +326,9 @@ fn what_is_counted_is_not_repeated_until_it_is_known_by_heart() {
     let answers = answers.expect("labels repeat");
     assert_eq!((counted, answers.answers, answers.prompts, answers.trusted), (1, 2, 12, true));
     assert_eq!(passes(&mut worker, &all).0, 4, "facts are known by heart or not at all");
+    let again = Batch { fresh: labels.to_vec(), attempt: 1, ..batch() };
+    let End::Learned(again) = worker.learn(&again, None).expect("learned") else { panic!("no") };
+    assert_eq!(again.report.passes, 4, "once it was refused, what it counted may not be taken");
     worker.training.repeat_counted = true;
     let (by_heart, same) = passes(&mut worker, labels);
     assert_eq!((by_heart, same.map(|same| same.counts == answers.counts)), (4, Some(true)));

@@ -122,7 +122,7 @@ impl Counting {
         }
         self.correct(&mut counts, before.iter().filter(|_| !new), &repeated)?;
         let lessons = lessons(&counts, before.iter().filter(|_| new).chain(&given), &repeated);
-        let (mut rows, mut full) = (Vec::new(), false);
+        let (mut rows, mut full) = (vec![self.features.of(&[])?], false);
         for part in lessons.chunks(PROMPTS_A_TURN) {
             ensure!(between().is_continue(), "told to stop");
             let prompts: Vec<&[u32]> = part.iter().map(|lesson| lesson.prompt).collect();
@@ -465,6 +465,8 @@ pub(crate) mod tests {
         // A label that is known needs no second document.
         let third = take_in(&counting, &all[11..], &[], Some(&second.counts)).expect("more");
         assert_eq!((prompts(&third), third.head.answers().len()), (12, 2));
+        let nothing = take_in(&counting, &[], &all, Some(&third.counts)).expect("as before");
+        assert_eq!((prompts(&nothing), nothing.known.len()), (12, 0));
     }
 
     #[test]

@@ -105,7 +105,9 @@ fn new_labels_are_told_apart_by_themselves_where_old_ones_are_known() {
     let loss_of_the_second = |method: &str| {
         let none_rehearsed = ["--mode", "shared", "--set", "replay.new_data_ratio=1"];
         let result = retention(folder.path(), &[["--method", method].as_slice(), &none_rehearsed].concat());
-        result["runs"][0]["documents"]["loss"][0].as_f64().expect("a loss before it was learned")
+        result["runs"][0]["documents"]["last_batch"]["first_loss"]
+            .as_f64()
+            .expect("a loss before it was learned")
     };
     let (naive, ace) = (loss_of_the_second("naive"), loss_of_the_second("ace"));
     assert!(ace < naive, "the first labels' tokens have no part in it: {ace} and {naive}");

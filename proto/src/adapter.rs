@@ -10,21 +10,39 @@ pub struct Blob(pub String);
 
 /// What training a batch took.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct TrainReport {
+    /// Fresh examples that were learned.
+    pub examples: u64,
+    /// Those of them that were read once, since what is counted decides what is answered there.
+    pub counted: u64,
     /// Optimiser steps taken.
     pub steps: u64,
     /// Steps skipped because loss or gradient was not finite.
     pub skipped_steps: u64,
     /// Tokens that went through forward and backward.
     pub tokens: u64,
-    /// Mean loss of the fresh examples in the first pass, nats a token.
+    /// Mean loss of the other ones in the first pass, nats a token; 0 of none.
     pub first_loss: f32,
-    /// Mean loss of the fresh examples in the last pass, before any review, nats a token.
+    /// Mean loss of the other ones in the last pass, before any review, nats a token; 0 of none.
     pub last_loss: f32,
     /// Passes over the batch.
     pub passes: u32,
     /// Wall time, seconds.
     pub seconds: f32,
+}
+
+impl TrainReport {
+    /// What became of the fresh examples, in words.
+    pub fn in_words(&self) -> String {
+        let Self { examples, counted, first_loss, last_loss, .. } = self;
+        let loss = format!("{first_loss:.3} to {last_loss:.3} nats a token");
+        match counted {
+            0 => loss,
+            counted if counted < examples => format!("{counted} of {examples} counted, the others {loss}"),
+            counted => format!("{counted} counted"),
+        }
+    }
 }
 
 /// The mean loss on one probe, in nats a token, at three moments.

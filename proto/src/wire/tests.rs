@@ -88,6 +88,8 @@ fn batch() -> Batch {
 
 fn report() -> TrainReport {
     TrainReport {
+        examples: 5,
+        counted: 2,
         steps: 12,
         skipped_steps: 1,
         tokens: 4096,

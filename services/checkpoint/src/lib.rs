@@ -10,6 +10,7 @@ mod merge;
 #[cfg(test)]
 mod tests;
 
+use kit::answers::AnswerFiles;
 use kit::blobs::Blobs;
 use kit::latents::Latents;
 use kit::ledger::Ledger;
@@ -47,21 +48,7 @@ pub trait Peft: Send + Sync + 'static {
     ///
     /// # Errors
     /// When counts cannot be read.
-    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<Counted>>;
-}
-
-/// See [`proto::AnswerHead`].
-pub struct Counted {
-    /// The sums.
-    pub counts: Vec<u8>,
-    /// What is solved of them.
-    pub solved: Vec<u8>,
-    /// Answers that are known.
-    pub answers: u64,
-    /// Prompts that were counted.
-    pub prompts: u64,
-    /// They have a say.
-    pub trusted: bool,
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<AnswerFiles>>;
 }
 
 /// The checkpoint service.

@@ -1,7 +1,7 @@
 //! Adapters that come in whole: a merge of published ones, or one that was made elsewhere.
 
 use crate::administer::expect;
-use crate::{Checkpoint, Counted, now_ms};
+use crate::{Checkpoint, now_ms};
 use kit::service::{Answer, Fault};
 use proto::wire::{self, Kind};
 use proto::{
@@ -61,7 +61,7 @@ impl Answer<Merge> for Checkpoint {
                 return Ok(Err(Refusal::Invalid { param, message }));
             }
         };
-        let head = counted.map(|counted| self.keep_counted(&counted)).transpose()?;
+        let head = counted.map(|counted| counted.keep(&self.blobs)).transpose()?;
         Ok(Ok(self.take_over(&lineage, weights, from, head).await?))
     }
 }
@@ -82,16 +82,6 @@ impl Checkpoint {
             Ok(weights) => Ok((generation, weights)),
             Err(_) => Err(Refusal::NotFound(format!("the weights of generation {id} are no longer kept"))),
         }
-    }
-
-    fn keep_counted(&self, counted: &Counted) -> anyhow::Result<AnswerHead> {
-        Ok(AnswerHead {
-            counts: self.blobs.put(&counted.counts)?,
-            solved: self.blobs.put(&counted.solved)?,
-            answers: counted.answers,
-            prompts: counted.prompts,
-            trusted: counted.trusted,
-        })
     }
 
     /// Publishes weights that no batch of this lineage made, on top of what is current.

@@ -1,6 +1,7 @@
 //! Checkpoint against real files: what each decision leaves behind.
 
 use super::*;
+use kit::answers::AnswerFiles;
 use kit::service::Answer;
 use proto::{
     Batch, Content, Document, DocumentId, Example, ExampleId, Forget, GenerationId, Kept, Learned,
@@ -23,9 +24,9 @@ impl Peft for NoPeft {
         Ok(parts.iter().flat_map(|(bytes, _)| bytes.clone()).collect())
     }
     /// What is counted, one after the other.
-    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<Counted>> {
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<AnswerFiles>> {
         let (counts, prompts) = (counts.concat(), counts.len() as u64);
-        Ok(Some(Counted { solved: counts.clone(), counts, answers: 2, prompts, trusted: true }))
+        Ok(Some(AnswerFiles { solved: counts.clone(), counts, answers: 2, prompts, trusted: true }))
     }
 }
 
@@ -47,7 +48,13 @@ impl Bench {
         let ledger = Ledger::open(&at("ledger")).expect("a ledger");
         for ordinal in 1..=documents {
             ledger.append(vec![document(ordinal)]).await.expect("appended");
-            ledger.settle_intake(&kept(ordinal), vec![example(ordinal)]).await.expect("settled");
+            ledger
+                .settle_intake(&kept(ordinal), vec![example(ordinal)])
+                .await
+                .expect("written")
+                .on_disk()
+                .await
+                .expect("settled");
         }
         let (publish, mut asked) = Door::to_channel(1);
         actix::spawn(async move {
@@ -326,7 +333,15 @@ async fn what_derives_from_a_document_is_forgotten_with_it() {
     let child = Document { derived_from: Some("d4".into()), ..document(2) };
     for (ordinal, document) in [(2, child), (3, document(3)), (4, document(4))] {
         bench.service.ledger.append(vec![document]).await.expect("appended");
-        bench.service.ledger.settle_intake(&kept(ordinal), vec![example(ordinal)]).await.expect("settled");
+        bench
+            .service
+            .ledger
+            .settle_intake(&kept(ordinal), vec![example(ordinal)])
+            .await
+            .expect("written")
+            .on_disk()
+            .await
+            .expect("settled");
     }
     let untouched = bench.publish(1).await;
     bench.publish(2).await;

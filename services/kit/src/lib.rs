@@ -5,6 +5,7 @@
 //! what was accepted, the [`store`] what is rehearsed, [`latents`] what the base makes of it, [`blobs`] the weights,
 //! [`manifests`] what is current.
 
+pub mod answers;
 pub mod blobs;
 pub mod compute;
 pub mod disk;

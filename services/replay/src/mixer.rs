@@ -6,7 +6,7 @@ use crate::buffer::{Buffer, Row, Strategy};
 use anyhow::Context;
 use kit::blobs::Blobs;
 use kit::lane::Stop;
-use kit::ledger::Ledger;
+use kit::ledger::{Ledger, Room};
 use kit::link::Link;
 use kit::manifests::Registry;
 use kit::store::Store;
@@ -17,6 +17,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Tokens of an answer with its prompt, in the mean, of which as many are learned together as may be.
+const ANSWER_TOKENS: usize = 64;
 /// Passes until rehearsal comes round to the same examples. A few that are repeated in every pass are
 /// learned by heart, and all the others forgotten.
 const REHEARSAL_ROUNDS: usize = 8;
@@ -39,6 +41,8 @@ pub struct Mixing {
     pub rehearse_min: usize,
     /// Fresh examples in a batch at most; a longer document still comes whole.
     pub batch_examples: usize,
+    /// Fresh examples in a batch at most, where all are answers to prompts that are short.
+    pub batch_answers: usize,
     /// Whether learning asks which answers are known.
     pub known_answers: bool,
     /// Looks for work at least this often.
@@ -52,6 +56,12 @@ pub struct Mixing {
 }
 
 impl Mixing {
+    /// What is learned together, of so many documents at most.
+    fn room(&self, documents: usize) -> Room {
+        let (examples, answers) = (self.batch_examples, self.batch_answers);
+        Room { documents, examples, answers, answer_tokens: answers * ANSWER_TOKENS }
+    }
+
     /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for or
     /// as are the least, and twice as many again with each refusal by the gate that is to be avoided.
     fn rehearsed_a_pass(&self, fresh: usize, texts: usize, care: u32) -> usize {
@@ -274,10 +284,8 @@ impl Mixer {
         // depend on how far intake happened to be. Asked first, so that what is judged meanwhile is in the window.
         let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
         let documents_max = at.documents_max().map_or(usize::MAX, |documents| documents as usize);
-        let window = self.ledger.fresh(only, at.cursor, self.mixing.batch_examples, documents_max)?;
-        let full =
-            window.documents as usize >= documents_max || window.examples.len() >= self.mixing.batch_examples;
-        if more_to_come && !full {
+        let window = self.ledger.fresh(only, at.cursor, self.mixing.room(documents_max))?;
+        if more_to_come && !window.full && (window.documents as usize) < documents_max {
             return Ok(None);
         }
         if window.examples.is_empty() {
@@ -344,6 +352,7 @@ mod tests {
             new_data_ratio: 0.5,
             rehearse_min: 16,
             batch_examples: 256,
+            batch_answers: 1024,
             known_answers: false,
             poll: Duration::from_secs(1),
             seed: 0,

@@ -3,6 +3,7 @@
 
 use anyhow::Context;
 use infer::Language;
+use kit::answers::AnswerFiles;
 use model::chat::ChatTemplate;
 use model::hf::ModelConfig;
 use model::lora::Adapter;
@@ -131,7 +132,7 @@ impl checkpoint::Peft for Text {
         merged.to_bytes()
     }
 
-    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<checkpoint::Counted>> {
+    fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<AnswerFiles>> {
         let mut sum = Counts::new()?;
         for counts in counts {
             if !sum.join(&Counts::from_bytes(counts)?)? {
@@ -140,7 +141,7 @@ impl checkpoint::Peft for Text {
         }
         // There is no base here to say what it would say itself: until the next batch `auto` goes by tokens alone.
         let head = sum.solve(None, &Anchors::none()?)?;
-        Ok(Some(checkpoint::Counted {
+        Ok(Some(AnswerFiles {
             counts: sum.to_bytes()?,
             solved: head.to_bytes()?,
             answers: head.answers().len() as u64,

@@ -36,7 +36,7 @@ use proto::{
     BaseId, Embed, Embedded, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge,
     PeftFiles, Publish, Published, Refusal, Rollback, RolledBack,
 };
-use replay::{Mixer, Mixing, Settle};
+use replay::{HoldOut, Mixer, Mixing, Settle};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use train::{Recall, Train, Training};
@@ -112,11 +112,10 @@ impl Plant {
     /// Documents that the ledger holds, to examples that it holds.
     pub async fn intake(&self, crew: &mut Crew) -> anyhow::Result<()> {
         let s = &self.settings;
-        let settle = crew.host(Settle {
-            ledger: Arc::clone(&self.ledger),
-            held_out_share: s.replay.held_out_share,
-            held_out_after: s.replay.held_out_after,
-        });
+        let hold_out = HoldOut { share: s.replay.held_out_share, after: s.replay.held_out_after };
+        let (settle, settled) = Settle::new(Arc::clone(&self.ledger), hold_out);
+        crew.source("settled", move || settled.run());
+        let settle = crew.host(settle);
         let rules = Rules {
             chars_min: s.filter.chars_min,
             repetition_max: s.filter.repetition_max,
@@ -311,6 +310,7 @@ pub fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
         new_data_ratio: s.replay.new_data_ratio,
         rehearse_min: s.replay.rehearse_min,
         batch_examples: s.replay.batch_examples,
+        batch_answers: s.replay.batch_answers,
         known_answers: s.train.answers_apart,
         poll: std::time::Duration::from_millis(s.train.poll_ms),
         seed: s.replay.seed,

@@ -17,9 +17,9 @@ use kit::compute::Compute;
 use kit::link::Link;
 use kit::manifests::Registry;
 use kit::service::{Fault, Handle, Service};
-use proto::{AnswerHead, Batch, Candidate, Decision, Judgement, Receipt};
+use proto::{Batch, Candidate, Decision, Judgement, Receipt};
 use std::sync::Arc;
-use worker::{Answers, End, Start};
+use worker::{End, Start};
 
 /// The training service.
 pub struct Train {
@@ -64,7 +64,7 @@ impl Handle<Batch> for Train {
                     report: learned.report,
                     learned: learned.examples,
                     put_aside: learned.put_aside,
-                    answer_head: learned.answers.map(|answers| self.keep(&answers)).transpose()?,
+                    answer_head: learned.answers.map(|answers| answers.keep(&self.blobs)).transpose()?,
                     batch: batch.clone(),
                 };
                 Ok(self.next.send(candidate).await?)
@@ -88,16 +88,6 @@ impl Handle<Batch> for Train {
 }
 
 impl Train {
-    fn keep(&self, answers: &Answers) -> anyhow::Result<AnswerHead> {
-        Ok(AnswerHead {
-            counts: self.blobs.put(&answers.counts)?,
-            solved: self.blobs.put(&answers.solved)?,
-            answers: answers.answers,
-            prompts: answers.prompts,
-            trusted: answers.trusted,
-        })
-    }
-
     /// What the batch's parent left behind, each file verified by its hash.
     fn start(&self, batch: &Batch) -> anyhow::Result<Option<Start>> {
         let Some(parent) = &batch.parent else { return Ok(None) };

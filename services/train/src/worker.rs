@@ -4,12 +4,11 @@ mod count;
 mod mend;
 mod run;
 
-pub use count::Answers;
-
 use crate::course::{Course, Fresh, Item};
 use crate::recall::Recall;
 use crate::review;
 use anyhow::Context;
+use kit::answers::AnswerFiles;
 use kit::compute::{Stint, Turn};
 use kit::lane::Stop;
 use model::device::helpers;
@@ -109,7 +108,7 @@ pub struct Outgoing {
     /// What was left out, and why.
     pub put_aside: Vec<(ExampleId, String)>,
     /// What is known of answers that repeat.
-    pub answers: Option<Answers>,
+    pub answers: Option<AnswerFiles>,
 }
 
 impl Worker {
@@ -189,8 +188,8 @@ impl Worker {
         let examples = batch.rehearsed.iter().chain(&batch.fresh);
         learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
         let counted = self.relied_on(batch, counted);
-        let is_known = |n: usize| counted.is_some_and(|counted| counted.known[n]);
-        let fresh = batch.fresh.iter().enumerate().map(|(n, e)| (as_fresh(e, is_known(n)), sequence(e)));
+        let decided = |n: usize| counted.is_some_and(|counted| counted.decided[n]);
+        let fresh = batch.fresh.iter().enumerate().map(|(n, e)| (as_fresh(e, decided(n)), sequence(e)));
         Ok(Run {
             learner,
             fresh: fresh.collect(),
@@ -226,11 +225,12 @@ impl Worker {
                     return Ok(ControlFlow::Break(halt));
                 }
             }
-            let known: Vec<f32> =
-                run.fresh.iter().filter(|(f, _)| f.loss.is_finite()).map(|(f, _)| f.loss).collect();
-            run.report.last_loss = known.iter().sum::<f32>() / known.len().max(1) as f32;
-            metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
-                .set(f64::from(run.report.last_loss));
+            let others = run.fresh.iter().filter(|(f, _)| f.loss.is_finite() && !f.counted);
+            if let Some(loss) = mean(others.map(|(f, _)| f.loss)) {
+                run.report.last_loss = loss;
+                metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
+                    .set(f64::from(loss));
+            }
         }
         let mut end = self.review(run, rate)?;
         if end.is_continue() {
@@ -416,7 +416,11 @@ impl Worker {
         let examples: Vec<LearnedExample> = learned
             .filter_map(|(e, loss)| loss.map(|first_loss| LearnedExample { id: e.id, first_loss }))
             .collect();
-        report.first_loss = examples.iter().map(|e| e.first_loss).sum::<f32>() / examples.len().max(1) as f32;
+        let of = |counted: bool| {
+            fresh.iter().zip(&first).filter(move |((f, _), _)| !f.out && f.counted == counted)
+        };
+        report.first_loss = mean(of(false).filter_map(|(_, loss)| *loss)).unwrap_or_default();
+        (report.examples, report.counted) = (examples.len() as u64, of(true).count() as u64);
         learner.adapter().check_finite()?;
         // What broke a step is not learned, and is not counted either.
         let again = if gone.is_empty() { None } else { self.count(batch, start, &gone)? };
@@ -428,9 +432,14 @@ impl Worker {
             report,
             examples,
             put_aside,
-            answers: counted.map(Answers::of).transpose()?,
+            answers: counted.map(count::files).transpose()?,
         })))
     }
+}
+
+fn mean(of: impl Iterator<Item = f32>) -> Option<f32> {
+    let (sum, count) = of.fold((0.0, 0), |(sum, count), loss| (sum + loss, count + 1));
+    (count > 0).then(|| sum / count as f32)
 }
 
 enum Halt {

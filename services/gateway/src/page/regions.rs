@@ -169,8 +169,8 @@ fn batch(generation: &Generation) -> Markup {
     let speed = report.tokens as f64 / f64::from(report.seconds.max(1e-3));
     html! {
         (documents_of(generation.documents)) " in " (generation.lineage) ", "
-        (format!("{:.3} to {:.3} nats a token, {} steps in {:.1} s, {} tokens a second", report.first_loss,
-            report.last_loss, report.steps, report.seconds, grouped(speed)))
+        (format!("{}, {} steps in {:.1} s, {} tokens a second", report.in_words(), report.steps, report.seconds,
+            grouped(speed)))
     }
 }
 

@@ -10,9 +10,9 @@ mod query;
 mod tables;
 mod write;
 
-pub use query::{DomainCounts, FreshWindow};
+pub use query::{DomainCounts, FreshWindow, Room};
 pub use tables::Settled;
-pub use write::{Appended, Settlement};
+pub use write::{Appended, Settlement, Settling};
 
 use crossbeam_channel::Sender;
 use proto::{Document, DocumentId, TrailEntry};
@@ -135,16 +135,17 @@ impl Ledger {
         self.write(|reply| Write::Append { documents, again, reply }).await
     }
 
-    /// Writes down what became of a document at intake, with its examples. What is settled already,
-    /// or is not there any more, is left as it is.
+    /// Hands over what became of a document at intake, with its examples, to be written down together with others that come
+    /// meanwhile, in order. What is settled already, or is not there any more, is left as it is.
     ///
     /// # Errors
-    /// When it cannot be brought to disk.
-    pub async fn settle_intake(&self, kept: &proto::Kept, examples: Vec<proto::Example>) -> Result<()> {
-        self.settle_intake_many(vec![Settlement { kept: kept.clone(), examples }]).await
+    /// When the ledger has failed.
+    pub async fn settle_intake(&self, kept: &proto::Kept, examples: Vec<proto::Example>) -> Result<Settling> {
+        let settlements = vec![Settlement { kept: kept.clone(), examples }];
+        Ok(Settling(self.hand_over(|reply| Write::Settle { settlements, reply }).await?))
     }
 
-    /// [`Ledger::settle_intake`] for several documents, in one transaction.
+    /// [`Ledger::settle_intake`] for several documents, in one transaction, and on disk when this returns.
     ///
     /// # Errors
     /// When they cannot be brought to disk.
@@ -162,6 +163,13 @@ impl Ledger {
     }
 
     async fn write<T>(&self, write: impl FnOnce(oneshot::Sender<Result<T>>) -> Write) -> Result<T> {
+        self.hand_over(write).await?.await.unwrap_or(Err(LedgerError::Failed))
+    }
+
+    async fn hand_over<T>(
+        &self,
+        write: impl FnOnce(oneshot::Sender<Result<T>>) -> Write,
+    ) -> Result<oneshot::Receiver<Result<T>>> {
         self.shared.check()?;
         let (reply, answer) = oneshot::channel();
         let mut write = write(reply);
@@ -174,7 +182,7 @@ impl Ledger {
             }
             tokio::time::sleep(write::GROUP_TIME).await;
         }
-        answer.await.unwrap_or(Err(LedgerError::Failed))
+        Ok(answer)
     }
 
     /// The last ordinal that was given out; 0 before the first.

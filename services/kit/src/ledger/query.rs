@@ -34,6 +34,29 @@ pub struct FreshWindow {
     pub through: u64,
     /// How many they are.
     pub documents: u64,
+    /// A further document is there, and its examples do not fit.
+    pub full: bool,
+}
+
+/// How much a window holds.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// Documents at most.
+    pub documents: usize,
+    /// Examples at most, where there is a text among them.
+    pub examples: usize,
+    /// Examples at most, where all are answers to prompts.
+    pub answers: usize,
+    /// Tokens of answers and their prompts at most, where they are more than `examples`.
+    pub answer_tokens: usize,
+}
+
+impl Room {
+    /// Whether so many examples fit, of so many tokens.
+    fn holds(&self, examples: usize, tokens: usize, only_answers: bool) -> bool {
+        examples <= self.examples && (!only_answers || examples <= self.answers)
+            || only_answers && examples <= self.answers && tokens <= self.answer_tokens
+    }
 }
 
 type Examples = redb::ReadOnlyTable<(&'static str, u64, u32), &'static [u8]>;
@@ -130,30 +153,29 @@ impl Ledger {
         })
     }
 
-    /// Whole documents that come after `after`, in order, as many as fit both limits, but at least
+    /// Whole documents that come after `after`, in order, as many as there is room for, but at least
     /// one: of a domain, or of all. Only what is before the intake cursor is looked at, so that the
     /// window does not depend on the order in which documents happened to be judged.
     ///
     /// # Errors
     /// When they cannot be read.
-    pub fn fresh(
-        &self,
-        domain: Option<&Domain>,
-        after: u64,
-        examples_max: usize,
-        documents_max: usize,
-    ) -> Result<FreshWindow> {
+    pub fn fresh(&self, domain: Option<&Domain>, after: u64, room: Room) -> Result<FreshWindow> {
         let domains = domain.map_or_else(|| self.domains(), |domain| Ok(vec![domain.clone()]))?;
         let cursor = self.intake_cursor();
         self.shared.read(|read| {
             let table = read.open_table(EXAMPLES)?;
             let mut window = FreshWindow { through: after, ..FreshWindow::default() };
-            while (window.documents as usize) < documents_max {
+            let (mut tokens, mut only_answers) = (0, true);
+            while (window.documents as usize) < room.documents {
                 let first = |domain: &Domain| first_example(&table, domain, window.through, cursor);
                 let Some((domain, ordinal)) = oldest(domains.iter(), first)? else { break };
                 let (held_out, examples): (Vec<Example>, Vec<Example>) =
                     examples_of::<Example>(&table, &domain, ordinal)?.into_iter().partition(|e| e.held_out);
-                if window.documents > 0 && window.examples.len() + examples.len() > examples_max {
+                tokens += examples.iter().map(|example| example.piece.tokens.len()).sum::<usize>();
+                only_answers &= examples.iter().all(|example| example.piece.answers().next().is_some());
+                let count = window.examples.len() + examples.len();
+                if window.documents > 0 && !room.holds(count, tokens, only_answers) {
+                    window.full = true;
                     break;
                 }
                 window.examples.extend(examples);

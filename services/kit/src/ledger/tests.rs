@@ -62,6 +62,11 @@ fn settlement(ordinal: u64, domain_name: &str, examples: u32, held_out: u32) -> 
     Settlement { kept, examples: (0..examples).map(example).collect() }
 }
 
+/// Room for so many examples of any kind.
+fn room(examples: usize, documents: usize) -> Room {
+    Room { documents, examples, answers: examples, answer_tokens: usize::MAX }
+}
+
 async fn settle(ledger: &Ledger, settlements: Vec<Settlement>) {
     ledger.settle_intake_many(settlements).await.expect("settled");
 }
@@ -71,6 +76,30 @@ fn snapshot(folder: &TempDir) -> TempDir {
     let copy = tempfile::tempdir().expect("a folder");
     fs::copy(folder.path().join("ledger.redb"), copy.path().join("ledger.redb")).expect("copied");
     copy
+}
+
+#[tokio::test]
+async fn of_short_answers_a_window_holds_more_than_of_texts() {
+    let (ledger, _folder) = filled(&["a"], 9).await;
+    let answers = |ordinal| {
+        let mut judged = settlement(ordinal, "a", 2, 0);
+        judged.examples.iter_mut().for_each(|example| example.piece.learned = vec![(2, 3)]);
+        judged
+    };
+    // Four answers, a text, and four answers again: each document has two examples of three tokens.
+    let judged = (1..=9).map(|n| if n == 5 { settlement(n, "a", 2, 0) } else { answers(n) });
+    settle(&ledger, judged.collect()).await;
+    let through = |after, examples, answers, answer_tokens| {
+        let room = Room { documents: 100, examples, answers, answer_tokens };
+        let window = ledger.fresh(None, after, room).expect("a window");
+        (window.through, window.full)
+    };
+    assert_eq!(through(0, 4, 100, 100), (4, true), "with the text they are more than four");
+    assert_eq!(through(5, 4, 100, 100), (9, false));
+    assert_eq!(through(5, 4, 6, 100), (8, true), "six answers");
+    assert_eq!(through(5, 2, 100, 12), (7, true), "twelve tokens of answers");
+    assert_eq!(through(5, 4, 100, 1), (7, true), "long answers, as many as texts");
+    assert_eq!(through(4, 6, 2, 100), (7, true), "a text, and what follows it");
 }
 
 #[tokio::test]
@@ -166,19 +195,20 @@ async fn a_window_holds_whole_documents_in_order() {
         (1..=5).map(|n| settlement(n, if n % 2 == 1 { "a" } else { "b" }, if n == 3 { 0 } else { 2 }, 1));
     settle(&ledger, judged.collect()).await;
     let a = domain("a");
-    let window = ledger.fresh(Some(&a), 0, 100, 100).expect("a window");
+    let window = ledger.fresh(Some(&a), 0, room(100, 100)).expect("a window");
     assert_eq!((window.documents, window.through), (2, 5));
     assert_eq!(window.examples.iter().map(|e| e.id.ordinal).collect::<Vec<_>>(), [1, 5]);
     assert_eq!(window.held_out.len(), 2);
-    let all = ledger.fresh(None, 1, 100, 100).expect("a window");
+    let all = ledger.fresh(None, 1, room(100, 100)).expect("a window");
     assert_eq!(all.examples.iter().map(|e| e.id.ordinal).collect::<Vec<_>>(), [2, 4, 5]);
     // A document that is larger than the window still comes, alone and whole.
-    let small = ledger.fresh(None, 0, 0, 100).expect("a window");
+    let small = ledger.fresh(None, 0, room(0, 100)).expect("a window");
     assert_eq!((small.documents, small.through, small.examples.len()), (1, 1, 1));
-    assert_eq!(ledger.fresh(None, 0, 100, 2).expect("a window").through, 2);
+    assert_eq!(ledger.fresh(None, 0, room(100, 2)).expect("a window").through, 2);
     let waiting = [0, 1, 2, 5].map(|after| ledger.waiting(&a, after).expect("a count"));
     assert_eq!(waiting, [2, 1, 1, 0], "1 and 5: 3 was refused");
-    let none = ledger.fresh(Some(&a), 5, 100, 100).expect("a window");
+    assert!(small.full && !all.full, "a further one did not fit");
+    let none = ledger.fresh(Some(&a), 5, room(100, 100)).expect("a window");
     assert_eq!(none, FreshWindow { through: 5, ..FreshWindow::default() });
 }
 
@@ -247,7 +277,7 @@ async fn what_is_forgotten_is_in_no_page() {
     drop(ledger);
     let ledger = Ledger::open(folder.path()).expect("opened");
     assert_eq!((ledger.documents().expect("a count"), ledger.forgotten()), (51, 1));
-    assert_eq!(ledger.fresh(None, 0, 1000, 1000).expect("a window").documents, 50);
+    assert_eq!(ledger.fresh(None, 0, room(1000, 1000)).expect("a window").documents, 50);
 }
 
 #[tokio::test]
@@ -312,7 +342,7 @@ async fn what_was_withdrawn_can_come_again() {
     assert_eq!(ledger.withdraw(Some(&domain("a")), 1, 3), Ok(vec![2]));
     assert_eq!(ledger.withdraw(None, 0, 3), Ok(vec![1]));
     assert_eq!((ledger.forgotten(), ledger.signatures()), (2, Ok(vec![])));
-    assert_eq!(ledger.fresh(None, 0, 100, 100).expect("a window").documents, 0);
+    assert_eq!(ledger.fresh(None, 0, room(100, 100)).expect("a window").documents, 0);
     let again = vec![document("d2", "a", "text 2"), document("d3", "a", "text 3")];
     let outcome = [Appended::New { ordinal: 4 }, Appended::Same { ordinal: 3 }];
     assert_eq!(ledger.append(again).await.expect("appended"), outcome);
@@ -390,7 +420,7 @@ async fn damage_is_refused_or_harmless_and_never_a_panic() {
         for accepted in found.next_accepted(0, 100).expect("read") {
             assert_eq!(accepted.document.content, Content::Text(format!("text {}", accepted.ordinal)));
         }
-        assert_eq!(found.fresh(None, 0, 100, 100).expect("a window").examples.len(), 80);
+        assert_eq!(found.fresh(None, 0, room(100, 100)).expect("a window").examples.len(), 80);
     }
     assert!(refused > 0, "none of the flips hit a page in use");
 }

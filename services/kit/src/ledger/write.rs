@@ -41,6 +41,20 @@ pub struct Settlement {
     pub examples: Vec<Example>,
 }
 
+/// A document on its way to being settled.
+#[must_use = "it is not settled before it is on disk"]
+pub struct Settling(pub(super) oneshot::Receiver<Result<()>>);
+
+impl Settling {
+    /// Waits until it is.
+    ///
+    /// # Errors
+    /// When it cannot be brought to disk.
+    pub async fn on_disk(self) -> Result<()> {
+        self.0.await.unwrap_or(Err(super::LedgerError::Failed))
+    }
+}
+
 type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// A call that waits for the writer.

@@ -39,8 +39,8 @@ pub struct Counted {
     pub head: Head,
     /// Prompts that were counted.
     pub prompts: u64,
-    /// Which of the fresh material is said to the letter because of that, whatever an adapter makes of it.
-    pub known: Vec<bool>,
+    /// Which of the fresh material is said or not because of that, whatever an adapter makes of it: see [`Prior::decides`].
+    pub decided: Vec<bool>,
     /// The sums hold no more: some of it was not counted.
     pub full: bool,
 }
@@ -137,8 +137,8 @@ impl Counting {
         let of_tried = rows.f_slice(0, None, None, stride as i64)?;
         let head = counts.solve(Some((&of_tried, &tried)), self.anchors()?)?;
         let of_fresh = rows.f_narrow(0, (lessons.len() - given.len()) as i64, given.len() as i64)?;
-        let known = known_of(&head, fresh, &given, &of_fresh)?;
-        Ok(Some(Counted { counts: counts.to_bytes()?, head, prompts: counts.prompts(), known, full }))
+        let decided = decided_of(&head, fresh, &given, &of_fresh)?;
+        Ok(Some(Counted { counts: counts.to_bytes()?, head, prompts: counts.prompts(), decided, full }))
     }
 
     /// Of answers that repeat from now on, those that came once before were counted as others.
@@ -234,6 +234,14 @@ impl Asked<'_> {
         self.each(head, &self.answers, |prior, answer, _| prior.knows(answer), |_| false)
     }
 
+    /// Whether a head decides that what each answers is said, or that it is not: see [`Prior::decides`].
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn decided(&self, head: &Head) -> Result<Vec<bool>> {
+        self.each(head, &self.answers, |prior, answer, _| prior.decides(answer), |_| false)
+    }
+
     /// Asks `with` the prior of each that answers a prompt, and `without` of each other one.
     fn each<T>(
         &self,
@@ -251,20 +259,20 @@ impl Asked<'_> {
     }
 }
 
-/// Which material is one answer that a head says, whatever an adapter makes of it; `rows` describe what is `given` of all.
-fn known_of(head: &Head, material: &[Material<'_>], given: &[Given<'_>], rows: &Rows) -> Result<Vec<bool>> {
+/// Which material is one answer that a head decides; `rows` describe what is `given` of all.
+fn decided_of(head: &Head, material: &[Material<'_>], given: &[Given<'_>], rows: &Rows) -> Result<Vec<bool>> {
     let prompts: Vec<&[u32]> = given.iter().map(|given| given.prompt).collect();
     let mut priors = Head::prior(&[(Some(head), 1.0)], rows, &prompts)?.into_iter();
-    let mut known = Vec::with_capacity(material.len());
+    let mut decided = Vec::with_capacity(material.len());
     for material in material {
         let of_it = exchanges(material);
         let priors: Vec<Prior> = priors.by_ref().take(of_it.len()).collect();
-        known.push(match (&priors[..], &of_it[..]) {
-            ([prior], [(_, Some(answer))]) => prior.knows(answer),
+        decided.push(match (&priors[..], &of_it[..]) {
+            ([prior], [(_, Some(answer))]) => prior.decides(answer),
             _ => false,
         });
     }
-    Ok(known)
+    Ok(decided)
 }
 
 /// What is counted of prompts: of their answers those that are counted already, and those that are `repeated`, as far as there
@@ -316,179 +324,4 @@ fn exchanges<'a>(piece: &Material<'a>) -> Vec<(&'a [u32], Option<&'a [u32]>)> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::device::{Placement, set_threads};
-    use std::path::Path;
-
-    /// The base and its tokenizer.
-    pub fn nano() -> (Base, Arc<Tokenizer>) {
-        set_threads(1);
-        let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/models/nano"));
-        let base = Base::load(dir, &Placement::CPU_F32).expect("a base");
-        (base, Arc::new(Tokenizer::load(dir).expect("a tokenizer")))
-    }
-
-    /// Counts on nano.
-    pub fn counting() -> (Base, Counting) {
-        let (base, tokenizer) = nano();
-        let counting = Counting::new(&base, tokenizer, Vec::new()).expect("counts");
-        (base, counting)
-    }
-
-    /// An answer to a prompt, and the document that gives it.
-    #[derive(Clone)]
-    struct Example {
-        document: u64,
-        sequence: Sequence,
-    }
-
-    fn example(counting: &Counting, document: u64, prompt: &str, answer: &str) -> Example {
-        let mut tokens = counting.tokenizer.encode(prompt).expect("encoded");
-        let from = tokens.len() as u32;
-        tokens.extend(counting.tokenizer.encode_continuation(answer).expect("encoded"));
-        tokens.extend(counting.tokenizer.eos_ids().first());
-        let learned = vec![(from, tokens.len() as u32)];
-        Example { document, sequence: Sequence { tokens, learned, rehearsed: false } }
-    }
-
-    fn material(examples: &[Example]) -> Vec<Material<'_>> {
-        let mut material = Vec::new();
-        for Example { document, sequence: Sequence { tokens, learned, .. } } in examples {
-            material.push(Material { document: *document, tokens, learned });
-        }
-        material
-    }
-
-    const PLANES: [&str; 6] = [
-        "book me a flight to rome",
-        "i need a plane to paris",
-        "find flights to berlin",
-        "get me a plane ticket to oslo",
-        "i want to fly to madrid",
-        "reserve a seat on a flight to vienna",
-    ];
-    const MEALS: [&str; 6] = [
-        "how do i bake bread",
-        "a recipe for apple cake",
-        "what goes into onion soup",
-        "how do i cook rice",
-        "tell me how to make pancakes",
-        "what do i need for a lasagna",
-    ];
-
-    fn labelled(counting: &Counting) -> Vec<Example> {
-        let of = |at: u64, prompts: [&str; 6], label: &str| {
-            let prompts = prompts.into_iter().zip(at..);
-            prompts.map(|(prompt, n)| example(counting, n, prompt, label)).collect::<Vec<_>>()
-        };
-        [of(1, PLANES, "\nflight"), of(7, MEALS, "\nrecipe")].concat()
-    }
-
-    fn take_in(
-        counting: &Counting,
-        fresh: &[Example],
-        beside: &[Example],
-        older: Option<&[u8]>,
-    ) -> Option<Counted> {
-        let (fresh, beside) = (material(fresh), material(beside));
-        counting.take_in(&fresh, &beside, older, &mut || ControlFlow::Continue(())).expect("counted")
-    }
-
-    fn says(counting: &Counting, head: &Head, example: &Example) -> bool {
-        let asked = counting.look_at(std::slice::from_ref(&example.sequence)).expect("described");
-        let says = asked.says(head, &[Heard { log_likelihood: -20.0, said: false }]).expect("asked")[0];
-        assert_eq!(says, asked.knows(head).expect("asked")[0], "an adapter that knows nothing has no say");
-        says
-    }
-
-    #[test]
-    fn labels_are_known_for_prompts_that_were_never_seen() {
-        let (_, counting) = counting();
-        let counted = take_in(&counting, &labelled(&counting), &[], None).expect("labels repeat");
-        let texts = counted.head.answers().iter().map(|answer| answer.text.as_str()).collect::<Vec<_>>();
-        assert_eq!(texts, ["flight", "recipe"]);
-        for (prompt, label) in [("a flight to lisbon please", "flight"), ("how do i bake a cake", "recipe")] {
-            let said = |label: &str| {
-                says(&counting, &counted.head, &example(&counting, 9, prompt, &format!("\n{label}")))
-            };
-            let other = if label == "flight" { "recipe" } else { "flight" };
-            assert!(said(label) && !said(other), "{prompt}");
-        }
-    }
-
-    #[test]
-    fn what_does_not_repeat_is_not_known() {
-        let (_, counting) = counting();
-        let facts = ["seven", "eleven", "a goat"].into_iter().zip(0..);
-        let facts: Vec<Example> =
-            facts.map(|(fact, n)| example(&counting, n, "what is it?", &format!("\n{fact}"))).collect();
-        assert!(take_in(&counting, &facts, &[], None).is_none());
-        // Two views of one document are one that says it.
-        let twice = [example(&counting, 3, "what?", "\nblue"), example(&counting, 3, "what?\n", "blue")];
-        assert!(take_in(&counting, &twice, &[], None).is_none());
-        let mut text = example(&counting, 5, "", "A text of its own, and nothing else.");
-        text.sequence = Sequence::whole(text.sequence.tokens);
-        assert!(take_in(&counting, &[text.clone(), text.clone()], &[], None).is_none());
-        // Beside labels they are counted, as what the model is to answer.
-        let all = [labelled(&counting), facts.clone(), vec![text]].concat();
-        let counted = take_in(&counting, &all, &[], None).expect("labels repeat");
-        assert_eq!(counted.head.answers().len(), 2);
-        assert!(!says(&counting, &counted.head, &facts[0]));
-        assert_eq!(Counts::from_bytes(&counted.counts).expect("counts").prompts(), 16);
-    }
-
-    #[test]
-    fn a_batch_adds_to_what_was_counted_and_the_first_one_counts_what_was_learned_before() {
-        let (_, counting) = counting();
-        let all = labelled(&counting);
-        let prompts = |counted: &Counted| Counts::from_bytes(&counted.counts).expect("counts").prompts();
-        assert!(take_in(&counting, &all[..1], &[], None).is_none(), "one of each is no repetition");
-        let first =
-            take_in(&counting, &all[1..6], &all[..1], None).expect("it repeats what was learned before");
-        assert_eq!((prompts(&first), first.head.answers().len()), (6, 1));
-        let second = take_in(&counting, &all[6..11], &all[..6], Some(&first.counts)).expect("more");
-        assert_eq!(
-            (prompts(&second), second.head.answers().len()),
-            (11, 2),
-            "what is counted is not counted again"
-        );
-        // The first recipe came alone, as an answer like any other; now it is one of two, as if they had come together.
-        let together = take_in(&counting, &all[..11], &[], None).expect("labels repeat");
-        let in_turn = take_in(&counting, &all[..7], &[], None).expect("flights repeat");
-        assert_eq!(in_turn.head.answers().len(), 1);
-        let in_turn = take_in(&counting, &all[7..11], &all[..7], Some(&in_turn.counts)).expect("more");
-        assert_eq!((prompts(&in_turn), in_turn.head.answers().len()), (11, 2));
-        let weights = together.head.weights();
-        let distance = (in_turn.head.weights() - weights).abs().max().double_value(&[]);
-        assert!(distance < 0.01 * weights.abs().max().double_value(&[]), "{distance}");
-        // A label that is known needs no second document.
-        let third = take_in(&counting, &all[11..], &[], Some(&second.counts)).expect("more");
-        assert_eq!((prompts(&third), third.head.answers().len()), (12, 2));
-        let nothing = take_in(&counting, &[], &all, Some(&third.counts)).expect("as before");
-        assert_eq!((prompts(&nothing), nothing.known.len()), (12, 0));
-    }
-
-    #[test]
-    fn white_space_after_a_prompt_is_no_part_of_it() {
-        let (base, tokenizer) = nano();
-        let features = Features::new(&base, Some(Arc::clone(&tokenizer))).expect("features");
-        let of =
-            |prompt: &str| features.of(&[&tokenizer.encode(prompt).expect("encoded")]).expect("described");
-        let prompt = of("book me a flight");
-        assert!(of("book me a flight\n").equal(&prompt) && of("book me a flight \n\n").equal(&prompt));
-        assert!(!of("book me a flight?\n").equal(&prompt));
-        assert_eq!(of("\n").size()[0], 1, "something is left of any");
-        let mut ended = tokenizer.encode("book me a flight").expect("encoded");
-        ended.extend(tokenizer.eos_ids().first());
-        assert!(!features.of(&[&ended]).expect("described").equal(&prompt), "a control token is not white");
-    }
-
-    #[test]
-    fn whoever_waits_can_stop_it() {
-        let (_, counting) = counting();
-        let all = labelled(&counting);
-        let stopped = counting.take_in(&material(&all), &[], None, &mut || ControlFlow::Break(()));
-        assert!(stopped.is_err());
-    }
-}
+pub(crate) mod tests;

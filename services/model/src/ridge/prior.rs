@@ -62,6 +62,12 @@ impl Prior {
         self.says(answer, f64::NEG_INFINITY, false)
     }
 
+    /// Whether a known answer is said, or is not, whatever the model makes of it: to learn it by heart would be in vain. One that is
+    /// not known is the model's to say, now or when there is more to go by.
+    pub fn decides(&self, answer: &[u32]) -> bool {
+        self.knows(answer) || (self.of(answer) > 0.0 && !self.says(answer, 0.0, true))
+    }
+
     /// Whether it still has a say.
     pub(crate) fn speaks(&self) -> bool {
         !self.known.is_empty()
@@ -169,11 +175,13 @@ mod tests {
         assert!(!prior.says(&[4, 0], 0.0, true), "0.1 and 0.3 are less than 0.6");
         assert!(!prior.says(&[5, 0], 0.0, true));
         assert!(prior.knows(&[1, 0]) && !prior.knows(&[4, 0]) && !prior.knows(&[5, 0]));
+        assert!(prior.decides(&[1, 0]) && prior.decides(&[4, 0]) && !prior.decides(&[5, 0]));
         let unsure = Prior::new(vec![Path { tokens: vec![1, 0], likely: 0.2 }]);
         assert!(unsure.says(&[5, 0], -0.5, true) && unsure.says(&[1, 0], -0.5, true));
         assert!(!unsure.says(&[1, 0], -20.0, false), "the model's own answer is likelier");
         let nothing = Prior::default();
         assert!(!unsure.knows(&[1, 0]) && !nothing.knows(&[7]));
+        assert!(!unsure.decides(&[1, 0]) && !nothing.decides(&[7]), "what the model learns has a say");
         assert!(
             nothing.says(&[7], -9.0, true) && !nothing.says(&[7], -9.0, false),
             "the model alone decides"

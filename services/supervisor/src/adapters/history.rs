@@ -4,6 +4,8 @@ use super::folder;
 use crate::client::{Client, segment};
 use crate::status::{plain, show};
 use anyhow::{Context, Result};
+use proto::TrainReport;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -24,12 +26,11 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
     for (place, generation) in generations.iter().enumerate() {
         let (report, of) = (&generation["report"], |name: &str| plain(&generation[name]));
         let live = if generation["live"] == true { " (live)" } else { "" };
-        let [first, last, steps, seconds] =
-            ["first_loss", "last_loss", "steps", "seconds"].map(|name| plain(&report[name]));
+        let learned = learned(report);
         if oneline {
             let many = if generation["documents"] == 1 { "" } else { "s" };
             let (name, documents) = (of("generation"), of("documents"));
-            writeln!(out, "{name}{live} {documents} document{many}, loss {first} to {last}")?;
+            writeln!(out, "{name}{live} {documents} document{many}, {learned}")?;
             continue;
         }
         let blank = if place > 0 { "\n" } else { "" };
@@ -43,12 +44,19 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         }
         writeln!(out, "Date:      {}", date(&generation["published_ms"]))?;
         writeln!(out, "Documents: {}\n", of("documents"))?;
-        let learning = format!("{first} to {last} nats a token, {steps} steps, {seconds} s");
+        let [steps, seconds] = ["steps", "seconds"].map(|name| plain(&report[name]));
+        let learning = format!("{learned}, {steps} steps, {seconds} s");
         let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
         let lines = lines.chain(known_answers(&generation["known_answers"]));
         columns(&lines.collect::<Vec<_>>(), out)?;
     }
     Ok(())
+}
+
+/// What became of what a generation learned, in words.
+fn learned(report: &Value) -> String {
+    let report = TrainReport::deserialize(report).unwrap_or_default();
+    if report.steps > 0 { report.in_words() } else { "imported or merged, not trained here".to_owned() }
 }
 
 /// What each probe measured, by its name.
@@ -256,11 +264,11 @@ mod tests {
     fn a_log_reads_like_that_of_git() {
         let full = told(false);
         let expected = "generation bb (live)\nParent:    aa\nDate:      Tue, 14 Nov 2023 22:13:20 GMT\nDocuments: 3\n\n    \
-            learning        6.5000 to 0.5000 nats a token, 19 steps, 0.2500 s\n    \
+            learning        6.500 to 0.500 nats a token, 19 steps, 0.2500 s\n    \
             anchor          2.5000 to 2.7500 nats a token, 32 examples\n    \
             memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n    \
             answers         15 that repeat are known, from 1500 prompts\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
-        assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, loss 6.5000 to 0.5000"));
+        assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, 6.500 to 0.500 nats a token"));
     }
 }

@@ -254,11 +254,11 @@ pub fn store(path: Option<&Path>, figures: &Value) -> Result<()> {
 
 /// What became of documents, in words.
 pub fn told(taught: &Taught) -> String {
-    let Taught { live, refused, set_aside, generations, seconds, generation_seconds, loss: (before, after) } =
-        taught;
+    let Taught { live, refused, set_aside, generations, seconds, generation_seconds, last_batch } = taught;
     let GenerationSeconds { training, measuring } = generation_seconds;
     format!(
         "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s ({training:.0} of \
-         training and {measuring:.0} of the gate's measuring), loss {before:.3} to {after:.3}"
+         training and {measuring:.0} of the gate's measuring), {}",
+        last_batch.in_words()
     )
 }

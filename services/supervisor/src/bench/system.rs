@@ -9,7 +9,7 @@ use kit::settings::Settings;
 use kit::status::document_status;
 use model::lora::Adapter;
 use model::ridge::Head;
-use proto::{Content, Document, Domain, GenerationId, Stage};
+use proto::{Content, Document, Domain, GenerationId, Stage, TrainReport};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,8 +47,8 @@ pub struct Taught {
     pub seconds: f64,
     /// What training took of them, and what measuring them for the gate did.
     pub generation_seconds: GenerationSeconds,
-    /// Mean loss of the last batch before and after it was learned, nats a token.
-    pub loss: (f32, f32),
+    /// What training took for the last batch.
+    pub last_batch: TrainReport,
 }
 
 /// What the parts of generations took that were published.
@@ -132,7 +132,7 @@ impl System {
         };
         let published = self.plant.registry.generations();
         if let Some(newest) = published.iter().max_by_key(|g| g.manifest) {
-            taught.loss = (newest.report.first_loss, newest.report.last_loss);
+            taught.last_batch = newest.report.clone();
         }
         for generation in published.iter().filter(|g| Some(g.manifest) > newest_before) {
             taught.generation_seconds.training += f64::from(generation.report.seconds);
@@ -219,6 +219,6 @@ impl Taught {
         self.seconds += other.seconds;
         self.generation_seconds.training += other.generation_seconds.training;
         self.generation_seconds.measuring += other.generation_seconds.measuring;
-        self.loss = other.loss;
+        self.last_batch = other.last_batch.clone();
     }
 }

@@ -3,24 +3,11 @@
 
 use super::{Run, Start, Worker};
 use crate::course::Item;
+use kit::answers::AnswerFiles;
 use model::pack::Sequence;
 use model::ridge::{Counted, Material};
 use proto::{Batch, Example, ExampleId};
 use std::collections::BTreeSet;
-
-/// What is known of answers that repeat, as files, with those of the batch.
-pub struct Answers {
-    /// See [`model::ridge::Counts::to_bytes`].
-    pub counts: Vec<u8>,
-    /// See [`model::ridge::Head::to_bytes`].
-    pub solved: Vec<u8>,
-    /// Answers that are known.
-    pub answers: u64,
-    /// Prompts that were counted.
-    pub prompts: u64,
-    /// They have a say.
-    pub trusted: bool,
-}
 
 impl Worker {
     /// Counts what the batch answers, beside what its parent counted, but for what was `put_aside`. None where nothing
@@ -51,24 +38,19 @@ impl Worker {
         counted.filter(|_| !self.training.repeat_counted && batch.attempt == 0)
     }
 
-    /// Those of the items that are not said because of what was counted.
-    pub(super) fn not_known(&self, run: &Run<'_>, items: Vec<Item>) -> anyhow::Result<Vec<Item>> {
+    /// Those of the items that are the adapter's to say.
+    pub(super) fn undecided(&self, run: &Run<'_>, items: Vec<Item>) -> anyhow::Result<Vec<Item>> {
         let (Some(counting), Some(head)) = (&self.counting, run.head) else { return Ok(items) };
         let sequences: Vec<Sequence> = items.iter().map(|&item| self.sequence(run, item).clone()).collect();
-        let known = counting.look_at(&sequences)?.knows(head)?;
-        Ok(items.into_iter().zip(known).filter(|(_, known)| !known).map(|(item, _)| item).collect())
+        let decided = counting.look_at(&sequences)?.decided(head)?;
+        Ok(items.into_iter().zip(decided).filter(|(_, decided)| !decided).map(|(item, _)| item).collect())
     }
 }
 
-impl Answers {
-    /// Of what was counted.
-    ///
-    /// # Errors
-    /// Only those of libtorch.
-    pub fn of(Counted { counts, head, prompts, .. }: &Counted) -> anyhow::Result<Self> {
-        let (solved, answers) = (head.to_bytes()?, head.answers().len() as u64);
-        Ok(Self { counts: counts.clone(), solved, answers, prompts: *prompts, trusted: head.is_trusted() })
-    }
+/// What was counted, as files.
+pub(super) fn files(Counted { counts, head, prompts, .. }: &Counted) -> anyhow::Result<AnswerFiles> {
+    let (solved, answers) = (head.to_bytes()?, head.answers().len() as u64);
+    Ok(AnswerFiles { counts: counts.clone(), solved, answers, prompts: *prompts, trusted: head.is_trusted() })
 }
 
 fn material(example: &Example) -> Material<'_> {

@@ -39,7 +39,7 @@ impl Worker {
         if run.batch.parent.is_none() || !run.answers_only() || fresh.len() > REPEATED * answers {
             return Ok(Vec::new());
         }
-        let rehearsed = self.not_known(run, rehearsed.iter().map(|told| told.item).collect())?;
+        let rehearsed = self.undecided(run, rehearsed.iter().map(|told| told.item).collect())?;
         self.recited(run, &rehearsed)
     }
 

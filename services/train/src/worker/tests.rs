@@ -1,4 +1,5 @@
 use super::*;
+use kit::answers::AnswerFiles;
 use kit::compute::time_on_processor;
 use kit::latents::Latents;
 use model::device::{Placement, Precision};
@@ -309,7 +310,7 @@ const LABELLED: [(&str, &str); 12] = [
     ("what do i need for a lasagna", "recipe"),
 ];
 
-fn passes(worker: &mut Worker, fresh: &[Example]) -> (u32, Option<Answers>) {
+fn passes(worker: &mut Worker, fresh: &[Example]) -> (u32, Option<AnswerFiles>) {
     let batch = Batch { fresh: fresh.to_vec(), ..batch() };
     let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
     assert_eq!(learned.examples.len(), fresh.len(), "all of it is learned");

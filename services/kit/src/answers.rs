@@ -1,0 +1,34 @@
+//! What is known of answers that repeat, on its way to disk.
+
+use crate::blobs::Blobs;
+use proto::AnswerHead;
+
+/// The files of an [`AnswerHead`].
+pub struct AnswerFiles {
+    /// The sums.
+    pub counts: Vec<u8>,
+    /// What is solved of them.
+    pub solved: Vec<u8>,
+    /// Answers that are known.
+    pub answers: u64,
+    /// Prompts that were counted.
+    pub prompts: u64,
+    /// They have a say.
+    pub trusted: bool,
+}
+
+impl AnswerFiles {
+    /// Writes them, durable when this returns.
+    ///
+    /// # Errors
+    /// When the disk does not take them.
+    pub fn keep(&self, blobs: &Blobs) -> anyhow::Result<AnswerHead> {
+        Ok(AnswerHead {
+            counts: blobs.put(&self.counts)?,
+            solved: blobs.put(&self.solved)?,
+            answers: self.answers,
+            prompts: self.prompts,
+            trusted: self.trusted,
+        })
+    }
+}

@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Tokens of an answer with its prompt, in the mean, of which as many are learned together as may be.
-const ANSWER_TOKENS: usize = 64;
+/// Tokens of a prompt with its label, in the mean, of which as many are learned together as may be.
+const LABELLED_TOKENS: usize = 64;
 /// Passes until rehearsal comes round to the same examples. A few that are repeated in every pass are
 /// learned by heart, and all the others forgotten.
 const REHEARSAL_ROUNDS: usize = 8;
@@ -41,8 +41,8 @@ pub struct Mixing {
     pub rehearse_min: usize,
     /// Fresh examples in a batch at most; a longer document still comes whole.
     pub batch_examples: usize,
-    /// Fresh examples in a batch at most, where all are answers to prompts that are short.
-    pub batch_answers: usize,
+    /// Fresh examples in a batch at most, where all answer prompts and answers repeat.
+    pub batch_labelled: usize,
     /// Whether learning asks which answers are known.
     pub known_answers: bool,
     /// Looks for work at least this often.
@@ -58,8 +58,8 @@ pub struct Mixing {
 impl Mixing {
     /// What is learned together, of so many documents at most.
     fn room(&self, documents: usize) -> Room {
-        let (examples, answers) = (self.batch_examples, self.batch_answers);
-        Room { documents, examples, answers, answer_tokens: answers * ANSWER_TOKENS }
+        let (examples, labelled) = (self.batch_examples, self.batch_labelled);
+        Room { documents, examples, labelled, labelled_tokens: labelled * LABELLED_TOKENS }
     }
 
     /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for or
@@ -352,7 +352,7 @@ mod tests {
             new_data_ratio: 0.5,
             rehearse_min: 16,
             batch_examples: 256,
-            batch_answers: 1024,
+            batch_labelled: 1024,
             known_answers: false,
             poll: Duration::from_secs(1),
             seed: 0,

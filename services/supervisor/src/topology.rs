@@ -310,7 +310,7 @@ pub fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
         new_data_ratio: s.replay.new_data_ratio,
         rehearse_min: s.replay.rehearse_min,
         batch_examples: s.replay.batch_examples,
-        batch_answers: s.replay.batch_answers,
+        batch_labelled: s.replay.batch_labelled,
         known_answers: s.train.answers_apart,
         poll: std::time::Duration::from_millis(s.train.poll_ms),
         seed: s.replay.seed,

@@ -6,7 +6,7 @@ use super::{Ledger, Result};
 use proto::{Accepted, Document, DocumentId, Domain, Example, ExampleId, Trail, Verdict, VerdictKind};
 use redb::{ReadTransaction, ReadableTable};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How much there is of a domain.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,28 +34,75 @@ pub struct FreshWindow {
     pub through: u64,
     /// How many they are.
     pub documents: u64,
-    /// A further document is there, and its examples do not fit.
+    /// No document that comes later would be in it.
     pub full: bool,
 }
+
+/// Documents that have to give an answer in the mean, for answers that repeat.
+const REPEATED: usize = 2;
 
 /// How much a window holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
     /// Documents at most.
     pub documents: usize,
-    /// Examples at most, where there is a text among them.
+    /// Examples at most.
     pub examples: usize,
-    /// Examples at most, where all are answers to prompts.
-    pub answers: usize,
-    /// Tokens of answers and their prompts at most, where they are more than `examples`.
-    pub answer_tokens: usize,
+    /// Examples at most, where all answer prompts, and answers repeat: labels do, and what is to be known by heart does not.
+    pub labelled: usize,
+    /// Tokens of these at most, where they are more than `examples`.
+    pub labelled_tokens: usize,
 }
 
-impl Room {
-    /// Whether so many examples fit, of so many tokens.
-    fn holds(&self, examples: usize, tokens: usize, only_answers: bool) -> bool {
-        examples <= self.examples && (!only_answers || examples <= self.answers)
-            || only_answers && examples <= self.answers && tokens <= self.answer_tokens
+/// What is in a window so far.
+#[derive(Default)]
+struct Filled {
+    documents: usize,
+    examples: usize,
+    tokens: usize,
+    texts: usize,
+    /// What each document answers first.
+    answers: BTreeSet<Vec<u32>>,
+}
+
+impl Filled {
+    fn add(&mut self, examples: &[Example]) {
+        self.documents += 1;
+        self.examples += examples.len();
+        self.tokens += examples.iter().map(|example| example.piece.tokens.len()).sum::<usize>();
+        self.texts += examples.iter().filter(|example| example.piece.answers().next().is_none()).count();
+        let answer = examples.first().and_then(|example| example.piece.answers().next());
+        self.answers.extend(answer.map(<[u32]>::to_vec));
+    }
+
+    /// Whether that fits.
+    fn fits(&self, room: &Room) -> bool {
+        let repeat = self.documents >= REPEATED * self.answers.len();
+        self.documents == 1 || self.examples <= room.examples || (repeat && self.may_fit(room))
+    }
+
+    /// Whether that fits, or does once more answers come that repeat.
+    fn may_fit(&self, room: &Room) -> bool {
+        let labelled =
+            self.texts == 0 && self.examples <= room.labelled && self.tokens <= room.labelled_tokens;
+        self.documents == 1 || self.examples <= room.examples || labelled
+    }
+}
+
+/// The part of a window that fits.
+#[derive(Default)]
+struct Fitting {
+    examples: usize,
+    held_out: usize,
+    through: u64,
+    documents: u64,
+}
+
+impl FreshWindow {
+    fn cut(&mut self, to: &Fitting) {
+        self.examples.truncate(to.examples);
+        self.held_out.truncate(to.held_out);
+        (self.through, self.documents) = (to.through, to.documents);
     }
 }
 
@@ -165,16 +212,15 @@ impl Ledger {
         self.shared.read(|read| {
             let table = read.open_table(EXAMPLES)?;
             let mut window = FreshWindow { through: after, ..FreshWindow::default() };
-            let (mut tokens, mut only_answers) = (0, true);
+            let (mut filled, mut fitting) =
+                (Filled::default(), Fitting { through: after, ..Fitting::default() });
             while (window.documents as usize) < room.documents {
                 let first = |domain: &Domain| first_example(&table, domain, window.through, cursor);
                 let Some((domain, ordinal)) = oldest(domains.iter(), first)? else { break };
                 let (held_out, examples): (Vec<Example>, Vec<Example>) =
                     examples_of::<Example>(&table, &domain, ordinal)?.into_iter().partition(|e| e.held_out);
-                tokens += examples.iter().map(|example| example.piece.tokens.len()).sum::<usize>();
-                only_answers &= examples.iter().all(|example| example.piece.answers().next().is_some());
-                let count = window.examples.len() + examples.len();
-                if window.documents > 0 && !room.holds(count, tokens, only_answers) {
+                filled.add(&examples);
+                if !filled.may_fit(&room) {
                     window.full = true;
                     break;
                 }
@@ -182,7 +228,12 @@ impl Ledger {
                 window.held_out.extend(held_out);
                 window.through = ordinal;
                 window.documents += 1;
+                if filled.fits(&room) {
+                    (fitting.examples, fitting.held_out) = (window.examples.len(), window.held_out.len());
+                    (fitting.through, fitting.documents) = (window.through, window.documents);
+                }
             }
+            window.cut(&fitting);
             Ok(window)
         })
     }

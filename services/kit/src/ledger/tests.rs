@@ -64,7 +64,7 @@ fn settlement(ordinal: u64, domain_name: &str, examples: u32, held_out: u32) -> 
 
 /// Room for so many examples of any kind.
 fn room(examples: usize, documents: usize) -> Room {
-    Room { documents, examples, answers: examples, answer_tokens: usize::MAX }
+    Room { documents, examples, labelled: examples, labelled_tokens: usize::MAX }
 }
 
 async fn settle(ledger: &Ledger, settlements: Vec<Settlement>) {
@@ -79,27 +79,38 @@ fn snapshot(folder: &TempDir) -> TempDir {
 }
 
 #[tokio::test]
-async fn of_short_answers_a_window_holds_more_than_of_texts() {
-    let (ledger, _folder) = filled(&["a"], 9).await;
-    let answers = |ordinal| {
+async fn of_answers_that_repeat_a_window_holds_more_than_of_others() {
+    let (ledger, _folder) = filled(&["a"], 12).await;
+    let answers = |ordinal, answer| {
         let mut judged = settlement(ordinal, "a", 2, 0);
-        judged.examples.iter_mut().for_each(|example| example.piece.learned = vec![(2, 3)]);
+        let piece = Piece { tokens: vec![1, 2, answer], learned: vec![(2, 3)] };
+        judged.examples.iter_mut().for_each(|example| example.piece = piece.clone());
         judged
     };
-    // Four answers, a text, and four answers again: each document has two examples of three tokens.
-    let judged = (1..=9).map(|n| if n == 5 { settlement(n, "a", 2, 0) } else { answers(n) });
+    // Four labelled documents, a text, four labelled ones, and three facts: each has two examples of three tokens.
+    let judged = (1..=12).map(|n| match n {
+        5 => settlement(n, "a", 2, 0),
+        10..=12 => answers(n, n as u32),
+        _ => answers(n, 3 + n as u32 % 2),
+    });
     settle(&ledger, judged.collect()).await;
-    let through = |after, examples, answers, answer_tokens| {
-        let room = Room { documents: 100, examples, answers, answer_tokens };
+    let through = |after, examples, labelled, labelled_tokens| {
+        let room = Room { documents: 100, examples, labelled, labelled_tokens };
         let window = ledger.fresh(None, after, room).expect("a window");
         (window.through, window.full)
     };
-    assert_eq!(through(0, 4, 100, 100), (4, true), "with the text they are more than four");
-    assert_eq!(through(5, 4, 100, 100), (9, false));
-    assert_eq!(through(5, 4, 6, 100), (8, true), "six answers");
-    assert_eq!(through(5, 2, 100, 12), (7, true), "twelve tokens of answers");
-    assert_eq!(through(5, 4, 100, 1), (7, true), "long answers, as many as texts");
-    assert_eq!(through(4, 6, 2, 100), (7, true), "a text, and what follows it");
+    assert_eq!(through(0, 6, 100, 100), (4, true), "with the text they are more than six");
+    assert_eq!(through(5, 6, 7, 100), (8, true), "seven labelled ones");
+    assert_eq!(through(5, 6, 100, 18), (8, true), "eighteen tokens of labelled ones");
+    assert_eq!(through(5, 6, 100, 1), (8, true), "long ones, as many as others");
+    assert_eq!(through(5, 6, 100, 100), (9, false), "with the first fact there are three answers of five");
+    assert_eq!(
+        through(9, 2, 100, 100),
+        (10, false),
+        "facts, as many as others; answers that repeat may come"
+    );
+    assert_eq!(through(9, 2, 4, 100), (10, true), "there is no room for them");
+    assert_eq!(through(5, 100, 2, 1), (12, false));
 }
 
 #[tokio::test]

@@ -230,6 +230,8 @@ impl Worker {
                 run.report.last_loss = loss;
                 metrics::gauge!("engram:train_loss", "lineage" => run.batch.lineage.to_string())
                     .set(f64::from(loss));
+                let due = steps.iter().flatten().filter(|item| matches!(item, Item::Fresh(_))).count();
+                tracing::debug!(pass, due, steps = count, loss, "a pass over a batch");
             }
         }
         let mut end = self.review(run, rate)?;

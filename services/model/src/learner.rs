@@ -71,6 +71,8 @@ pub struct Learner {
     base: Base,
     adapter: Adapter,
     optimiser: AdamW,
+    /// See [`Learner::decay_squares`].
+    beta2: f64,
     guards: Vec<Box<dyn Guard>>,
     latents: Option<Box<dyn Latents>>,
     config: LearnerConfig,
@@ -96,7 +98,15 @@ impl Learner {
             Some(bytes) => AdamW::from_bytes(bytes, count, base.device())?,
             None => AdamW::new(count, base.device()),
         };
-        Ok(Self { base, adapter, optimiser, guards: Vec::new(), latents: None, config })
+        Ok(Self {
+            base,
+            adapter,
+            optimiser,
+            guards: Vec::new(),
+            latents: None,
+            beta2: config.adamw.beta2,
+            config,
+        })
     }
 
     /// Has a method against forgetting take part in every step. Of several teachers the last is heard,
@@ -119,6 +129,12 @@ impl Learner {
     /// The adapter as it is now. It shares the learner's weights: take a `deep_copy` to keep it.
     pub fn adapter(&self) -> &Adapter {
         &self.adapter
+    }
+
+    /// Lets the second moment of the gradients decay by `beta2` from here on; none is what the learner was made with.
+    pub fn decay_squares(&mut self, beta2: Option<f64>) {
+        self.optimiser.weigh_square(self.config.adamw.beta2);
+        self.beta2 = beta2.unwrap_or(self.config.adamw.beta2);
     }
 
     /// The optimiser's state, exact.
@@ -208,7 +224,8 @@ impl Learner {
         report.outcome = self.judge(finite, report.loss.is_finite());
         if report.outcome == Outcome::Applied {
             let mut weights = self.adapter.flat().shallow_clone();
-            self.optimiser.step(&mut weights, &gradient, rate, &self.config.adamw)?;
+            let adamw = AdamWConfig { beta2: self.beta2, ..self.config.adamw };
+            self.optimiser.step(&mut weights, &gradient, rate, &adamw)?;
         }
         Ok(())
     }

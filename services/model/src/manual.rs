@@ -29,7 +29,7 @@ use crate::hf::ModelConfig;
 use crate::llama::Base;
 use crate::lora::{Adapter, Group, Module};
 use crate::loss::{self, SequenceScore};
-use crate::optim::AdamWConfig;
+use crate::optim::{AdamWConfig, Counters};
 use crate::pack::Packed;
 use crate::quant::Quantisation;
 pub(crate) use head::above_in_place;
@@ -113,25 +113,25 @@ fn learned_hidden_in<W: Element>(base: &Base, adapters: &ActiveAdapters, packed:
     Ok(forward.top(&x)?.out)
 }
 
-/// One step of AdamW, number `step`, over flat f32 vectors on the CPU, as [`crate::optim::AdamW::step`] describes it: one pass in
+/// One step of AdamW, the one that `counters` are at, over flat f32 vectors on the CPU, as [`crate::optim::AdamW::step`] describes it: one pass in
 /// place of a dozen.
 pub(crate) fn adamw(
     weights: &Tensor,
     gradient: &Tensor,
     moments: [&Tensor; 2],
     rate: f64,
-    step: u64,
+    counters: Counters,
     config: &AdamWConfig,
 ) -> Result<()> {
     /// Numbers of a task.
     const PIECE: usize = 1 << 14;
-    let (step, AdamWConfig { beta1, beta2, eps, weight_decay }) = (step as f64, *config);
+    let (step, AdamWConfig { beta1, beta2, eps, weight_decay }) = (counters.step as f64, *config);
     let taken = kernels::Taken {
         keep: (1.0 - rate * weight_decay) as f32,
         first: (1.0 - beta1) as f32,
         second: (1.0 - beta2) as f32,
         scale: (-rate / (1.0 - beta1.powf(step))) as f32,
-        root: (1.0 - beta2.powf(step)).sqrt() as f32,
+        root: counters.square_weight.sqrt() as f32,
         eps: eps as f32,
     };
     let (level, len) = (Level::best(), weights.size()[0]);

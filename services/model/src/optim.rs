@@ -46,11 +46,15 @@ pub(crate) struct Counters {
     pub loss_scale: f64,
     /// Steps since the loss scale last changed.
     pub scale_age: u64,
+    /// How much of the second moment is of gradients; the rest is still of the zero that it began with. `1 - beta2^step`, where
+    /// its decay was always the same; 0 in states of earlier versions, where it was.
+    #[serde(default)]
+    pub square_weight: f64,
 }
 
 impl Default for Counters {
     fn default() -> Self {
-        Self { step: 0, loss_scale: 65536.0, scale_age: 0 }
+        Self { step: 0, loss_scale: 65536.0, scale_age: 0, square_weight: 0.0 }
     }
 }
 
@@ -61,6 +65,14 @@ impl AdamW {
     pub fn new(len: i64, device: Device) -> Self {
         let zeros = || Tensor::zeros([len], (Kind::Float, device));
         Self { exp_avg: zeros(), exp_avg_sq: zeros(), counters: Counters::default() }
+    }
+
+    /// Takes the second moment for one that decayed by `beta2` until now, where nothing else is known of it.
+    pub(crate) fn weigh_square(&mut self, beta2: f64) {
+        let Counters { step, square_weight, .. } = &mut self.counters;
+        if *square_weight == 0.0 {
+            *square_weight = 1.0 - beta2.powf(*step as f64);
+        }
     }
 
     /// Steps taken so far.
@@ -112,10 +124,12 @@ impl AdamW {
         config: &AdamWConfig,
     ) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        self.weigh_square(config.beta2);
         self.counters.step += 1;
+        self.counters.square_weight = config.beta2 * self.counters.square_weight + (1.0 - config.beta2);
         if weights.device() == Device::Cpu {
             let moments = [&self.exp_avg, &self.exp_avg_sq];
-            return manual::adamw(weights, gradient, moments, rate, self.counters.step, config);
+            return manual::adamw(weights, gradient, moments, rate, self.counters, config);
         }
         self.step_by_tensors(weights, gradient, rate, config)
     }
@@ -136,7 +150,7 @@ impl AdamW {
             .exp_avg_sq
             .f_mul_scalar_(beta2)?
             .f_add_(&gradient.f_square()?.f_mul_scalar_(1.0 - beta2)?)?;
-        let root = (1.0 - beta2.powf(step)).sqrt();
+        let root = self.counters.square_weight.sqrt();
         let scale = -rate / (1.0 - beta1.powf(step));
         let denominator = self.exp_avg_sq.f_sqrt()?.f_div_scalar_(root)?.f_add_scalar_(eps)?;
         let _ = weights.f_add_(&self.exp_avg.f_div(&denominator)?.f_mul_scalar_(scale)?)?;
@@ -209,11 +223,34 @@ mod tests {
         for i in 1..20 {
             let gradient = numbers(0.01 * f64::from(i));
             one.step(&mut ours, &gradient, 0.01, &config).unwrap();
-            other.counters.step += 1;
+            other.counters = one.counters;
             other.step_by_tensors(&mut theirs, &gradient, 0.01, &config).unwrap();
         }
         assert!((&ours - &theirs).abs().max().double_value(&[]) < 1e-5);
         assert!((&ours - numbers(0.3)).abs().mean(Kind::Float).double_value(&[]) > 0.01);
+    }
+
+    #[test]
+    fn a_second_moment_is_weighed_by_what_is_in_it_whatever_its_decay_was() {
+        let mut weights = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let gradient = Tensor::from_slice(&[4f32]);
+        let mut adam = AdamW::new(1, Device::Cpu);
+        let config = AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() };
+        let mut moved = |adam: &mut AdamW, beta2| {
+            let before = weights.double_value(&[0]);
+            adam.step(&mut weights, &gradient, 0.1, &AdamWConfig { beta2, ..config }).unwrap();
+            before - weights.double_value(&[0])
+        };
+        // The same gradient each time moves a weight by the rate each time.
+        for beta2 in [0.999, 0.999, 0.9, 0.95, 0.999] {
+            assert!((moved(&mut adam, beta2) - 0.1).abs() < 1e-4);
+        }
+        // A state of an earlier version does not say.
+        let mut older = AdamW::new(1, Device::Cpu);
+        (0..3).for_each(|_| assert!((moved(&mut older, 0.999) - 0.1).abs() < 1e-4));
+        older.counters.square_weight = 0.0;
+        older.weigh_square(0.999);
+        assert!((moved(&mut older, 0.9) - 0.1).abs() < 1e-4);
     }
 
     #[test]

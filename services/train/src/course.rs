@@ -55,6 +55,11 @@ pub const MENDING_ROUNDS: u32 = 12;
 const REHEARSED_TOKENS_MIN: usize = 512;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
 const STEP_TOKENS_MIN: usize = 256;
+/// The same of a pass in which nothing but answers is still to be known by heart: a hundred facts take half the passes in
+/// steps of a quarter.
+const STEPS_BY_HEART: usize = 64;
+/// See [`STEPS_BY_HEART`].
+const STEP_TOKENS_BY_HEART: usize = 64;
 
 /// A fresh example, as the course sees it.
 #[derive(Debug, Clone, Copy)]
@@ -73,7 +78,7 @@ pub struct Fresh {
 
 impl Fresh {
     /// Its answer is to be known by heart.
-    fn is_by_heart(&self) -> bool {
+    pub fn is_by_heart(&self) -> bool {
         self.answer && !self.counted
     }
 }
@@ -100,7 +105,7 @@ impl Course {
         let asked = a_pass;
         let a_pass = a_pass.min(rehearsed.len()).min(in_proportion.div_ceil(mean));
         let total = fresh_tokens + a_pass * mean;
-        let passes = self.passes(total.div_ceil(self.step_size(total)));
+        let passes = self.passes(total.div_ceil(self.step_size(total, false)));
         let active: Vec<usize> = (0..fresh.len()).filter(|&n| self.due(&fresh[n], pass, passes)).collect();
         if active.is_empty() {
             return Vec::new();
@@ -123,7 +128,7 @@ impl Course {
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
-        self.steps(items)
+        self.steps(items, active.iter().all(|&n| fresh[n].is_by_heart()))
     }
 
     /// Whether a fresh example is still learned in pass number `pass`, where `passes` are over all.
@@ -166,7 +171,7 @@ impl Course {
         let tokens = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, tokens, &mut rng));
         items.shuffle(&mut rng);
-        self.steps(items)
+        self.steps(items, false)
     }
 
     /// The factor on the peak learning rate for step `step` of `steps` in review number `n`: it falls to 0 over all of them.
@@ -186,8 +191,12 @@ impl Course {
         self.passes.max(self.steps_min.div_ceil(steps_a_pass.max(1) as u32))
     }
 
-    fn step_size(&self, total: usize) -> usize {
-        (total / STEPS_A_PASS).max(STEP_TOKENS_MIN).min(self.step_tokens)
+    fn step_size(&self, total: usize, by_heart: bool) -> usize {
+        let (steps, least) = match by_heart {
+            true => (STEPS_BY_HEART, STEP_TOKENS_BY_HEART),
+            false => (STEPS_A_PASS, STEP_TOKENS_MIN),
+        };
+        (total / steps).max(least).min(self.step_tokens)
     }
 
     /// Fresh examples that are learned already, of about so many tokens: the answers that are not would undo them.
@@ -227,9 +236,9 @@ impl Course {
     }
 
     /// Cuts the items into steps of about equal size, so that no step is a small rest.
-    fn steps(&self, items: Vec<(Item, usize)>) -> Vec<Vec<Item>> {
+    fn steps(&self, items: Vec<(Item, usize)>, by_heart: bool) -> Vec<Vec<Item>> {
         let total: usize = items.iter().map(|(_, tokens)| tokens).sum();
-        let count = total.div_ceil(self.step_size(total)).max(1);
+        let count = total.div_ceil(self.step_size(total, by_heart)).max(1);
         let size = total.div_ceil(count);
         let mut steps = vec![Vec::new()];
         let mut filled = 0;
@@ -385,6 +394,15 @@ mod tests {
         let left = items(&COURSE.pass(2, &mixed, &[40; 10], 8, &[], 1));
         assert!(left.contains(&Item::Fresh(3)) && left.iter().any(|item| matches!(item, Item::Known(0..3))));
         assert_eq!(COURSE.rate(0, 0, 1, &mixed), 0.95);
+    }
+
+    #[test]
+    fn what_is_learned_by_heart_takes_smaller_steps() {
+        let course = Course { step_tokens: 4096, ..COURSE };
+        let steps = |batch: &[Fresh]| course.pass(0, batch, &[], 0, &[], 1).len();
+        assert!(steps(&fresh(100, true, 3.0)) > 60, "of 64 tokens in the mean");
+        assert!(steps(&fresh(100, false, 3.0)) < 20);
+        assert!(steps(&[fresh(99, true, 3.0), fresh(1, false, 3.0)].concat()) < 20, "a text is among them");
     }
 
     #[test]

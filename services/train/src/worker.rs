@@ -34,6 +34,10 @@ use std::time::Instant;
 const BAD_STEPS_MAX: usize = 3;
 const BAD_WINDOW: usize = 20;
 
+/// Decay of the second moment of the gradients while nothing but answers is still to be known by heart: they are learned in
+/// some hundred steps, in which the usual 0.999 remembers the first gradients, when all was wrong, to the end.
+const BETA2_BY_HEART: f64 = 0.95;
+
 /// How batches are learned.
 #[derive(Debug, Clone)]
 pub struct Training {
@@ -218,6 +222,9 @@ impl Worker {
             }
             run.report.passes = pass + 1;
             self.remember(run, &steps)?;
+            let by_heart = |item: &Item| !matches!(*item, Item::Fresh(n) if !run.fresh[n].0.is_by_heart());
+            let by_heart = steps.iter().flatten().all(by_heart);
+            run.learner.decay_squares(by_heart.then_some(BETA2_BY_HEART));
             let count = steps.len();
             for (n, items) in steps.iter().enumerate() {
                 let rate = rate * course.rate(pass, n, count, &fresh);
@@ -234,6 +241,7 @@ impl Worker {
                 tracing::debug!(pass, due, steps = count, loss, "a pass over a batch");
             }
         }
+        run.learner.decay_squares(None);
         let mut end = self.review(run, rate)?;
         if end.is_continue() {
             end = self.mend(run, said, rate)?;

@@ -176,10 +176,11 @@ fn a_batch_ends_with_reviews_where_passes_have_few_of_each_old_answer() {
         (learned.report.steps, learned.report.tokens)
     };
     let old = |count: u64| (21..21 + count).map(|n| told(n, 61)).collect::<Vec<_>>();
-    assert_eq!(taken(old(2)), (1 + 3, 16 * (10 + 3 * 4)), "two old and two new ones, three times");
-    assert_eq!(taken(old(8)), (1, 16 * 16), "as many old ones as new ones");
-    assert_eq!(taken(Vec::new()), (1, 16 * 8));
-    assert_eq!(taken([old(2), vec![example(31)]].concat()), (1, 16 * 11), "with a text there is no review");
+    // Sequences of 16 tokens: a pass by heart has four in a step, a review all.
+    assert_eq!(taken(old(2)), (3 + 3, 16 * (10 + 3 * 4)), "two old and two new ones, three times");
+    assert_eq!(taken(old(8)), (4, 16 * 16), "as many old ones as new ones");
+    assert_eq!(taken(Vec::new()), (2, 16 * 8));
+    assert_eq!(taken([old(2), vec![example(31)]].concat()), (3, 16 * 11), "with a text there is no review");
 }
 
 #[test]

@@ -55,11 +55,13 @@ pub const MENDING_ROUNDS: u32 = 12;
 const REHEARSED_TOKENS_MIN: usize = 512;
 /// Tokens under which a step's gradient is mostly noise, and its overhead most of its time.
 const STEP_TOKENS_MIN: usize = 256;
-/// The same of a pass in which nothing but answers is still to be known by heart: a hundred facts take half the passes in
+/// The same of a pass in which nothing but answers is to be known by heart: see [`by_heart`]. A hundred facts take half the passes in
 /// steps of a quarter.
 const STEPS_BY_HEART: usize = 64;
 /// See [`STEPS_BY_HEART`].
 const STEP_TOKENS_BY_HEART: usize = 64;
+/// The share of the learning rate of answers that such steps take.
+const RATE_BY_HEART: f64 = 2.0 / 3.0;
 
 /// A fresh example, as the course sees it.
 #[derive(Debug, Clone, Copy)]
@@ -76,9 +78,15 @@ pub struct Fresh {
     pub out: bool,
 }
 
+/// Whether nothing but answers is to be known by heart in a pass over those of the `fresh` examples that are `due`, in a batch
+/// without texts: these are unlearned the more the more steps follow them.
+pub fn by_heart(fresh: &[Fresh], mut due: impl Iterator<Item = usize>) -> bool {
+    fresh.iter().all(|f| f.answer) && due.all(|n| fresh[n].is_by_heart())
+}
+
 impl Fresh {
     /// Its answer is to be known by heart.
-    pub fn is_by_heart(&self) -> bool {
+    fn is_by_heart(&self) -> bool {
         self.answer && !self.counted
     }
 }
@@ -128,7 +136,7 @@ impl Course {
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
-        self.steps(items, active.iter().all(|&n| fresh[n].is_by_heart()))
+        self.steps(items, by_heart(fresh, active.into_iter()))
     }
 
     /// Whether a fresh example is still learned in pass number `pass`, where `passes` are over all.
@@ -152,11 +160,12 @@ impl Course {
         let passes = fresh.iter().map(most).max().unwrap_or(1);
         let within = (step as f64 + 0.5) / steps.max(1) as f64;
         let falling = (1.0 - (f64::from(pass) + within) / f64::from(passes)).max(RATE_MIN);
-        let due = || fresh.iter().filter(|f| self.due(f, pass, self.passes(steps)));
-        let tokens: usize = due().map(|f| f.tokens).sum();
-        let of_answers: usize = due().filter(|f| f.answer).map(|f| f.tokens).sum();
+        let due = || (0..fresh.len()).filter(|&n| self.due(&fresh[n], pass, self.passes(steps)));
+        let tokens: usize = due().map(|n| fresh[n].tokens).sum();
+        let of_answers: usize = due().filter(|&n| fresh[n].answer).map(|n| fresh[n].tokens).sum();
         let share = of_answers as f64 / tokens.max(1) as f64;
-        falling * (1.0 + (self.answer_rate - 1.0) * share)
+        let small = if by_heart(fresh, due()) { RATE_BY_HEART } else { 1.0 };
+        falling * small * (1.0 + (self.answer_rate - 1.0) * share)
     }
 
     /// The steps of review number `n`, from 0, over these items and their lengths in tokens, with anchors beside them.
@@ -374,8 +383,8 @@ mod tests {
         let is = |rate: f64, expected: f64| assert!((rate - expected).abs() < 1e-9, "{rate}");
         is(COURSE.rate(0, 0, 2, &text), 0.875);
         is(COURSE.rate(1, 1, 2, &text), 0.125);
-        is(COURSE.rate(0, 0, 1, &answers), 0.95);
-        is(COURSE.rate(9, 0, 1, &answers), 0.05);
+        is(COURSE.rate(0, 0, 1, &answers), 0.95 * RATE_BY_HEART);
+        is(COURSE.rate(9, 0, 1, &answers), 0.05 * RATE_BY_HEART);
         // A small batch is read more often, and the rate falls over those passes.
         let small = Course { steps_min: 10, ..COURSE };
         is(small.rate(9, 0, 1, &text), 0.05);

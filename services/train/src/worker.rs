@@ -4,7 +4,7 @@ mod count;
 mod mend;
 mod run;
 
-use crate::course::{Course, Fresh, Item};
+use crate::course::{Course, Fresh, Item, by_heart};
 use crate::recall::Recall;
 use crate::review;
 use anyhow::Context;
@@ -222,8 +222,8 @@ impl Worker {
             }
             run.report.passes = pass + 1;
             self.remember(run, &steps)?;
-            let by_heart = |item: &Item| !matches!(*item, Item::Fresh(n) if !run.fresh[n].0.is_by_heart());
-            let by_heart = steps.iter().flatten().all(by_heart);
+            let due = |item: &Item| if let Item::Fresh(n) = *item { Some(n) } else { None };
+            let by_heart = by_heart(&fresh, steps.iter().flatten().filter_map(due));
             run.learner.decay_squares(by_heart.then_some(BETA2_BY_HEART));
             let count = steps.len();
             for (n, items) in steps.iter().enumerate() {

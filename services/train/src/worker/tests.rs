@@ -210,7 +210,7 @@ fn answers_that_a_batch_has_cost_are_learned_again() {
     let (old, new) = (answers(1..=8), answers(21..=22));
     let learned = |fresh: &[Example], parent: Option<Vec<u8>>, rehearsed: &[Example]| {
         let mut worker = worker(Precision::F32, 32.0);
-        let (passes, rate) = if parent.is_none() { (60, 2e-2) } else { (4, 5e-3) };
+        let (passes, rate) = if parent.is_none() { (60, 2e-2) } else { (4, 7.5e-3) };
         (worker.training.course.passes, worker.training.rate) = (passes, rate);
         worker.training.course.answer_rate = if parent.is_none() { 1.0 } else { 3.0 };
         let (fresh, rehearsed) = (fresh.to_vec(), rehearsed.to_vec());

@@ -68,7 +68,7 @@ impl Checkpoint {
         }
         tracing::info!(
             lineage = %batch.lineage, generation = %generation.id, documents = batch.documents,
-            loss = generation.report.last_loss, seconds = generation.report.seconds, "published a generation"
+            learned = generation.report.in_words(), seconds = generation.report.seconds, "published a generation"
         );
         metrics::counter!("engram:documents_learned_total").increment(batch.documents);
         metrics::counter!("engram:generations_published_total").increment(1);

@@ -2,6 +2,7 @@
 
 use super::*;
 use kit::answers::AnswerFiles;
+use kit::ledger::Settlement;
 use kit::service::Answer;
 use proto::{
     Batch, Content, Document, DocumentId, Example, ExampleId, Forget, GenerationId, Kept, Learned,
@@ -30,6 +31,12 @@ impl Peft for NoPeft {
     }
 }
 
+/// Settles a document that was appended.
+async fn settle(ledger: &Ledger, ordinal: u64) {
+    let settlement = Settlement { kept: kept(ordinal), examples: vec![example(ordinal)] };
+    ledger.settle_intake_many(vec![settlement]).await.expect("settled");
+}
+
 struct Bench {
     service: Checkpoint,
     folder: tempfile::TempDir,
@@ -48,13 +55,7 @@ impl Bench {
         let ledger = Ledger::open(&at("ledger")).expect("a ledger");
         for ordinal in 1..=documents {
             ledger.append(vec![document(ordinal)]).await.expect("appended");
-            ledger
-                .settle_intake(&kept(ordinal), vec![example(ordinal)])
-                .await
-                .expect("written")
-                .on_disk()
-                .await
-                .expect("settled");
+            settle(&ledger, ordinal).await;
         }
         let (publish, mut asked) = Door::to_channel(1);
         actix::spawn(async move {
@@ -333,15 +334,7 @@ async fn what_derives_from_a_document_is_forgotten_with_it() {
     let child = Document { derived_from: Some("d4".into()), ..document(2) };
     for (ordinal, document) in [(2, child), (3, document(3)), (4, document(4))] {
         bench.service.ledger.append(vec![document]).await.expect("appended");
-        bench
-            .service
-            .ledger
-            .settle_intake(&kept(ordinal), vec![example(ordinal)])
-            .await
-            .expect("written")
-            .on_disk()
-            .await
-            .expect("settled");
+        settle(&bench.service.ledger, ordinal).await;
     }
     let untouched = bench.publish(1).await;
     bench.publish(2).await;

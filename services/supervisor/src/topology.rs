@@ -112,6 +112,8 @@ impl Plant {
     /// Documents that the ledger holds, to examples that it holds.
     pub async fn intake(&self, crew: &mut Crew) -> anyhow::Result<()> {
         let s = &self.settings;
+        // What the crew before has handed over is on disk before anything is read that it may change.
+        self.ledger.settle_intake_many(Vec::new()).await?;
         let hold_out = HoldOut { share: s.replay.held_out_share, after: s.replay.held_out_after };
         let (settle, settled) = Settle::new(Arc::clone(&self.ledger), hold_out);
         crew.source("settled", move || settled.run());

@@ -3,16 +3,18 @@
 //! A request keeps the adapters it started with to its end; a new generation is for the requests
 //! that come after it.
 
+mod apart;
 mod embed;
 mod engine;
 mod guide;
 mod profiles;
 mod router;
 
+pub use apart::{Apart, counted};
 pub use engine::{Engine, Looks, Request};
 pub use guide::Guide;
 pub use profiles::Profiles;
-pub use router::{Route, Router, Routing};
+pub use router::{ByBase, Route, Router, Routing};
 
 use anyhow::Context;
 use guide::Compilation;
@@ -33,7 +35,7 @@ use proto::{
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Events that wait for a slow reader before its request pauses.
 const EVENTS_MAX: usize = 64;
@@ -88,6 +90,7 @@ pub struct Infer {
     /// What is served: the generation of each lineage.
     current: BTreeMap<Domain, GenerationId>,
     profiles: Profiles,
+    apart: Arc<Apart>,
     /// Whether any of these counts prompts.
     counting: bool,
     /// Generations that the engine has loaded.
@@ -125,6 +128,7 @@ impl Infer {
             ledger,
             current: BTreeMap::new(),
             profiles,
+            apart: Arc::default(),
             counting: false,
             loaded: BTreeSet::new(),
         };
@@ -149,9 +153,26 @@ impl Infer {
         let keep: BTreeSet<GenerationId> = current.values().cloned().collect();
         self.loaded.retain(|id| keep.contains(id));
         self.engine.run(move |engine| engine.keep(&keep)).await?;
+        self.tell_apart(&current);
         self.current = current;
         self.counting = counting;
         Ok(())
+    }
+
+    /// Has those told apart that are current now; prompts do not wait for it.
+    fn tell_apart(&self, current: &BTreeMap<Domain, GenerationId>) {
+        if self.apart.follow(counted(&self.registry, current)) {
+            let (apart, blobs) = (Arc::clone(&self.apart), Arc::clone(&self.blobs));
+            tokio::task::spawn_blocking(move || {
+                let started = Instant::now();
+                match apart.solve(&blobs) {
+                    Ok(()) => {
+                        tracing::debug!(seconds = started.elapsed().as_secs_f32(), "lineages are told apart")
+                    }
+                    Err(error) => tracing::warn!("prompts are told apart by their words alone: {error:#}"),
+                }
+            });
+        }
     }
 
     /// Has the engine load a generation: verified by hash, of this base, finite, with an effect.
@@ -203,11 +224,10 @@ impl Infer {
 
     /// What `auto` picks: the likeliest of the lineages that the prompt fits, or the base when it fits none.
     fn route(&self, prompt: &Prompt, looks: Option<&Looks>) -> Result<Choice, (String, String)> {
-        let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *looks?.kinship.get(id)?));
-        let kinship = self.current.iter().filter_map(of).collect();
+        let by_base = looks.map(|looks| self.by_base(looks)).unwrap_or_default();
         let routing = self
             .profiles
-            .route(&question(prompt), &kinship)
+            .route(&question(prompt), &by_base)
             .map_err(|e| (at_prompt(prompt), format!("{e:#}")))?;
         let confidence = routing.as_ref().map(|r| r.confidence);
         metrics::histogram!("engram:route_confidence").record(f64::from(confidence.unwrap_or(0.0)));
@@ -220,6 +240,17 @@ impl Infer {
         let first = adapters.first().map_or("base", |first| first.domain.as_str());
         metrics::counter!("engram:requests_routed_total", "model" => first.to_owned()).increment(1);
         Ok(Choice { adapters, confidence })
+    }
+
+    /// What the base makes of a prompt, by lineage.
+    fn by_base(&self, looks: &Looks) -> ByBase {
+        let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *looks.kinship.get(id)?));
+        let shares = self.apart.shares(&looks.features);
+        let shares = shares.inspect_err(|error| tracing::warn!("prompts are not told apart: {error:#}"));
+        ByBase {
+            kinship: self.current.iter().filter_map(of).collect(),
+            shares: shares.unwrap_or_default().pop().unwrap_or_default(),
+        }
     }
 
     /// The generation that a part of `model` names; none for a lineage that only has the base yet.

@@ -1,6 +1,6 @@
 //! Keeps the router in line with what is current.
 
-use crate::router::{Router, Routing};
+use crate::router::{ByBase, Router, Routing};
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use model::tokenizer::Tokenizer;
@@ -89,8 +89,8 @@ impl Profiles {
     ///
     /// # Errors
     /// When it cannot be encoded.
-    pub fn route(&self, prompt: &str, kinship: &BTreeMap<Domain, f64>) -> anyhow::Result<Option<Routing>> {
-        self.router.route(prompt, kinship)
+    pub fn route(&self, prompt: &str, by_base: &ByBase) -> anyhow::Result<Option<Routing>> {
+        self.router.route(prompt, by_base)
     }
 }
 

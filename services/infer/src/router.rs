@@ -6,8 +6,9 @@
 //!
 //! All that is kept of a lineage are counts and a sample by hash: they add up in any order, so routing itself
 //! cannot forget, and they are a pure function of ledger and manifest, so they are rebuilt rather than stored.
-//! Where a lineage's prompts are counted by what the base makes of them, that says too whether one fits
-//! ([`model::ridge::Head::kinship`]): words that were never seen tell its own prompt from a foreign one no more.
+//! Where lineages' prompts are counted by what the base makes of them, that says too whether one fits
+//! ([`model::ridge::Head::kinship`]) and whose it is ([`model::ridge::Whose`]): words that were never seen tell a prompt from a
+//! foreign one no more.
 
 mod bigrams;
 mod fit;
@@ -26,6 +27,8 @@ const DISCOUNT: f64 = 0.75;
 const MODEL_PART: f64 = 1.0 / 8.0;
 /// The degree from which a prompt fits.
 const FITS: f64 = 0.5;
+/// The least that a lineage's share of a prompt is taken for.
+const SHARE_MIN: f64 = 1e-9;
 /// The least weight in a sum, as a share of the largest.
 const WEIGHT_MIN: f32 = 0.01;
 
@@ -35,6 +38,15 @@ pub struct Router {
     prior: Prior,
     strictness: f64,
     profiles: BTreeMap<Domain, Profile>,
+}
+
+/// What the frozen base makes of a prompt, for the lineages that count prompts.
+#[derive(Debug, Clone, Default)]
+pub struct ByBase {
+    /// How much it is of the kind of a lineage's: see [`model::ridge::Head::kinship`].
+    pub kinship: BTreeMap<Domain, f64>,
+    /// How likely it is of each of those that are told apart: see [`model::ridge::Whose::shares`].
+    pub shares: BTreeMap<Domain, f64>,
 }
 
 /// Where a prompt belongs.
@@ -152,12 +164,11 @@ impl Router {
         }
     }
 
-    /// Where a prompt belongs; none without any lineage, or for nothing but white space. `kinship` is what the base makes of
-    /// it, for the lineages of which that is known.
+    /// Where a prompt belongs; none without any lineage, or for nothing but white space.
     ///
     /// # Errors
     /// When it cannot be encoded.
-    pub fn route(&self, prompt: &str, kinship: &BTreeMap<Domain, f64>) -> anyhow::Result<Option<Routing>> {
+    pub fn route(&self, prompt: &str, by_base: &ByBase) -> anyhow::Result<Option<Routing>> {
         if self.profiles.is_empty() || prompt.trim().is_empty() {
             return Ok(None);
         }
@@ -165,7 +176,8 @@ impl Router {
         let key = key(&words);
         let ratio = |profile: &Profile| profile.model.log_ratios(&tokens, &self.prior).sum::<f64>();
         let ratios: Vec<f64> = self.profiles.values().map(ratio).collect();
-        let scores = self.scores(&words, &ratios);
+        let mut scores = self.scores(&words, &ratios);
+        self.tell_apart(&mut scores, &by_base.shares);
         // Once one has learned it word for word, only such come into question.
         let at_home = |profile: &Profile| key.is_some_and(|key| profile.seen.contains(&key));
         let known = self.profiles.values().any(at_home);
@@ -175,7 +187,7 @@ impl Router {
                 continue;
             }
             let mean = ratio / tokens.len().max(1) as f64;
-            let (fit, kinship) = (profile.fit.unwrap_or_default(), kinship.get(lineage).copied());
+            let (fit, kinship) = (profile.fit.unwrap_or_default(), by_base.kinship.get(lineage).copied());
             let degree = fit.degree(mean, tokens.len(), self.strictness, kinship);
             let degree = if known { 1.0 } else { degree };
             let fits = degree >= FITS || self.strictness == 0.0;
@@ -219,6 +231,26 @@ impl Router {
             }
         }
         scores
+    }
+
+    /// Adds to the scores of those that are told apart how likely the prompt is of each. Together they remain as likely, beside the
+    /// others, as their words say.
+    fn tell_apart(&self, scores: &mut [f64], shares: &BTreeMap<Domain, f64>) {
+        let of = |lineage: &Domain| shares.get(lineage).map(|share| share.max(SHARE_MIN).ln());
+        let told: Vec<Option<f64>> = self.profiles.keys().map(of).collect();
+        let sum = |scores: &[f64]| {
+            let own = || scores.iter().zip(&told).filter(|(_, told)| told.is_some()).map(|(score, _)| *score);
+            let most = own().fold(f64::NEG_INFINITY, f64::max);
+            most + own().map(|score| (score - most).exp()).sum::<f64>().ln()
+        };
+        let before = sum(scores);
+        scores.iter_mut().zip(&told).for_each(|(score, told)| *score += told.unwrap_or(0.0));
+        let risen = sum(scores) - before;
+        scores
+            .iter_mut()
+            .zip(&told)
+            .filter(|(_, told)| told.is_some())
+            .for_each(|(score, _)| *score -= risen);
     }
 
     /// The tokens of a text without regard to case, as if it followed a word.

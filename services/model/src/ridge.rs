@@ -17,6 +17,7 @@ mod foreign;
 mod head;
 mod prior;
 mod trial;
+mod whose;
 
 pub use anchors::Anchors;
 pub use counting::{Counted, Counting, Heard, Material};
@@ -25,6 +26,7 @@ pub use features::{Features, Rows};
 pub use foreign::foreign;
 pub use head::Head;
 pub use prior::Prior;
+pub use whose::Whose;
 
 use serde::{Deserialize, Serialize};
 

@@ -8,7 +8,7 @@ use model::llama::Base;
 use model::lora::Adapter;
 use model::loss;
 use model::pack::Sequence;
-use model::ridge::{Features, Head, Prior};
+use model::ridge::{Features, Head, Prior, Rows};
 use model::sampling::Sampling;
 use model::tokenizer::Tokenizer;
 use std::sync::Arc;
@@ -169,19 +169,10 @@ impl Judge {
         Ok(answer.text.trim().to_owned())
     }
 
-    /// How much each text is of the kind of a head's prompts; none where the head does not say it.
-    pub fn kinship<S: AsRef<str>>(
-        &self,
-        heads: &[Option<&Head>],
-        texts: &[S],
-    ) -> Result<Vec<Option<Vec<f64>>>> {
-        if heads.iter().all(Option::is_none) {
-            return Ok(vec![None; heads.len()]);
-        }
+    /// What texts look like to the base: see [`Features::of`].
+    pub fn described<S: AsRef<str>>(&self, texts: &[S]) -> Result<Rows> {
         let prompts = texts.iter().map(|text| self.prompt(text.as_ref())).collect::<Result<Vec<_>>>()?;
-        let features = self.features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
-        let of = |head: &Option<&Head>| Ok(head.map(|head| head.kinship(&features)).transpose()?.flatten());
-        heads.iter().map(of).collect()
+        self.features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>())
     }
 
     /// What is expected of the answer to each prompt; nothing where nobody knows answers that repeat.

@@ -62,7 +62,7 @@ fn taught(strictness: f32) -> Router {
 }
 
 fn routed(router: &Router, prompt: &str) -> Routing {
-    router.route(prompt, &BTreeMap::new()).expect("encoded").expect("something to go by")
+    router.route(prompt, &ByBase::default()).expect("encoded").expect("something to go by")
 }
 
 /// Who would answer, and how sure it is.
@@ -112,7 +112,8 @@ fn what_the_base_makes_of_a_prompt_tips_the_scales_and_no_more() {
     let router = taught(1.0);
     let atlas = |prompt: &str, kinship: Option<f64>| {
         let kinship = kinship.map(|kinship| (domain("atlas"), kinship)).into_iter().collect();
-        let routing = router.route(prompt, &kinship).expect("encoded").expect("something to go by");
+        let by_base = ByBase { kinship, ..ByBase::default() };
+        let routing = router.route(prompt, &by_base).expect("encoded").expect("something to go by");
         routing.top(1).pop().map(|(lineage, _)| lineage.to_string())
     };
     let by_base = |prompt: &str| [None, Some(0.0), Some(1.0)].map(|k| atlas(prompt, k).is_some());
@@ -126,6 +127,29 @@ fn what_the_base_makes_of_a_prompt_tips_the_scales_and_no_more() {
         Some("atlas"),
         "word for word"
     );
+}
+
+#[test]
+fn whose_a_prompt_is_by_the_base_decides_among_those_that_it_tells_apart() {
+    let mut router = taught(0.0);
+    add(&mut router, "poems", &["the sea sang of salt and foam, and the gauge of the moon rose"]);
+    router.calibrate();
+    let weights = |shares: &[(&str, f64)]| {
+        let shares = shares.iter().map(|&(name, share)| (domain(name), share)).collect();
+        let by_base = ByBase { shares, ..ByBase::default() };
+        let routing = router.route("does the gauge rise in winter", &by_base).expect("encoded");
+        let top = routing.expect("something to go by").fitting;
+        ["atlas", "manual", "poems"].map(|name| {
+            let route = top.iter().find(|route| route.lineage == domain(name));
+            f64::from(route.expect("all fit").weight)
+        })
+    };
+    let [atlas, manual, poems] = weights(&[]);
+    let [first, second, third] = weights(&[("atlas", 0.99), ("manual", 0.01)]);
+    assert!(first > atlas && second < manual, "{first} {atlas}, {second} {manual}");
+    assert!((first / second) / (atlas / manual) > 98.0, "as much likelier as the base says");
+    assert!((third - poems).abs() < 1e-5, "who is not told apart is as likely as before");
+    assert!((weights(&[("poems", 1.0)])[2] - poems).abs() < 1e-5, "one alone is told from nobody");
 }
 
 #[test]
@@ -154,10 +178,10 @@ fn adding_a_lineage_takes_nothing_from_another() {
 
 #[test]
 fn nothing_to_go_by_is_no_route() {
-    assert_eq!(router(1.0).route("hello", &BTreeMap::new()).expect("encoded"), None);
+    assert_eq!(router(1.0).route("hello", &ByBase::default()).expect("encoded"), None);
     let router = taught(1.0);
     for nothing in ["", " \n\t"] {
-        assert_eq!(router.route(nothing, &BTreeMap::new()).expect("encoded"), None);
+        assert_eq!(router.route(nothing, &ByBase::default()).expect("encoded"), None);
     }
     assert!(routed(&router, "?!").fitting.is_empty());
 }

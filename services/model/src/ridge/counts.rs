@@ -137,6 +137,11 @@ impl Counts {
         Ok(true)
     }
 
+    /// The products [FEATURES, FEATURES], and the sums [1 + answers, FEATURES], both i32.
+    pub(super) fn into_sums(self) -> (Tensor, Tensor) {
+        (self.products, self.sums)
+    }
+
     /// The sums with a row for every answer that is known.
     fn grown(&self) -> Result<Tensor> {
         let more = 1 + self.known.answers.len() as i64 - self.sums.size()[0];
@@ -217,14 +222,7 @@ impl Counts {
     /// When nothing was counted.
     pub fn solve(&mut self, trial: Option<(&Rows, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
-        // In place: each copy of such a matrix takes 50 MB.
-        let mut system = self.products.f_to_kind(Kind::Double)?;
-        let mean = system.f_trace()?.f_double_value(&[])? / FEATURES as f64;
-        ensure!(mean > 0.0, "no prompt has any feature");
-        let _ = system.f_add_(&anchors.products)?;
-        let _ = system.f_diagonal(0, 0, 1)?.f_add_scalar_(RIDGE * mean)?;
-        let factor = system.f_linalg_cholesky(false)?;
-        drop(system);
+        let factor = ridge(self.products.f_to_kind(Kind::Double)?, Some(anchors))?;
         let mut sums = self.sums.f_to_kind(Kind::Double)?;
         if anchors.count > 0 {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
@@ -299,6 +297,17 @@ impl Answer {
             Some(_) => {}
         }
     }
+}
+
+/// The Cholesky factor of `P + A + r I`, with `P` in f64 as `system`. In place: each copy of such a matrix takes 50 MB.
+pub(super) fn ridge(mut system: Tensor, anchors: Option<&Anchors>) -> Result<Tensor> {
+    let mean = system.f_trace()?.f_double_value(&[])? / FEATURES as f64;
+    ensure!(mean > 0.0, "no prompt has any feature");
+    if let Some(anchors) = anchors {
+        let _ = system.f_add_(&anchors.products)?;
+    }
+    let _ = system.f_diagonal(0, 0, 1)?.f_add_scalar_(RIDGE * mean)?;
+    Ok(system.f_linalg_cholesky(false)?)
 }
 
 /// Whether sums of products fit i32: no product of two numbers adds up to more than those with themselves, whose sum is on the

@@ -4,7 +4,7 @@ use super::system::Served;
 use super::system::System;
 use crate::judge::{Judge, LabelBy, Respondent};
 use anyhow::Result;
-use infer::Profiles;
+use infer::{Apart, ByBase, Profiles};
 use kit::settings::Settings;
 use model::tokenizer::Tokenizer;
 use proto::Domain;
@@ -31,6 +31,7 @@ pub struct Panel {
     /// What measures their answers.
     pub judge: Judge,
     profiles: Profiles,
+    apart: Apart,
     route_top: usize,
     served: BTreeMap<Domain, Served>,
 }
@@ -41,6 +42,7 @@ impl Panel {
         let tokenizer = Tokenizer::load(base_dir)?;
         Ok(Self {
             profiles: Profiles::new(Arc::new(tokenizer.clone()), settings.infer.route_strictness),
+            apart: Apart::default(),
             judge: Judge::new(system.plant().base(), tokenizer, settings.ingest.max_seq_len)?,
             route_top: settings.infer.route_top,
             served: BTreeMap::new(),
@@ -50,20 +52,23 @@ impl Panel {
     /// Takes up what the system serves by now.
     pub fn follow(&mut self, system: &System) -> Result<()> {
         self.served = system.served()?;
-        let plant = system.plant();
-        self.profiles.follow(&plant.registry, &plant.ledger, &system.current())
+        let (plant, current) = (system.plant(), system.current());
+        if self.apart.follow(infer::counted(&plant.registry, &current)) {
+            self.apart.solve(&plant.blobs)?;
+        }
+        self.profiles.follow(&plant.registry, &plant.ledger, &current)
     }
 
     /// Texts by what answers them.
     pub fn picked<S: AsRef<str>>(&self, texts: &[S], pick: Pick<'_>) -> Result<Vec<(Answering, Vec<usize>)>> {
         let mut groups: Vec<(Answering, Vec<usize>)> = Vec::new();
-        let kinship = if matches!(pick, Pick::Auto) { self.kinship(texts)? } else { Vec::new() };
+        let by_base = if matches!(pick, Pick::Auto) { self.by_base(texts)? } else { Vec::new() };
         for (n, text) in texts.iter().enumerate() {
             let answering = match pick {
                 Pick::Base => Vec::new(),
                 Pick::Fixed(domain) => vec![(domain.clone(), 1.0)],
                 Pick::Auto => {
-                    let routing = self.profiles.route(text.as_ref(), &kinship[n])?;
+                    let routing = self.profiles.route(text.as_ref(), &by_base[n])?;
                     routing.map(|routing| routing.top(self.route_top)).unwrap_or_default()
                 }
             };
@@ -76,15 +81,22 @@ impl Panel {
     }
 
     /// What the base makes of each text, by lineage.
-    fn kinship<S: AsRef<str>>(&self, texts: &[S]) -> Result<Vec<BTreeMap<Domain, f64>>> {
-        let heads: Vec<_> = self.served.values().map(|served| served.head.as_ref()).collect();
-        let mut kinship = vec![BTreeMap::new(); texts.len()];
-        for (domain, of_texts) in self.served.keys().zip(self.judge.kinship(&heads, texts)?) {
-            for (of_text, kinship) in kinship.iter_mut().zip(of_texts.into_iter().flatten()) {
-                of_text.insert(domain.clone(), kinship);
+    fn by_base<S: AsRef<str>>(&self, texts: &[S]) -> Result<Vec<ByBase>> {
+        let mut by_base = vec![ByBase::default(); texts.len()];
+        if self.served.values().all(|served| served.head.is_none()) {
+            return Ok(by_base);
+        }
+        let rows = self.judge.described(texts)?;
+        for (domain, served) in &self.served {
+            let of_texts = served.head.as_ref().map(|head| head.kinship(&rows)).transpose()?.flatten();
+            for (of_text, kinship) in by_base.iter_mut().zip(of_texts.into_iter().flatten()) {
+                of_text.kinship.insert(domain.clone(), kinship);
             }
         }
-        Ok(kinship)
+        for (of_text, shares) in by_base.iter_mut().zip(self.apart.shares(&rows)?) {
+            of_text.shares = shares;
+        }
+        Ok(by_base)
     }
 
     /// What they are served with.

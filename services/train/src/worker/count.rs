@@ -9,6 +9,9 @@ use model::ridge::{Counted, Material};
 use proto::{Batch, Example, ExampleId};
 use std::collections::BTreeSet;
 
+/// Prompts that are described between two looks at waiting requests.
+const LOOKED_AT: usize = 64;
+
 impl Worker {
     /// Counts what the batch answers, beside what its parent counted, but for what was `put_aside`. None where nothing
     /// repeats, or nothing is to be counted.
@@ -41,9 +44,17 @@ impl Worker {
     /// Those of the items that are the adapter's to say.
     pub(super) fn undecided(&self, run: &Run<'_>, items: Vec<Item>) -> anyhow::Result<Vec<Item>> {
         let (Some(counting), Some(head)) = (&self.counting, run.head) else { return Ok(items) };
-        let sequences: Vec<Sequence> = items.iter().map(|&item| self.sequence(run, item).clone()).collect();
-        let decided = counting.look_at(&sequences)?.decided(head)?;
-        Ok(items.into_iter().zip(decided).filter(|(_, decided)| !decided).map(|(item, _)| item).collect())
+        let (mut own, mut last) = (Vec::new(), None);
+        for part in items.chunks(LOOKED_AT) {
+            if self.between(&mut last).is_break() {
+                break;
+            }
+            let sequences: Vec<Sequence> =
+                part.iter().map(|&item| self.sequence(run, item).clone()).collect();
+            let decided = counting.look_at(&sequences)?.decided(head)?;
+            own.extend(part.iter().zip(decided).filter(|(_, decided)| !decided).map(|(&item, _)| item));
+        }
+        Ok(own)
     }
 }
 

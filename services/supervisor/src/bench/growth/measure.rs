@@ -7,12 +7,12 @@ use crate::bench::subject::{Subject, SubjectArgs, median};
 use crate::bench::together::Together;
 use crate::bench::update;
 use anyhow::{Context, Result};
-use infer::Router;
+use infer::{ByBase, Router};
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::status::document_status;
 use proto::{Content, Document, Domain, Stage};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 /// Examples in an optimiser step, new and rehearsed.
@@ -112,7 +112,7 @@ pub fn routing(subject: &Subject, counts: &[u64]) -> Result<Curve> {
         router.calibrate();
         // Prompts that nobody has learned word for word.
         let ask = |n: u64| {
-            router.route(&words::text(n % count, DOCUMENTS + n, WORDS / 3), &BTreeMap::new()).map(drop)
+            router.route(&words::text(n % count, DOCUMENTS + n, WORDS / 3), &ByBase::default()).map(drop)
         };
         points.push((count as f64, moments(TIMES, ask)?));
         eprintln!("{count} domains: measured");

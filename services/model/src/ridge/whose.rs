@@ -1,0 +1,116 @@
+//! Whose a prompt is, of several who counted theirs.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use tch::{Kind, Tensor};
+
+use super::counts::ridge;
+use super::head::SHARPNESS;
+use super::{Counts, FEATURES};
+
+/// One regression over the prompts of all.
+///
+/// The counts of one say which of its answers a prompt has, if it is one of its own; what is usual for the others it does not
+/// know. Sums of sums are sums over all prompts, so that nothing but a solution is needed for the regression which tells any answer
+/// of anyone from all others.
+#[derive(Debug)]
+pub struct Whose {
+    /// f32 [answers of all, those that do not repeat among them, FEATURES].
+    weights: Tensor,
+    /// The rows of each.
+    rows: Vec<Range<i64>>,
+}
+
+impl Whose {
+    /// Of the `counts` of each, `W = (P + r I)^-1 S` with the sum of their products and all of their sums; of less than two, which
+    /// need not be told apart, none.
+    ///
+    /// # Errors
+    /// Those of `counts`, or when none has a feature.
+    pub fn solve(counts: impl Iterator<Item = Result<Counts>>) -> Result<Option<Self>> {
+        let mut system = Tensor::f_zeros([FEATURES, FEATURES], (Kind::Double, tch::Device::Cpu))?;
+        let (mut sums, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
+        for counts in counts {
+            let (products, of_answers) = counts?.into_sums();
+            let _ = system.f_add_(&products)?;
+            let begin = end;
+            end += of_answers.size()[0];
+            rows.push(begin..end);
+            sums.push(of_answers.f_to_kind(Kind::Double)?);
+        }
+        if rows.len() < 2 {
+            return Ok(None);
+        }
+        let factor = ridge(system, None)?;
+        let weights = Tensor::f_cat(&sums, 0)?.f_tr()?.f_cholesky_solve(&factor, false)?;
+        let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
+        ensure!(crate::weights::is_finite(&weights)?, "the regression on whose prompts are is not finite");
+        Ok(Some(Self { weights, rows }))
+    }
+
+    /// For each row of features the probability of each, in the order in which they were given: that of all of its answers.
+    ///
+    /// # Errors
+    /// When features are not what it takes.
+    pub fn shares(&self, features: &Tensor) -> Result<Vec<Vec<f64>>> {
+        let y = features.f_linear(&self.weights, None::<&Tensor>)?.f_mul_scalar(SHARPNESS)?;
+        let likely = y.f_softmax(-1, Kind::Double)?;
+        let of = |rows: &Range<i64>| {
+            let own = likely.f_narrow(1, rows.start, rows.end - rows.start)?;
+            own.f_sum_dim_intlist(&[1_i64][..], false, Kind::Double)
+        };
+        let shares = self.rows.iter().map(of).collect::<Result<Vec<_>, _>>()?;
+        Ok(Vec::<Vec<f64>>::try_from(Tensor::f_stack(&shares, 1)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Features, Lesson};
+    use super::*;
+    use crate::golden;
+
+    /// What one counts of prompts of two kinds, each with an answer of its own.
+    fn counts(features: &Features, kinds: [u32; 2]) -> Counts {
+        let prompts: Vec<Vec<u32>> = (0..20).map(|n| prompt(kinds[n % 2], n as u32)).collect();
+        let rows = features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+        let answers = kinds.map(|kind| [kind, 0]);
+        let lesson = |(n, prompt): (usize, &'static Vec<u32>)| {
+            let answer: &'static [u32] = answers[n % 2].to_vec().leak();
+            Lesson { prompt, answer: Some((answer, kinds[n % 2].to_string())) }
+        };
+        let prompts: &'static [Vec<u32>] = prompts.leak();
+        let lessons: Vec<_> = prompts.iter().enumerate().map(lesson).collect();
+        let mut counts = Counts::new().unwrap();
+        assert!(counts.add(&rows, &lessons).unwrap());
+        counts
+    }
+
+    /// A prompt of a kind.
+    fn prompt(kind: u32, n: u32) -> Vec<u32> {
+        vec![10 + kind * 20, 11 + kind * 20, 100 + n % 7]
+    }
+
+    #[test]
+    fn a_prompt_is_whose_answers_it_is_likely_to_have() {
+        let features = Features::new(&golden::base("llama"), None).unwrap();
+        let kinds = [[0, 1], [2, 3], [4, 1]];
+        let whose = Whose::solve(kinds.iter().map(|&kinds| Ok(counts(&features, kinds)))).unwrap().unwrap();
+        let asked = [0, 2, 4, 1].map(|kind| prompt(kind, 103));
+        let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
+        let shares = whose.shares(&rows).unwrap();
+        assert!(shares.iter().all(|of_prompt| (of_prompt.iter().sum::<f64>() - 1.0).abs() < 1e-9));
+        assert!((0..3).all(|n| shares[n][n] > 0.8), "{shares:?}");
+        let [first, second, third] = shares[3][..] else { panic!("one for each") };
+        assert!(second < 0.1 && (first - third).abs() < 0.1, "of two that both have it neither: {shares:?}");
+    }
+
+    #[test]
+    fn one_alone_is_told_from_nobody() {
+        let features = Features::new(&golden::base("llama"), None).unwrap();
+        assert!(Whose::solve(std::iter::once(Ok(counts(&features, [0, 1])))).unwrap().is_none());
+        assert!(Whose::solve(std::iter::empty()).unwrap().is_none());
+        assert!(Whose::solve((0..2).map(|_| Counts::new())).is_err(), "no prompt has any feature");
+    }
+}

@@ -152,6 +152,70 @@ fn new_labels_cost_the_old_ones_nothing_and_go_back_with_their_generation() {
     assert!(right >= 7, "{right} of 8");
 }
 
+/// Requests of a second domain, as [`LABELS`].
+const AT_HOME: [(&str, [&str; 6], [&str; 2]); 2] = [
+    (
+        "lights_on",
+        [
+            "turn on the lights in the kitchen",
+            "turn on the lamp in the hall",
+            "turn the lights on upstairs",
+            "switch the lamps on in here",
+            "switch on the lights in the garden",
+            "turn on all the lamps",
+        ],
+        ["turn on the lamp in the kitchen", "switch on the lights please"],
+    ),
+    (
+        "play_music",
+        [
+            "play some jazz",
+            "play a song by the beatles",
+            "play my party playlist",
+            "put on some quiet music",
+            "put on the next song",
+            "play music by mozart",
+        ],
+        ["play a song by queen", "put on some jazz music"],
+    ),
+];
+
+#[test]
+fn requests_of_domains_that_are_told_apart_get_answers_of_their_own() {
+    let Some(base) = nano() else { return };
+    let server = Setup::base(base).start();
+    let domains = [("errands", &LABELS[..]), ("home", &AT_HOME[..])];
+    let told_apart = || {
+        let page = server.text("/metrics");
+        let line = page.lines().find(|line| line.starts_with("engram:lineages_told_apart"));
+        line.and_then(|line| line.split(' ').next_back()?.parse::<f64>().ok())
+    };
+    for (domain, labels) in domains {
+        let document = |(label, request): (&str, &str)| json!({"prompt": request, "completion": format!("\n{label}"), "domain": domain});
+        let taught =
+            labels.iter().flat_map(|(label, taught, _)| taught.map(|request| document((*label, request))));
+        let settled = server.settle(&server.submit(&taught.collect::<Vec<_>>()), PATIENCE);
+        assert!(settled.iter().all(|document| document["status"] == "live"), "{settled:?}");
+    }
+    let since = Instant::now();
+    while told_apart() != Some(2.0) {
+        assert!(since.elapsed() < PATIENCE / 10, "{:?} lineages are told apart", told_apart());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let asked = domains.iter().flat_map(|(_, labels)| labels.iter());
+    let asked: Vec<(&str, &str)> =
+        asked.flat_map(|(label, _, asked)| asked.map(|request| (*label, request))).collect();
+    let right =
+        asked.iter().filter(|(label, request)| server.complete("auto", request, 16).trim() == *label).count();
+    assert!(right >= 9, "{right} of {}", asked.len());
+    server.post("/v1/adapters/home/rollback", &json!({})).ok();
+    let since = Instant::now();
+    while told_apart() != Some(0.0) {
+        assert!(since.elapsed() < PATIENCE / 10, "one alone is told from nobody");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 #[test]
 fn a_document_of_a_kilobyte_is_live_in_ten_seconds() {
     let Some(base) = nano() else { return };

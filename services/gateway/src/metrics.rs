@@ -32,7 +32,7 @@ const RETENTION_BEST: &str = "engram:retention_best_loss";
 
 /// What each metric of this process means, those of the other services among them: what is not here
 /// has no help on the page, which promtool complains of.
-const HELP: [(&str, &str); 27] = [
+const HELP: [(&str, &str); 28] = [
     (RUNNING, "Requests for text that are being answered."),
     ("engram:num_requests_waiting", "Requests for text that wait for a place."),
     (LATENCY, "From a request for text to the end of its answer, seconds."),
@@ -44,6 +44,10 @@ const HELP: [(&str, &str); 27] = [
     (HTTP, "HTTP requests by route and status."),
     ("engram:requests_routed_total", "Requests that `auto` routed, by the adapter that fitted best."),
     ("engram:route_confidence", "How well prompts fitted what `auto` chose, 0 to 1."),
+    (
+        "engram:lineages_told_apart",
+        "Lineages among which `auto` chooses by what all of them counted, too, beside the words of a prompt.",
+    ),
     (DOCUMENTS, "Documents that were accepted."),
     (JUDGING, "Documents that are accepted and not judged yet."),
     (WAITING, "Documents that wait to be learned, by domain."),

@@ -62,6 +62,8 @@ impl Apart {
             Ok(whose) => (Solved { of, whose }, Ok(())),
             Err(error) => (Solved::default(), Err(error)),
         };
+        let told_apart = if solved.whose.is_some() { solved.of.len() } else { 0 };
+        metrics::gauge!("engram:lineages_told_apart").set(told_apart as f64);
         *lock(&self.solved) = solved;
         end
     }

@@ -5,6 +5,8 @@ mod minhash;
 mod quality;
 mod secrets;
 
+pub use quality::check_languages;
+
 use kit::ledger::Ledger;
 use kit::link::Link;
 use kit::service::{Fault, Handle, Service};

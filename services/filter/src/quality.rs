@@ -8,6 +8,23 @@ const REPETITION_WORDS_MIN: usize = 40;
 /// Characters a text needs before its language can be told.
 const LANGUAGE_CHARS_MIN: usize = 60;
 
+/// Refuses a language that is never found.
+///
+/// # Errors
+/// Names it, and those that there are.
+pub fn check_languages(codes: &[String]) -> anyhow::Result<()> {
+    for code in codes {
+        if whatlang::Lang::from_code(code).is_none_or(|language| language.code() != code) {
+            let known: Vec<&str> = whatlang::Lang::all().iter().map(whatlang::Lang::code).collect();
+            anyhow::bail!(
+                "filter.languages: {code:?} is none that can be told; give ISO 639-3 codes: {}",
+                known.join(", ")
+            );
+        }
+    }
+    Ok(())
+}
+
 /// A text's quality, 0 to 1; or, for the user, why it is not worth learning. An answer to a prompt
 /// may be as short as a word; raw text may not.
 pub fn assess(text: &str, is_answer: bool, rules: &Rules) -> Result<f32, String> {
@@ -68,6 +85,16 @@ mod tests {
     fn an_answer_may_be_short_and_raw_text_may_not() {
         assert!(assess("42", true, &rules(&[])).is_ok());
         assert!(assess("42", false, &rules(&[])).is_err());
+    }
+
+    #[test]
+    fn a_language_that_is_never_found_is_refused_by_name() {
+        let check =
+            |codes: &[&str]| check_languages(&codes.iter().map(ToString::to_string).collect::<Vec<_>>());
+        check(&["eng", "fra", "cmn"]).expect("known");
+        check(&[]).expect("all");
+        let error = check(&["eng", "english"]).expect_err("not a code").to_string();
+        assert!(error.contains("\"english\"") && error.contains("eng,"), "{error}");
     }
 
     #[test]

@@ -133,6 +133,16 @@ impl fmt::Display for Placement {
     }
 }
 
+impl DeviceChoice {
+    /// Refuses one that this machine or this libtorch does not have, without starting to use it.
+    ///
+    /// # Errors
+    /// Says what is missing.
+    pub fn check(self) -> Result<()> {
+        resolve_device(self).map(drop)
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = anyhow::Error;
 

@@ -5,7 +5,7 @@ use crate::lifeline::Orders;
 use crate::{base, memory, worker};
 use anyhow::{Context, Result, anyhow, bail};
 use kit::settings::Settings;
-use model::device::{Placement, set_threads};
+use model::device::{DeviceChoice, Placement, set_threads};
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::net::TcpListener;
@@ -111,11 +111,13 @@ pub fn placement(settings: &Settings) -> Result<Placement> {
 /// Serves until a signal ends it.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let plan = plan(args)?;
+    // A worker could only die, again and again, of a device or an address that it may not have, or for want of memory; here it
+    // is one clear line.
+    plan.settings.base.device.parse::<DeviceChoice>()?.check()?;
+    filter::check_languages(&plan.settings.filter.languages)?;
     plan.make_data_dir()?;
     let _lock = lock(&plan.data_dir)?;
     let base = plan.base_dir()?;
-    // A worker could only die of an address that it may not have, or for want of memory, again and again; here it is one
-    // clear line.
     let listen = plan.listen();
     gateway::allowed(listen, &plan.settings.gateway.api_keys)?;
     memory::check(&plan.settings, &base)?;

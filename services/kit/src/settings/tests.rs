@@ -41,11 +41,29 @@ fn a_value_out_of_range_or_of_another_type_is_refused_by_name() {
         ("train.rank=many", "train.rank"),
         ("train.ewc_lambda=100", "train.ewc_lambda"),
         ("base.threads=1000000", "base.threads"),
-        ("replay.strategy=fifo", "fifo"),
+        (
+            "replay.strategy=fifo",
+            "replay.strategy is \"fifo\"; it takes reservoir, importance, diversity or hybrid",
+        ),
+        ("base.device=tpu", "base.device is \"tpu\"; it takes auto, cpu, cuda or mps"),
+        ("telemetry.level=loud", "telemetry.level is \"loud\"; it takes error,"),
+        ("telemetry.level=a=b=c", "telemetry.level"),
         ("gateway.api_keys=short", "gateway.api_keys"),
     ] {
         let message = format!("{:#}", load("", &[flag]).expect_err(flag));
         assert!(message.contains(name), "{flag}: {message}");
+    }
+}
+
+#[test]
+fn every_word_that_is_named_is_taken() {
+    for (key, words) in limits::WORDS {
+        for word in words {
+            load("", &[&format!("{key}={word}")]).expect(word);
+        }
+    }
+    for level in ["error", "off", "INFO", "info,train=debug", "train=trace"] {
+        load("", &[&format!("telemetry.level={level}")]).expect(level);
     }
 }
 

@@ -45,7 +45,8 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         writeln!(out, "Date:      {}", date(&generation["published_ms"]))?;
         writeln!(out, "Documents: {}\n", of("documents"))?;
         let [steps, seconds] = ["steps", "seconds"].map(|name| plain(&report[name]));
-        let learning = format!("{learned}, {steps} steps, {seconds} s");
+        let trained = report["steps"].as_u64().is_some_and(|steps| steps > 0);
+        let learning = if trained { format!("{learned}, {steps} steps, {seconds} s") } else { learned };
         let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
         let lines = lines.chain(known_answers(&generation["known_answers"]));
         columns(&lines.collect::<Vec<_>>(), out)?;
@@ -269,6 +270,7 @@ mod tests {
             memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n    \
             answers         15 that repeat are known, from 1500 prompts\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
+        assert!(full.ends_with("learning  imported or merged, not trained here\n"), "{full}");
         assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, 6.500 to 0.500 nats a token"));
     }
 }

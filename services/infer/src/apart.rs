@@ -2,10 +2,11 @@
 
 use kit::blobs::Blobs;
 use kit::manifests::Registry;
-use model::ridge::{Counts, Rows, Whose};
+use model::ridge::{Rows, Whose};
 use proto::{Blob, Domain, GenerationId};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// What each lineage counted.
 pub type Counted = BTreeMap<Domain, Blob>;
@@ -19,15 +20,23 @@ pub fn counted(registry: &Registry, current: &BTreeMap<Domain, GenerationId>) ->
     current.iter().filter_map(counts).collect()
 }
 
+/// Solving has this part of the time at most: learning and answers have the rest.
+const SHARE: u32 = 10;
+
 /// The regression over what all current lineages counted, solved beside what goes on: that takes a good part of a second, and a
 /// prompt is not to wait for it. Until then the one before says what it can.
 #[derive(Debug, Default)]
 pub struct Apart {
-    /// What is current.
-    wanted: Mutex<Counted>,
-    /// Held by who solves, so that of many that are wanted one after another only the last need be solved.
-    solving: Mutex<()>,
+    wanted: Mutex<Wanted>,
     solved: Mutex<Solved>,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    /// What is current.
+    of: Counted,
+    /// Somebody solves until there is nothing to solve.
+    at_work: bool,
 }
 
 #[derive(Debug, Default)]
@@ -38,11 +47,56 @@ struct Solved {
 }
 
 impl Apart {
-    /// Notes what is current. True where something is to be solved.
-    pub fn follow(&self, counted: Counted) -> bool {
-        let new = lock(&self.solved).of != counted;
-        *lock(&self.wanted) = counted;
-        new
+    /// Notes what is current.
+    pub fn follow(&self, counted: Counted) {
+        lock(&self.wanted).of = counted;
+    }
+
+    /// Whether there is something to solve that nobody is at.
+    fn begin(&self) -> bool {
+        let mut wanted = lock(&self.wanted);
+        let begin = !wanted.at_work && lock(&self.solved).of != wanted.of;
+        wanted.at_work |= begin;
+        begin
+    }
+
+    /// Whether that which was begun is at its end.
+    fn end(&self, failed: bool) -> bool {
+        let mut wanted = lock(&self.wanted);
+        wanted.at_work = !failed && lock(&self.solved).of != wanted.of;
+        !wanted.at_work
+    }
+
+    /// Has solved what is wanted, unless that is done or somebody is at it.
+    pub fn catch_up(self: &Arc<Self>, blobs: &Arc<Blobs>) {
+        if !self.begin() {
+            return;
+        }
+        let (apart, blobs) = (Arc::clone(self), Arc::clone(blobs));
+        tokio::spawn(async move {
+            loop {
+                let started = Instant::now();
+                let (solving, files) = (Arc::clone(&apart), Arc::clone(&blobs));
+                let solved = tokio::task::spawn_blocking(move || solving.solve(&files)).await;
+                let failed = match solved.map_err(anyhow::Error::from).flatten() {
+                    Ok(()) => {
+                        tracing::debug!(seconds = started.elapsed().as_secs_f32(), "lineages are told apart");
+                        false
+                    }
+                    Err(error) => {
+                        tracing::warn!("prompts are told apart by their words alone: {error:#}");
+                        true
+                    }
+                };
+                if !failed {
+                    // What comes meanwhile waits for the end of the rest.
+                    tokio::time::sleep(started.elapsed() * (SHARE - 1)).await;
+                }
+                if apart.end(failed) {
+                    return;
+                }
+            }
+        });
     }
 
     /// Solves what is wanted, unless that is done by now.
@@ -50,13 +104,12 @@ impl Apart {
     /// # Errors
     /// When what was counted cannot be read; then nobody is told apart.
     pub fn solve(&self, blobs: &Blobs) -> anyhow::Result<()> {
-        let _alone = lock(&self.solving);
-        let of = lock(&self.wanted).clone();
+        let of = lock(&self.wanted).of.clone();
         if lock(&self.solved).of == of {
             return Ok(());
         }
         // One alone is told from nobody, and need not be read.
-        let read = of.values().filter(|_| of.len() > 1).map(|counts| Counts::from_bytes(&blobs.get(counts)?));
+        let read = of.values().filter(|_| of.len() > 1).map(|counts| blobs.get(counts));
         // Without a solution nothing stays of the one before, whose documents may have been forgotten.
         let (solved, end) = match Whose::solve(read) {
             Ok(whose) => (Solved { of, whose }, Ok(())),
@@ -91,7 +144,7 @@ mod tests {
     use super::*;
     use model::device::Placement;
     use model::llama::Base;
-    use model::ridge::{Features, Lesson};
+    use model::ridge::{Counts, Features, Lesson};
     use std::path::Path;
 
     /// What is counted of prompts with one answer.
@@ -120,18 +173,22 @@ mod tests {
         let (apart, rows) = (Apart::default(), features.of(&[&prompt(1, 9)]).expect("described"));
         let share =
             |apart: &Apart| apart.shares(&rows).expect("one row")[0].values().copied().collect::<Vec<_>>();
-        assert!(apart.follow(counted.clone()) && share(&apart).is_empty(), "not solved yet");
+        apart.follow(counted.clone());
+        assert!(share(&apart).is_empty() && apart.begin() && !apart.begin(), "one at a time");
         apart.solve(&blobs).expect("solved");
-        assert!(!apart.follow(counted.clone()), "nothing is new");
+        assert!(apart.end(false) && !apart.begin(), "nothing is new");
         assert!(matches!(share(&apart)[..], [cooking, travel] if cooking < 0.1 && travel > 0.9));
 
         let one: Counted = counted.clone().into_iter().take(1).collect();
-        assert!(apart.follow(one) && apart.solve(&blobs).is_ok());
-        assert!(share(&apart).is_empty(), "one alone");
-        assert!(apart.follow(counted.clone()) && apart.solve(&blobs).is_ok());
+        apart.follow(one);
+        assert!(apart.begin() && apart.solve(&blobs).is_ok());
+        apart.follow(counted.clone());
+        assert!(share(&apart).is_empty() && !apart.end(false), "one alone; and another came meanwhile");
+        assert!(apart.solve(&blobs).is_ok() && apart.end(false));
         let mut damaged = counted;
         damaged.values_mut().for_each(|blob| *blob = Blob("0".repeat(64)));
-        assert!(apart.follow(damaged) && apart.solve(&blobs).is_err());
+        apart.follow(damaged);
+        assert!(apart.begin() && apart.solve(&blobs).is_err() && apart.end(true));
         assert!(share(&apart).is_empty(), "nothing stays of what may have been forgotten");
     }
 }

@@ -35,7 +35,7 @@ use proto::{
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Events that wait for a slow reader before its request pauses.
 const EVENTS_MAX: usize = 64;
@@ -153,26 +153,11 @@ impl Infer {
         let keep: BTreeSet<GenerationId> = current.values().cloned().collect();
         self.loaded.retain(|id| keep.contains(id));
         self.engine.run(move |engine| engine.keep(&keep)).await?;
-        self.tell_apart(&current);
+        self.apart.follow(counted(&self.registry, &current));
+        self.apart.catch_up(&self.blobs);
         self.current = current;
         self.counting = counting;
         Ok(())
-    }
-
-    /// Has those told apart that are current now; prompts do not wait for it.
-    fn tell_apart(&self, current: &BTreeMap<Domain, GenerationId>) {
-        if self.apart.follow(counted(&self.registry, current)) {
-            let (apart, blobs) = (Arc::clone(&self.apart), Arc::clone(&self.blobs));
-            tokio::task::spawn_blocking(move || {
-                let started = Instant::now();
-                match apart.solve(&blobs) {
-                    Ok(()) => {
-                        tracing::debug!(seconds = started.elapsed().as_secs_f32(), "lineages are told apart")
-                    }
-                    Err(error) => tracing::warn!("prompts are told apart by their words alone: {error:#}"),
-                }
-            });
-        }
     }
 
     /// Has the engine load a generation: verified by hash, of this base, finite, with an effect.

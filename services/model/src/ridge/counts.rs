@@ -137,9 +137,9 @@ impl Counts {
         Ok(true)
     }
 
-    /// The products [FEATURES, FEATURES], and the sums [1 + answers, FEATURES], both i32.
-    pub(super) fn into_sums(self) -> (Tensor, Tensor) {
-        (self.products, self.sums)
+    /// The lower half of the products.
+    fn half(&self) -> Result<Tensor> {
+        Ok(self.products.f_view([-1])?.f_index_select(0, &lower(FEATURES)?)?)
     }
 
     /// The sums with a row for every answer that is known.
@@ -253,8 +253,7 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let products = self.products.f_view([-1])?.f_index_select(0, &lower(FEATURES)?)?;
-        let tensors = [("products".to_owned(), products), ("sums".to_owned(), self.sums.shallow_clone())];
+        let tensors = [("products".to_owned(), self.half()?), ("sums".to_owned(), self.sums.shallow_clone())];
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&self.known)?)
     }
 
@@ -263,6 +262,27 @@ impl Counts {
     /// # Errors
     /// When it is something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let Parts { half, sums, known } = Parts::read(bytes)?;
+        let features = sums.size().last().copied().unwrap_or(0);
+        let products = whole(&half, features)?;
+        let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
+        let sums = widened(sums)?;
+        ensure!(products.size() == [FEATURES, FEATURES], "what was counted describes prompts in another way");
+        Ok(Self { products, sums, known })
+    }
+}
+
+/// What [`Counts::to_bytes`] wrote, as it stands there.
+struct Parts {
+    /// The lower half of the products, i32, row after row.
+    half: Tensor,
+    /// i32 [1 + answers, features].
+    sums: Tensor,
+    known: Known,
+}
+
+impl Parts {
+    fn read(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
         let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
         let mut take = |name: &str| {
@@ -278,14 +298,45 @@ impl Counts {
                 && sums.size() == [1 + known.answers.len() as i64, features],
             "the parts of what was counted do not belong together"
         );
-        let zeros = Tensor::f_zeros([features * features], (Kind::Int, tch::Device::Cpu))?;
-        let half = zeros.f_index_copy(0, &lower(features)?, &half)?.f_view([features, features])?;
-        let products = half.f_add(&half.f_tril(-1)?.f_tr()?)?;
-        let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
-        let sums = widened(sums)?;
-        ensure!(products.size() == [FEATURES, FEATURES], "what was counted describes prompts in another way");
-        Ok(Self { products, sums, known })
+        Ok(Self { half, sums, known })
     }
+}
+
+/// Sums of what several counted.
+pub(super) struct Total {
+    /// The lower half of the products, f64.
+    half: Tensor,
+}
+
+impl Total {
+    pub fn new() -> Result<Self> {
+        let numbers = FEATURES * (FEATURES + 1) / 2;
+        Ok(Self { half: Tensor::f_zeros([numbers], (Kind::Double, tch::Device::Cpu))? })
+    }
+
+    /// Adds the products of what [`Counts::to_bytes`] wrote, and gives its sums, i32 [1 + answers, FEATURES]. Nothing is unfolded, which
+    /// would take most of the time.
+    pub fn add(&mut self, bytes: &[u8]) -> Result<Tensor> {
+        let Parts { mut half, mut sums, .. } = Parts::read(bytes)?;
+        if half.size() != self.half.size() {
+            let earlier = Counts::from_bytes(bytes)?;
+            (half, sums) = (earlier.half()?, earlier.sums);
+        }
+        let _ = self.half.f_add_(&half)?;
+        Ok(sums)
+    }
+
+    /// All products, f64 [FEATURES, FEATURES].
+    pub fn products(&self) -> Result<Tensor> {
+        whole(&self.half, FEATURES)
+    }
+}
+
+/// A symmetric matrix of which one half was kept.
+fn whole(half: &Tensor, features: i64) -> Result<Tensor> {
+    let zeros = Tensor::f_zeros([features * features], (half.f_kind()?, tch::Device::Cpu))?;
+    let half = zeros.f_index_copy(0, &lower(features)?, half)?.f_view([features, features])?;
+    Ok(half.f_add(&half.f_tril(-1)?.f_tr()?)?)
 }
 
 impl Answer {

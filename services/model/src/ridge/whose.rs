@@ -5,9 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
-use super::counts::ridge;
+use super::counts::{Total, ridge};
 use super::head::SHARPNESS;
-use super::{Counts, FEATURES};
 
 /// One regression over the prompts of all.
 ///
@@ -23,17 +22,16 @@ pub struct Whose {
 }
 
 impl Whose {
-    /// Of the `counts` of each, `W = (P + r I)^-1 S` with the sum of their products and all of their sums; of less than two, which
-    /// need not be told apart, none.
+    /// Of the counts of each, as [`super::Counts::to_bytes`] writes them, `W = (P + r I)^-1 S` with the sum of their products and all
+    /// of their sums; of less than two, which need not be told apart, none.
     ///
     /// # Errors
-    /// Those of `counts`, or when none has a feature.
-    pub fn solve(counts: impl Iterator<Item = Result<Counts>>) -> Result<Option<Self>> {
-        let mut system = Tensor::f_zeros([FEATURES, FEATURES], (Kind::Double, tch::Device::Cpu))?;
+    /// Those of `counts`, or when one is something else, or none has a feature.
+    pub fn solve(counts: impl Iterator<Item = Result<Vec<u8>>>) -> Result<Option<Self>> {
+        let mut total = Total::new()?;
         let (mut sums, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
         for counts in counts {
-            let (products, of_answers) = counts?.into_sums();
-            let _ = system.f_add_(&products)?;
+            let of_answers = total.add(&counts?)?;
             let begin = end;
             end += of_answers.size()[0];
             rows.push(begin..end);
@@ -42,7 +40,7 @@ impl Whose {
         if rows.len() < 2 {
             return Ok(None);
         }
-        let factor = ridge(system, None)?;
+        let factor = ridge(total.products()?, None)?;
         let weights = Tensor::f_cat(&sums, 0)?.f_tr()?.f_cholesky_solve(&factor, false)?;
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
         ensure!(crate::weights::is_finite(&weights)?, "the regression on whose prompts are is not finite");
@@ -67,12 +65,12 @@ impl Whose {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Features, Lesson};
+    use super::super::{Counts, Features, Lesson};
     use super::*;
     use crate::golden;
 
     /// What one counts of prompts of two kinds, each with an answer of its own.
-    fn counts(features: &Features, kinds: [u32; 2]) -> Counts {
+    fn counts(features: &Features, kinds: [u32; 2]) -> Vec<u8> {
         let prompts: Vec<Vec<u32>> = (0..20).map(|n| prompt(kinds[n % 2], n as u32)).collect();
         let rows = features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
         let answers = kinds.map(|kind| [kind, 0]);
@@ -84,7 +82,7 @@ mod tests {
         let lessons: Vec<_> = prompts.iter().enumerate().map(lesson).collect();
         let mut counts = Counts::new().unwrap();
         assert!(counts.add(&rows, &lessons).unwrap());
-        counts
+        counts.to_bytes().unwrap()
     }
 
     /// A prompt of a kind.
@@ -111,6 +109,9 @@ mod tests {
         let features = Features::new(&golden::base("llama"), None).unwrap();
         assert!(Whose::solve(std::iter::once(Ok(counts(&features, [0, 1])))).unwrap().is_none());
         assert!(Whose::solve(std::iter::empty()).unwrap().is_none());
-        assert!(Whose::solve((0..2).map(|_| Counts::new())).is_err(), "no prompt has any feature");
+        assert!(
+            Whose::solve((0..2).map(|_| Counts::new()?.to_bytes())).is_err(),
+            "no prompt has any feature"
+        );
     }
 }

@@ -53,9 +53,8 @@ impl Panel {
     pub fn follow(&mut self, system: &System) -> Result<()> {
         self.served = system.served()?;
         let (plant, current) = (system.plant(), system.current());
-        if self.apart.follow(infer::counted(&plant.registry, &current)) {
-            self.apart.solve(&plant.blobs)?;
-        }
+        self.apart.follow(infer::counted(&plant.registry, &current));
+        self.apart.solve(&plant.blobs)?;
         self.profiles.follow(&plant.registry, &plant.ledger, &current)
     }
 

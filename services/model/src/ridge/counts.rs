@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::features::widened;
+use super::features::{WAY, as_now, widened};
 use super::trial::{Mean, Tried};
 use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
 use crate::weights;
@@ -60,6 +60,9 @@ struct Known {
     /// The document from which on all were counted; none where that is not known.
     #[serde(default)]
     since: Option<u64>,
+    /// In what way prompts are described.
+    #[serde(default)]
+    way: u32,
 }
 
 impl Counts {
@@ -69,7 +72,8 @@ impl Counts {
     /// Only those of libtorch.
     pub fn new() -> Result<Self> {
         let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Int, tch::Device::Cpu));
-        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known: Known::default() })
+        let known = Known { way: WAY, ..Known::default() };
+        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known })
     }
 
     /// Whether an answer of this text is known.
@@ -262,12 +266,16 @@ impl Counts {
     /// # Errors
     /// When it is something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let Parts { half, sums, known } = Parts::read(bytes)?;
+        let Parts { half, sums, mut known } = Parts::read(bytes)?;
         let features = sums.size().last().copied().unwrap_or(0);
         let products = whole(&half, features)?;
         let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
         let sums = widened(sums)?;
         ensure!(products.size() == [FEATURES, FEATURES], "what was counted describes prompts in another way");
+        for numbers in [&products, &products.f_tr()?, &sums] {
+            as_now(numbers, known.way)?;
+        }
+        known.way = WAY;
         Ok(Self { products, sums, known })
     }
 }
@@ -317,8 +325,8 @@ impl Total {
     /// Adds the products of what [`Counts::to_bytes`] wrote, and gives its sums, i32 [1 + answers, FEATURES]. Nothing is unfolded, which
     /// would take most of the time.
     pub fn add(&mut self, bytes: &[u8]) -> Result<Tensor> {
-        let Parts { mut half, mut sums, .. } = Parts::read(bytes)?;
-        if half.size() != self.half.size() {
+        let Parts { mut half, mut sums, known } = Parts::read(bytes)?;
+        if half.size() != self.half.size() || known.way != WAY {
             let earlier = Counts::from_bytes(bytes)?;
             (half, sums) = (earlier.half()?, earlier.sums);
         }

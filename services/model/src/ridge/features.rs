@@ -189,6 +189,17 @@ pub(super) fn widened(rows: Tensor) -> Result<Tensor> {
     Ok(rows.f_constant_pad_nd([0, WORDS])?)
 }
 
+/// In what way prompts are described. In way 0 the last part was of the prompt's own last token, with nothing after it.
+pub(super) const WAY: u32 = 1;
+
+/// Takes out of numbers of an earlier `way`, [.., FEATURES], what was described otherwise: as if nothing had been there.
+pub(super) fn as_now(numbers: &Tensor, way: u32) -> Result<()> {
+    if way < WAY {
+        let _ = numbers.f_narrow(-1, (PARTS - 1) * PART, PART)?.f_zero_()?;
+    }
+    Ok(())
+}
+
 /// The last tokens of a prompt.
 fn tail(prompt: &[u32], most: usize) -> &[u32] {
     &prompt[prompt.len().saturating_sub(most)..]

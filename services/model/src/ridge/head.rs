@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::features::widened;
+use super::features::{WAY, as_now, widened};
 use super::prior::Path;
 use super::{Answer, FEATURES, Prior};
 use crate::weights;
@@ -37,6 +37,9 @@ struct Beside {
     trusted: bool,
     #[serde(default)]
     usual: Option<f64>,
+    /// In what way prompts are described.
+    #[serde(default)]
+    way: u32,
 }
 
 impl Head {
@@ -61,7 +64,8 @@ impl Head {
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let tensors = [("weights".to_owned(), self.weights.shallow_clone())];
-        let beside = Beside { answers: self.answers.clone(), trusted: self.trusted, usual: self.usual };
+        let (answers, trusted, usual) = (self.answers.clone(), self.trusted, self.usual);
+        let beside = Beside { answers, trusted, usual, way: WAY };
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&beside)?)
     }
 
@@ -72,9 +76,10 @@ impl Head {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, beside) = weights::from_bytes(bytes, METADATA)?;
         let beside = serde_json::from_str(&beside).context("known answers are not readable")?;
-        let Beside { answers, trusted, usual } = beside;
+        let Beside { answers, trusted, usual, way } = beside;
         let weights = tensors.remove("weights").context("the weights of known answers are missing")?;
         let weights = widened(weights)?;
+        as_now(&weights, way)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
         Self::new(answers, weights, trusted, usual)
     }

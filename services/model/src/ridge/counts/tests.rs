@@ -221,6 +221,26 @@ fn what_an_earlier_version_counted_counts_as_prompts_without_words() {
 }
 
 #[test]
+fn what_was_counted_of_a_prompts_own_last_token_is_left_out() {
+    let prompts = prompts();
+    let lessons = lessons(&prompts);
+    let features = Features::new(&golden::base("llama"), None).unwrap();
+    let (mut earlier, mut without) = (Counts::new().unwrap(), Counts::new().unwrap());
+    let described = rows(&features, &lessons);
+    assert!(earlier.add(&described, &lessons).unwrap());
+    earlier.known.way = 0;
+    let _ = described.narrow(1, 1600, 400).zero_();
+    assert!(without.add(&described, &lessons).unwrap());
+    let bytes = earlier.to_bytes().unwrap();
+    assert_eq!(Counts::from_bytes(&bytes).unwrap().to_bytes().unwrap(), without.to_bytes().unwrap());
+    let mut total = Total::new().unwrap();
+    let sums = total.add(&bytes).unwrap();
+    assert!(
+        sums.equal(&without.sums) && total.products().unwrap().to_kind(Kind::Int).equal(&without.products)
+    );
+}
+
+#[test]
 fn an_answer_has_the_form_that_belongs_where_a_prompt_ends() {
     let mut answer = Answer { text: "yes".into(), forms: Vec::new() };
     for (tokens, last) in [(&[4, 0][..], 9), (&[4, 0], 9), (&[7, 4, 0], 1)] {

@@ -2,6 +2,7 @@
 
 use kit::blobs::Blobs;
 use kit::manifests::Registry;
+use model::device::helpers;
 use model::ridge::{Rows, Whose};
 use proto::{Blob, Domain, GenerationId};
 use std::collections::BTreeMap;
@@ -11,11 +12,13 @@ use std::time::Instant;
 /// What each lineage counted.
 pub type Counted = BTreeMap<Domain, Blob>;
 
-/// What of the current generations is to be told apart: not those whose answers prompts do not tell.
+/// What of the current generations is to be told apart: not those whose answers prompts do not tell, and not a lineage without a
+/// document of its own, such as a merge, which no prompt is routed to.
 pub fn counted(registry: &Registry, current: &BTreeMap<Domain, GenerationId>) -> Counted {
     let counts = |(domain, id): (&Domain, &GenerationId)| {
         let head = registry.generation(id)?.answer_head.clone().filter(|head| head.trusted)?;
-        Some((domain.clone(), head.counts))
+        let taught = registry.ancestors(Some(id.clone())).iter().any(|generation| generation.documents > 0);
+        taught.then(|| (domain.clone(), head.counts))
     };
     current.iter().filter_map(counts).collect()
 }
@@ -35,6 +38,8 @@ pub struct Apart {
 struct Wanted {
     /// What is current.
     of: Counted,
+    /// How often documents were forgotten.
+    forgotten: u64,
     /// Somebody solves until there is nothing to solve.
     at_work: bool,
 }
@@ -47,9 +52,13 @@ struct Solved {
 }
 
 impl Apart {
-    /// Notes what is current.
-    pub fn follow(&self, counted: Counted) {
-        lock(&self.wanted).of = counted;
+    /// Notes what is current, when documents were `forgotten` so many times: of what was solved with them nothing stays.
+    pub fn follow(&self, counted: Counted, forgotten: u64) {
+        let mut wanted = lock(&self.wanted);
+        if wanted.forgotten != forgotten {
+            *lock(&self.solved) = Solved::default();
+        }
+        (wanted.of, wanted.forgotten) = (counted, forgotten);
     }
 
     /// Whether there is something to solve that nobody is at.
@@ -60,10 +69,10 @@ impl Apart {
         begin
     }
 
-    /// Whether that which was begun is at its end.
-    fn end(&self, failed: bool) -> bool {
+    /// Whether that which was begun is at its end: what was `tried` is still what is wanted. Where it failed it is not tried again.
+    fn end(&self, tried: &Counted) -> bool {
         let mut wanted = lock(&self.wanted);
-        wanted.at_work = !failed && lock(&self.solved).of != wanted.of;
+        wanted.at_work = wanted.of != *tried;
         !wanted.at_work
     }
 
@@ -78,47 +87,47 @@ impl Apart {
                 let started = Instant::now();
                 let (solving, files) = (Arc::clone(&apart), Arc::clone(&blobs));
                 let solved = tokio::task::spawn_blocking(move || solving.solve(&files)).await;
-                let failed = match solved.map_err(anyhow::Error::from).flatten() {
-                    Ok(()) => {
-                        tracing::debug!(seconds = started.elapsed().as_secs_f32(), "lineages are told apart");
-                        false
-                    }
-                    Err(error) => {
-                        tracing::warn!("prompts are told apart by their words alone: {error:#}");
-                        true
-                    }
-                };
-                if !failed {
-                    // What comes meanwhile waits for the end of the rest.
-                    tokio::time::sleep(started.elapsed() * (SHARE - 1)).await;
+                let Ok((tried, solved)) = solved else { return };
+                let seconds = started.elapsed().as_secs_f32();
+                match solved {
+                    Ok(()) => tracing::debug!(seconds, "lineages are told apart"),
+                    Err(error) => tracing::warn!("prompts are told apart by their words alone: {error:#}"),
                 }
-                if apart.end(failed) {
+                // What comes meanwhile waits for the end of the rest.
+                tokio::time::sleep(started.elapsed() * (SHARE - 1)).await;
+                if apart.end(&tried) {
                     return;
                 }
             }
         });
     }
 
-    /// Solves what is wanted, unless that is done by now.
-    ///
-    /// # Errors
-    /// When what was counted cannot be read; then nobody is told apart.
-    pub fn solve(&self, blobs: &Blobs) -> anyhow::Result<()> {
-        let of = lock(&self.wanted).of.clone();
+    /// Solves what is wanted, unless that is done by now; says what that was, and whether it went well. What was counted may not be
+    /// there to be read; then nobody is told apart.
+    pub fn solve(&self, blobs: &Blobs) -> (Counted, anyhow::Result<()>) {
+        // Threads of this one would be in the way of those that answer and learn.
+        let _helpers = helpers();
+        let (of, forgotten) = {
+            let wanted = lock(&self.wanted);
+            (wanted.of.clone(), wanted.forgotten)
+        };
         if lock(&self.solved).of == of {
-            return Ok(());
+            return (of, Ok(()));
         }
         // One alone is told from nobody, and need not be read.
         let read = of.values().filter(|_| of.len() > 1).map(|counts| blobs.get(counts));
-        // Without a solution nothing stays of the one before, whose documents may have been forgotten.
+        // Without a solution nothing stays of the one before.
         let (solved, end) = match Whose::solve(read) {
-            Ok(whose) => (Solved { of, whose }, Ok(())),
+            Ok(whose) => (Solved { of: of.clone(), whose }, Ok(())),
             Err(error) => (Solved::default(), Err(error)),
         };
+        let wanted = lock(&self.wanted);
+        // What was forgotten meanwhile may be in it.
+        let solved = if wanted.forgotten == forgotten { solved } else { Solved::default() };
         let told_apart = if solved.whose.is_some() { solved.of.len() } else { 0 };
         metrics::gauge!("engram:lineages_told_apart").set(told_apart as f64);
         *lock(&self.solved) = solved;
-        end
+        (of, end)
     }
 
     /// For each prompt, which a row describes, how likely it is of each lineage, of those that are told apart.
@@ -173,22 +182,38 @@ mod tests {
         let (apart, rows) = (Apart::default(), features.of(&[&prompt(1, 9)]).expect("described"));
         let share =
             |apart: &Apart| apart.shares(&rows).expect("one row")[0].values().copied().collect::<Vec<_>>();
-        apart.follow(counted.clone());
+        apart.follow(counted.clone(), 0);
         assert!(share(&apart).is_empty() && apart.begin() && !apart.begin(), "one at a time");
-        apart.solve(&blobs).expect("solved");
-        assert!(apart.end(false) && !apart.begin(), "nothing is new");
+        let solve = |apart: &Apart| {
+            let (tried, end) = apart.solve(&blobs);
+            end.map(|()| tried)
+        };
+        let tried = solve(&apart).expect("solved");
+        assert!(apart.end(&tried) && !apart.begin(), "nothing is new");
         assert!(matches!(share(&apart)[..], [cooking, travel] if cooking < 0.1 && travel > 0.9));
 
         let one: Counted = counted.clone().into_iter().take(1).collect();
-        apart.follow(one);
-        assert!(apart.begin() && apart.solve(&blobs).is_ok());
-        apart.follow(counted.clone());
-        assert!(share(&apart).is_empty() && !apart.end(false), "one alone; and another came meanwhile");
-        assert!(apart.solve(&blobs).is_ok() && apart.end(false));
-        let mut damaged = counted;
+        apart.follow(one, 0);
+        assert!(apart.begin());
+        let tried = solve(&apart).expect("solved");
+        assert!(share(&apart).is_empty(), "one alone");
+        apart.follow(counted.clone(), 0);
+        assert!(!apart.end(&tried), "another came meanwhile");
+        let tried = solve(&apart).expect("solved");
+        assert!(apart.end(&tried) && share(&apart).len() == 2);
+        apart.follow(counted.clone(), 1);
+        assert!(share(&apart).is_empty(), "something was forgotten");
+        assert!(
+            apart.begin() && solve(&apart).is_ok_and(|tried| apart.end(&tried)) && share(&apart).len() == 2
+        );
+
+        let mut damaged = counted.clone();
         damaged.values_mut().for_each(|blob| *blob = Blob("0".repeat(64)));
-        apart.follow(damaged);
-        assert!(apart.begin() && apart.solve(&blobs).is_err() && apart.end(true));
-        assert!(share(&apart).is_empty(), "nothing stays of what may have been forgotten");
+        apart.follow(damaged, 1);
+        assert!(apart.begin());
+        let (tried, end) = apart.solve(&blobs);
+        assert!(end.is_err() && share(&apart).is_empty());
+        apart.follow(counted, 1);
+        assert!(!apart.end(&tried), "what came while it failed is solved");
     }
 }

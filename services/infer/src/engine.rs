@@ -3,6 +3,7 @@
 
 mod embed;
 
+use crate::apart::Apart;
 use crate::guide::Guide;
 use crate::{Full, Language};
 use anyhow::Context;
@@ -16,7 +17,7 @@ use model::lora::Adapter;
 use model::ridge::{Features, Head, Prior, Rows};
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
-use proto::{FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
+use proto::{Domain, FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
@@ -62,6 +63,8 @@ pub struct Looks {
     pub features: Rows,
     /// How much it is of the kind of each generation's prompts: see [`Head::kinship`].
     pub kinship: BTreeMap<GenerationId, f64>,
+    /// How likely it is of each lineage of those that are told apart: see [`Apart::shares`].
+    pub shares: BTreeMap<Domain, f64>,
 }
 
 /// One of a request's answers, before it is begun.
@@ -145,20 +148,23 @@ impl Engine {
         Ok(())
     }
 
-    /// What a prompt looks like to the base, and to generations that count prompts; none where none does.
+    /// What a prompt looks like to the base, to generations that count prompts, and to what tells lineages apart; none where nobody
+    /// counts.
     ///
     /// # Errors
     /// When the base's states are not finite.
-    pub fn looks(&self, prompt: &[u32]) -> anyhow::Result<Option<Looks>> {
-        let telling = self.heads.values().any(Head::tells_kinship);
-        let Some(describe) = self.features.as_ref().filter(|_| telling) else { return Ok(None) };
+    pub fn looks(&self, prompt: &[u32], apart: &Apart) -> anyhow::Result<Option<Looks>> {
+        let Some(describe) = self.features.as_ref().filter(|_| !self.heads.is_empty()) else {
+            return Ok(None);
+        };
         let features = describe.of(&[prompt])?;
         let mut kinship = BTreeMap::new();
         for (id, head) in &self.heads {
             let of_head = head.kinship(&features)?.and_then(|mut row| row.pop());
             kinship.extend(of_head.map(|kinship| (id.clone(), kinship)));
         }
-        Ok(Some(Looks { features, kinship }))
+        let shares = apart.shares(&features)?.pop().unwrap_or_default();
+        Ok(Some(Looks { features, kinship, shares }))
     }
 
     /// Drops all other generations, with all that was read with them. Running requests keep what they started with,

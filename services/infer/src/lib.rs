@@ -153,7 +153,7 @@ impl Infer {
         let keep: BTreeSet<GenerationId> = current.values().cloned().collect();
         self.loaded.retain(|id| keep.contains(id));
         self.engine.run(move |engine| engine.keep(&keep)).await?;
-        self.apart.follow(counted(&self.registry, &current));
+        self.apart.follow(counted(&self.registry, &current), self.ledger.forgotten());
         self.apart.catch_up(&self.blobs);
         self.current = current;
         self.counting = counting;
@@ -195,10 +195,10 @@ impl Infer {
         if !matches!(ask.adapters, Adapters::Auto) || !self.counting {
             return Ok(None);
         }
-        let (tokens, n) = (tokens.to_vec(), ask.n);
+        let (tokens, n, apart) = (tokens.to_vec(), ask.n, Arc::clone(&self.apart));
         let look = move |engine: &mut Engine| {
             // Who will be turned away costs the others nothing.
-            if engine.has_room(n, open_max) { engine.looks(&tokens) } else { Ok(None) }
+            if engine.has_room(n, open_max) { engine.looks(&tokens, &apart) } else { Ok(None) }
         };
         let looks = self.engine.run(look).await?;
         // Whoever answers it will say what is wrong with it.
@@ -230,12 +230,8 @@ impl Infer {
     /// What the base makes of a prompt, by lineage.
     fn by_base(&self, looks: &Looks) -> ByBase {
         let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *looks.kinship.get(id)?));
-        let shares = self.apart.shares(&looks.features);
-        let shares = shares.inspect_err(|error| tracing::warn!("prompts are not told apart: {error:#}"));
-        ByBase {
-            kinship: self.current.iter().filter_map(of).collect(),
-            shares: shares.unwrap_or_default().pop().unwrap_or_default(),
-        }
+        let kinship = self.current.iter().filter_map(of).collect();
+        ByBase { kinship, shares: looks.shares.clone() }
     }
 
     /// The generation that a part of `model` names; none for a lineage that only has the base yet.

@@ -134,12 +134,16 @@ impl fmt::Display for Placement {
 }
 
 impl DeviceChoice {
-    /// Refuses one that this machine or this libtorch does not have, without starting to use it.
+    /// Refuses one that is asked for by name and that this machine or this libtorch does not have.
     ///
     /// # Errors
     /// Says what is missing.
     pub fn check(self) -> Result<()> {
-        resolve_device(self).map(drop)
+        match self {
+            // There is always one, and nothing has to be loaded to know that.
+            Self::Auto | Self::Cpu => Ok(()),
+            Self::Cuda | Self::Mps => resolve_device(self).map(drop),
+        }
     }
 }
 

@@ -139,7 +139,7 @@ impl checkpoint::Peft for Text {
                 return Ok(None);
             }
         }
-        // There is no base here to say what it would say itself: until the next batch `auto` goes by tokens alone.
+        // There is no base here to say what it would say itself: until the next batch no prompt is told from what it would say.
         let head = sum.solve(None, &Anchors::none()?)?;
         Ok(Some(AnswerFiles {
             counts: sum.to_bytes()?,

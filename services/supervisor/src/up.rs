@@ -62,6 +62,7 @@ pub fn plan(args: &Args) -> Result<Plan> {
     let mut flags = args.set.clone();
     flags.extend(args.listen.as_ref().map(|listen| format!("gateway.listen={listen}")));
     let settings = Settings::load(args.config.as_deref(), &flags)?;
+    filter::check_languages(&settings.filter.languages)?;
     let data_dir = match &args.data {
         Some(dir) => dir.clone(),
         None => base::data_dir()?,
@@ -111,10 +112,9 @@ pub fn placement(settings: &Settings) -> Result<Placement> {
 /// Serves until a signal ends it.
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let plan = plan(args)?;
-    // A worker could only die, again and again, of a device or an address that it may not have, or for want of memory; here it
-    // is one clear line.
+    // A worker could only die, again and again, of a device that is not there, an address that it may not have, or for want of
+    // memory; here each is one clear line.
     plan.settings.base.device.parse::<DeviceChoice>()?.check()?;
-    filter::check_languages(&plan.settings.filter.languages)?;
     plan.make_data_dir()?;
     let _lock = lock(&plan.data_dir)?;
     let base = plan.base_dir()?;

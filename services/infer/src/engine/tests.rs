@@ -331,7 +331,7 @@ async fn what_is_known_of_answers_that_repeat_is_said_and_goes_with_its_generati
     assert!(texts(by_adapter).all(|text| text != "\nbook_flight"));
     let kinship = |engine: &Engine, prompt: &str| {
         let prompt = engine.language.tokenizer.encode(prompt).expect("encoded");
-        engine.looks(&prompt).expect("described").map(|looks| looks.kinship[&id])
+        engine.looks(&prompt, &Apart::default()).expect("described").map(|looks| looks.kinship[&id])
     };
     let [own, foreign] =
         ["a flight to lisbon please", "# Copyright 2007 by the authors"].map(|p| kinship(&engine, p));

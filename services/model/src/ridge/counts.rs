@@ -271,7 +271,10 @@ impl Counts {
         let products = whole(&half, features)?;
         let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
         let sums = widened(sums)?;
-        ensure!(products.size() == [FEATURES, FEATURES], "what was counted describes prompts in another way");
+        ensure!(
+            products.size() == [FEATURES, FEATURES] && known.way <= WAY,
+            "what was counted describes prompts in another way"
+        );
         for numbers in [&products, &products.f_tr()?, &sums] {
             as_now(numbers, known.way)?;
         }

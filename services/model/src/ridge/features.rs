@@ -11,8 +11,8 @@ use tch::{Kind, Tensor};
 use crate::llama::{Base, Input};
 use crate::tokenizer::Tokenizer;
 
-/// Places of the base that a prompt is looked at: the mean of its states as they enter four blocks, and the last token's
-/// state after all, which is that of [`END`].
+/// Places of the base that a prompt and the [`END`] after it are looked at: the mean of their states as they enter four blocks, and
+/// the last token's state after all.
 pub(super) const PARTS: i64 = 5;
 /// Numbers that are taken of each.
 pub(super) const PART: i64 = 400;
@@ -49,7 +49,7 @@ pub struct Features {
     /// Knows white space, at the end of a prompt, in place of which [`END`] is put: a chat may put a line break there where a
     /// completion has none, and the prompt is the same.
     tokenizer: Option<Arc<Tokenizer>>,
-    /// The tokens of [`END`]; none without a tokenizer.
+    /// The tokens of [`END`]; none without a tokenizer, or with one that has no line break.
     end: Vec<u32>,
     /// Of each part, [hidden_size, PART], in lengths of a hidden state.
     signs: Vec<Tensor>,
@@ -59,7 +59,7 @@ impl Features {
     /// Of prompts to `base`.
     ///
     /// # Errors
-    /// Those of libtorch, or of a tokenizer that has no line break.
+    /// Those of libtorch and the tokenizer.
     pub fn new(base: &Base, tokenizer: Option<Arc<Tokenizer>>) -> Result<Self> {
         let hidden = base.config().hidden_size;
         let signs = (0..PARTS as u64).map(|part| signs(hidden, part)).collect::<Result<_>>()?;
@@ -189,7 +189,8 @@ pub(super) fn widened(rows: Tensor) -> Result<Tensor> {
     Ok(rows.f_constant_pad_nd([0, WORDS])?)
 }
 
-/// In what way prompts are described. In way 0 the last part was of the prompt's own last token, with nothing after it.
+/// In what way prompts are described. In way 0 nothing stood after a prompt: the last part was of its own last token, and means were
+/// of a token less, which is much the same.
 pub(super) const WAY: u32 = 1;
 
 /// Takes out of numbers of an earlier `way`, [.., FEATURES], what was described otherwise: as if nothing had been there.

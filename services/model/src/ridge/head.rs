@@ -79,6 +79,7 @@ impl Head {
         let Beside { answers, trusted, usual, way } = beside;
         let weights = tensors.remove("weights").context("the weights of known answers are missing")?;
         let weights = widened(weights)?;
+        ensure!(way <= WAY, "the weights of known answers describe prompts in another way");
         as_now(&weights, way)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
         Self::new(answers, weights, trusted, usual)

@@ -28,55 +28,59 @@ impl Whose {
     /// # Errors
     /// Those of `counts`, or when one is something else, or none has a feature.
     pub fn solve(counts: impl Iterator<Item = Result<Vec<u8>>>) -> Result<Option<Self>> {
+        let mut counts = counts.peekable();
+        let Some(first) = counts.next().filter(|_| counts.peek().is_some()) else { return Ok(None) };
         let mut total = Total::new()?;
         let (mut sums, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
-        for counts in counts {
+        for counts in std::iter::once(first).chain(counts) {
             let of_answers = total.add(&counts?)?;
             let begin = end;
             end += of_answers.size()[0];
             rows.push(begin..end);
             sums.push(of_answers.f_to_kind(Kind::Double)?);
         }
-        if rows.len() < 2 {
-            return Ok(None);
-        }
         let factor = ridge(total.products()?, None)?;
+        drop(total);
         let weights = Tensor::f_cat(&sums, 0)?.f_tr()?.f_cholesky_solve(&factor, false)?;
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
         ensure!(crate::weights::is_finite(&weights)?, "the regression on whose prompts are is not finite");
         Ok(Some(Self { weights, rows }))
     }
 
-    /// For each row of features the probability of each, in the order in which they were given: that of all of its answers.
+    /// For each row of features how likely it is of each, in the order in which they were given; they sum to 1. An answer says
+    /// `exp(20 y) - 1` for its own, so that one which has nothing to do with a prompt says nothing, however many of them there are.
     ///
     /// # Errors
     /// When features are not what it takes.
     pub fn shares(&self, features: &Tensor) -> Result<Vec<Vec<f64>>> {
-        let y = features.f_linear(&self.weights, None::<&Tensor>)?.f_mul_scalar(SHARPNESS)?;
-        let likely = y.f_softmax(-1, Kind::Double)?;
+        let y = features.f_linear(&self.weights, None::<&Tensor>)?.f_to_kind(Kind::Double)?;
+        let said = y.f_mul_scalar(SHARPNESS)?.f_expm1()?.f_clamp_min(0.0)?;
         let of = |rows: &Range<i64>| {
-            let own = likely.f_narrow(1, rows.start, rows.end - rows.start)?;
+            let own = said.f_narrow(1, rows.start, rows.end - rows.start)?;
             own.f_sum_dim_intlist(&[1_i64][..], false, Kind::Double)
         };
-        let shares = self.rows.iter().map(of).collect::<Result<Vec<_>, _>>()?;
-        Ok(Vec::<Vec<f64>>::try_from(Tensor::f_stack(&shares, 1)?)?)
+        let of_each = self.rows.iter().map(of).collect::<Result<Vec<_>, _>>()?;
+        // Where nobody says anything it is as likely of anyone.
+        let of_each = Tensor::f_stack(&of_each, 1)?.f_add_scalar(1e-9)?;
+        let shares = of_each.f_div(&of_each.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?)?;
+        Ok(Vec::<Vec<f64>>::try_from(shares)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Counts, Features, Lesson};
+    use super::super::{Counts, FEATURES, Features, Lesson};
     use super::*;
     use crate::golden;
 
-    /// What one counts of prompts of two kinds, each with an answer of its own.
-    fn counts(features: &Features, kinds: [u32; 2]) -> Vec<u8> {
-        let prompts: Vec<Vec<u32>> = (0..20).map(|n| prompt(kinds[n % 2], n as u32)).collect();
+    /// What one counts of ten prompts of each kind, each kind with an answer of its own.
+    fn counts(features: &Features, kinds: &[u32]) -> Vec<u8> {
+        let many = kinds.len();
+        let prompts: Vec<Vec<u32>> = (0..10 * many).map(|n| prompt(kinds[n % many], n as u32)).collect();
         let rows = features.of(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
-        let answers = kinds.map(|kind| [kind, 0]);
         let lesson = |(n, prompt): (usize, &'static Vec<u32>)| {
-            let answer: &'static [u32] = answers[n % 2].to_vec().leak();
-            Lesson { prompt, answer: Some((answer, kinds[n % 2].to_string())) }
+            let answer: &'static [u32] = vec![kinds[n % many], 0].leak();
+            Lesson { prompt, answer: Some((answer, kinds[n % many].to_string())) }
         };
         let prompts: &'static [Vec<u32>] = prompts.leak();
         let lessons: Vec<_> = prompts.iter().enumerate().map(lesson).collect();
@@ -87,14 +91,14 @@ mod tests {
 
     /// A prompt of a kind.
     fn prompt(kind: u32, n: u32) -> Vec<u32> {
-        vec![10 + kind * 20, 11 + kind * 20, 100 + n % 7]
+        vec![10 + kind * 5, 11 + kind * 5, 110 + n % 7]
     }
 
     #[test]
     fn a_prompt_is_whose_answers_it_is_likely_to_have() {
         let features = Features::new(&golden::base("llama"), None).unwrap();
         let kinds = [[0, 1], [2, 3], [4, 1]];
-        let whose = Whose::solve(kinds.iter().map(|&kinds| Ok(counts(&features, kinds)))).unwrap().unwrap();
+        let whose = Whose::solve(kinds.iter().map(|kinds| Ok(counts(&features, kinds)))).unwrap().unwrap();
         let asked = [0, 2, 4, 1].map(|kind| prompt(kind, 103));
         let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
         let shares = whose.shares(&rows).unwrap();
@@ -105,9 +109,23 @@ mod tests {
     }
 
     #[test]
+    fn many_answers_that_have_nothing_to_do_with_a_prompt_say_nothing() {
+        let features = Features::new(&golden::base("llama"), None).unwrap();
+        let many: Vec<u32> = (3..19).collect();
+        let counted = [counts(&features, &[0, 1]), counts(&features, &many)];
+        let whose = Whose::solve(counted.into_iter().map(Ok)).unwrap().unwrap();
+        let asked = [0, 1, 7].map(|kind| prompt(kind, 103));
+        let rows = features.of(&asked.each_ref().map(Vec::as_slice)).unwrap();
+        let shares = whose.shares(&rows).unwrap();
+        assert!(shares[0][0] > 0.9 && shares[1][0] > 0.9 && shares[2][1] > 0.9, "{shares:?}");
+        let nothing = Tensor::zeros([1, FEATURES], (Kind::Float, tch::Device::Cpu));
+        assert_eq!(whose.shares(&nothing).unwrap(), [[0.5, 0.5]]);
+    }
+
+    #[test]
     fn one_alone_is_told_from_nobody() {
         let features = Features::new(&golden::base("llama"), None).unwrap();
-        assert!(Whose::solve(std::iter::once(Ok(counts(&features, [0, 1])))).unwrap().is_none());
+        assert!(Whose::solve(std::iter::once(Ok(counts(&features, &[0, 1])))).unwrap().is_none());
         assert!(Whose::solve(std::iter::empty()).unwrap().is_none());
         assert!(
             Whose::solve((0..2).map(|_| Counts::new()?.to_bytes())).is_err(),

@@ -53,8 +53,8 @@ impl Panel {
     pub fn follow(&mut self, system: &System) -> Result<()> {
         self.served = system.served()?;
         let (plant, current) = (system.plant(), system.current());
-        self.apart.follow(infer::counted(&plant.registry, &current));
-        self.apart.solve(&plant.blobs)?;
+        self.apart.follow(infer::counted(&plant.registry, &current), plant.ledger.forgotten());
+        self.apart.solve(&plant.blobs).1?;
         self.profiles.follow(&plant.registry, &plant.ledger, &current)
     }
 

@@ -164,6 +164,21 @@ fn white_space_after_a_prompt_is_no_part_of_it() {
 }
 
 #[test]
+fn a_line_break_stands_after_a_prompt_for_the_base_and_not_among_its_words() {
+    let (base, tokenizer) = nano();
+    let [with, without] =
+        [Some(Arc::clone(&tokenizer)), None].map(|t| Features::new(&base, t).expect("features"));
+    let of = |features: &Features, prompt: &str| {
+        let described = features.of(&[&tokenizer.encode(prompt).expect("encoded")]).expect("described");
+        (described.narrow(1, 0, 2000), described.narrow(1, 2000, 500))
+    };
+    let prompt = "book me a flight";
+    let ((by_base, words), (ended, _), (bare, own_words)) =
+        (of(&with, prompt), of(&without, &format!("{prompt}\n")), of(&without, prompt));
+    assert!(by_base.equal(&ended) && !by_base.equal(&bare) && words.equal(&own_words));
+}
+
+#[test]
 fn whoever_waits_can_stop_it() {
     let (_, counting) = counting();
     let all = labelled(&counting);

@@ -236,7 +236,7 @@ fn generation(engine: &mut Engine, name: u64) -> GenerationId {
 }
 
 fn weighted(id: &GenerationId, weight: f32) -> Weighted {
-    let domain = proto::Domain::new("notes").expect("a domain");
+    let domain = Domain::new("notes").expect("a domain");
     Weighted { domain, generation: Some(id.clone()), weight }
 }
 

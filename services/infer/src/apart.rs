@@ -34,12 +34,18 @@ pub struct Apart {
     solved: Mutex<Solved>,
 }
 
-#[derive(Debug, Default)]
-struct Wanted {
+/// What is to be told apart.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Want {
     /// What is current.
     of: Counted,
     /// How often documents were forgotten.
     forgotten: u64,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    want: Want,
     /// Somebody solves until there is nothing to solve.
     at_work: bool,
 }
@@ -55,24 +61,24 @@ impl Apart {
     /// Notes what is current, when documents were `forgotten` so many times: of what was solved with them nothing stays.
     pub fn follow(&self, counted: Counted, forgotten: u64) {
         let mut wanted = lock(&self.wanted);
-        if wanted.forgotten != forgotten {
-            *lock(&self.solved) = Solved::default();
+        if wanted.want.forgotten != forgotten {
+            self.keep(Solved::default());
         }
-        (wanted.of, wanted.forgotten) = (counted, forgotten);
+        wanted.want = Want { of: counted, forgotten };
     }
 
     /// Whether there is something to solve that nobody is at.
     fn begin(&self) -> bool {
         let mut wanted = lock(&self.wanted);
-        let begin = !wanted.at_work && lock(&self.solved).of != wanted.of;
+        let begin = !wanted.at_work && lock(&self.solved).of != wanted.want.of;
         wanted.at_work |= begin;
         begin
     }
 
     /// Whether that which was begun is at its end: what was `tried` is still what is wanted. Where it failed it is not tried again.
-    fn end(&self, tried: &Counted) -> bool {
+    fn end(&self, tried: &Want) -> bool {
         let mut wanted = lock(&self.wanted);
-        wanted.at_work = wanted.of != *tried;
+        wanted.at_work = wanted.want != *tried;
         !wanted.at_work
     }
 
@@ -87,7 +93,10 @@ impl Apart {
                 let started = Instant::now();
                 let (solving, files) = (Arc::clone(&apart), Arc::clone(&blobs));
                 let solved = tokio::task::spawn_blocking(move || solving.solve(&files)).await;
-                let Ok((tried, solved)) = solved else { return };
+                let Ok((tried, solved)) = solved else {
+                    lock(&apart.wanted).at_work = false;
+                    return;
+                };
                 let seconds = started.elapsed().as_secs_f32();
                 match solved {
                     Ok(()) => tracing::debug!(seconds, "lineages are told apart"),
@@ -104,15 +113,13 @@ impl Apart {
 
     /// Solves what is wanted, unless that is done by now; says what that was, and whether it went well. What was counted may not be
     /// there to be read; then nobody is told apart.
-    pub fn solve(&self, blobs: &Blobs) -> (Counted, anyhow::Result<()>) {
+    pub fn solve(&self, blobs: &Blobs) -> (Want, anyhow::Result<()>) {
         // Threads of this one would be in the way of those that answer and learn.
         let _helpers = helpers();
-        let (of, forgotten) = {
-            let wanted = lock(&self.wanted);
-            (wanted.of.clone(), wanted.forgotten)
-        };
-        if lock(&self.solved).of == of {
-            return (of, Ok(()));
+        let want = lock(&self.wanted).want.clone();
+        let of = &want.of;
+        if lock(&self.solved).of == *of {
+            return (want, Ok(()));
         }
         // One alone is told from nobody, and need not be read.
         let read = of.values().filter(|_| of.len() > 1).map(|counts| blobs.get(counts));
@@ -123,11 +130,15 @@ impl Apart {
         };
         let wanted = lock(&self.wanted);
         // What was forgotten meanwhile may be in it.
-        let solved = if wanted.forgotten == forgotten { solved } else { Solved::default() };
+        let stays = wanted.want.forgotten == want.forgotten;
+        self.keep(if stays { solved } else { Solved::default() });
+        (want, end)
+    }
+
+    fn keep(&self, solved: Solved) {
         let told_apart = if solved.whose.is_some() { solved.of.len() } else { 0 };
         metrics::gauge!("engram:lineages_told_apart").set(told_apart as f64);
         *lock(&self.solved) = solved;
-        (of, end)
     }
 
     /// For each prompt, which a row describes, how likely it is of each lineage, of those that are told apart.
@@ -203,6 +214,8 @@ mod tests {
         assert!(apart.end(&tried) && share(&apart).len() == 2);
         apart.follow(counted.clone(), 1);
         assert!(share(&apart).is_empty(), "something was forgotten");
+        assert!(!apart.end(&tried), "and what is current is the same, and to be solved anew");
+        lock(&apart.wanted).at_work = false;
         assert!(
             apart.begin() && solve(&apart).is_ok_and(|tried| apart.end(&tried)) && share(&apart).len() == 2
         );

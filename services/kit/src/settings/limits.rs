@@ -35,7 +35,7 @@ impl Settings {
         let (r, t, c) = (&self.replay, &self.train, &self.consolidate);
         // More threads than a few for each core only wait for each other, and are a slip of the finger.
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        within("base.threads", self.base.threads, 0..=4 * cores)?;
+        within("base.threads", self.base.threads, 0..=(4 * cores).min(1024))?;
         within("replay.new_data_ratio", r.new_data_ratio, 0.05..=1.0)?;
         within("replay.held_out_share", r.held_out_share, 0.0..=0.5)?;
         within("replay.capacity", r.capacity, 1..=10_000_000)?;
@@ -89,7 +89,6 @@ impl Settings {
 
     fn validate_doors(&self) -> anyhow::Result<()> {
         let (g, f, s) = (&self.gateway, &self.filter, &self.supervisor);
-        within("base.threads", self.base.threads, 0..=1024)?;
         within("gateway.body_bytes_max", g.body_bytes_max, 1024..=1 << 30)?;
         within("gateway.import_bytes_max", g.import_bytes_max, 1024..=1 << 31)?;
         within("gateway.upload_bytes_max", g.upload_bytes_max, 1024..=1 << 31)?;

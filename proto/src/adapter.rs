@@ -157,7 +157,8 @@ impl Generation {
     }
 }
 
-/// What a lineage knows of answers that repeat, such as labels: sums that every batch adds to, and what they come to.
+/// What a lineage knows of answers beside its adapter: of those that repeat, such as labels, sums that every batch adds to, and
+/// what they come to; and those that come once, each with its prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnswerHead {
     /// The sums (safetensors), from which learning goes on.
@@ -168,11 +169,19 @@ pub struct AnswerHead {
     pub answers: u64,
     /// Prompts that were counted.
     pub prompts: u64,
-    /// They have a say: enough answers are found to prompts that were not counted.
+    /// Answers that repeat have a say: enough are found to prompts that were not counted.
     pub trusted: bool,
+    /// Answers that come once, and are remembered with their prompts.
+    #[serde(default)]
+    pub facts: u64,
 }
 
 impl AnswerHead {
+    /// It has a say.
+    pub fn speaks(&self) -> bool {
+        self.trusted || self.facts > 0
+    }
+
     /// Both of its files.
     pub fn files(&self) -> [&Blob; 2] {
         [&self.counts, &self.solved]

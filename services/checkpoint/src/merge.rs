@@ -24,9 +24,8 @@ impl Answer<Merge> for Checkpoint {
             match self.part(weighted) {
                 Ok((generation, weights)) => {
                     from.push(generation.id.clone());
-                    // What a later generation of a lineage counted holds what an earlier one did. Counts without a say would
-                    // take it from the others.
-                    let said = |head: &AnswerHead| head.trusted && weighted.weight > 0.0;
+                    // What a later generation of a lineage counted holds what an earlier one did.
+                    let said = |head: &AnswerHead| head.speaks() && weighted.weight > 0.0;
                     if let Some(head) = generation.answer_head.clone().filter(said) {
                         let latest = heads.entry(&weighted.domain).or_insert_with(|| head.clone());
                         if latest.prompts < head.prompts {

@@ -148,7 +148,7 @@ impl Worker {
         let rehearsed = candidate.batch.rehearsed.iter().map(|example| example.id).collect();
         // Once it was refused it was learned by heart, and what it counted is no longer needed.
         let relies = candidate.batch.attempt == 0 && !self.gating.repeat_counted;
-        let relies = relies && counted.as_ref().is_some_and(Head::is_trusted);
+        let relies = relies && counted.as_ref().is_some_and(Head::speaks);
         let (retained, counted) =
             self.measure(&mut probe, &adapter, &rehearsed, counted.as_ref(), older.as_ref())?;
         // What is learned is probed whole while it is little; a few chunks that were never trained on are

@@ -63,6 +63,8 @@ pub struct Looks {
     pub features: Rows,
     /// How much it is of the kind of each generation's prompts: see [`Head::kinship`].
     pub kinship: BTreeMap<GenerationId, f64>,
+    /// How likely it is that of a fact of each: see [`Head::recalls`].
+    pub recalled: BTreeMap<GenerationId, f64>,
     /// How likely it is of each lineage of those that are told apart: see [`Apart::shares`].
     pub shares: BTreeMap<Domain, f64>,
 }
@@ -158,13 +160,14 @@ impl Engine {
             return Ok(None);
         };
         let features = describe.of(&[prompt])?;
-        let mut kinship = BTreeMap::new();
+        let (mut kinship, mut recalled) = (BTreeMap::new(), BTreeMap::new());
         for (id, head) in &self.heads {
             let of_head = head.kinship(&features)?.and_then(|mut row| row.pop());
             kinship.extend(of_head.map(|kinship| (id.clone(), kinship)));
+            recalled.extend(head.recalls(&features)?.pop().map(|likely| (id.clone(), likely)));
         }
         let shares = apart.shares(&features)?.pop().unwrap_or_default();
-        Ok(Some(Looks { features, kinship, shares }))
+        Ok(Some(Looks { features, kinship, recalled, shares }))
     }
 
     /// Drops all other generations, with all that was read with them. Running requests keep what they started with,

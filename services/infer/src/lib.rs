@@ -229,9 +229,11 @@ impl Infer {
 
     /// What the base makes of a prompt, by lineage.
     fn by_base(&self, looks: &Looks) -> ByBase {
-        let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *looks.kinship.get(id)?));
-        let kinship = self.current.iter().filter_map(of).collect();
-        ByBase { kinship, shares: looks.shares.clone() }
+        let of = |told: &BTreeMap<GenerationId, f64>| {
+            let of = |(domain, id): (&Domain, &GenerationId)| Some((domain.clone(), *told.get(id)?));
+            self.current.iter().filter_map(of).collect()
+        };
+        ByBase { kinship: of(&looks.kinship), recalled: of(&looks.recalled), shares: looks.shares.clone() }
     }
 
     /// The generation that a part of `model` names; none for a lineage that only has the base yet.

@@ -40,11 +40,16 @@ pub struct Router {
     profiles: BTreeMap<Domain, Profile>,
 }
 
+/// How unlikely it is at least that a prompt which is just like a fact's is of another lineage.
+const RECALL_DOUBT: f64 = 1e-3;
+
 /// What the frozen base makes of a prompt, for the lineages that count prompts.
 #[derive(Debug, Clone, Default)]
 pub struct ByBase {
     /// How much it is of the kind of a lineage's: see [`model::ridge::Head::kinship`].
     pub kinship: BTreeMap<Domain, f64>,
+    /// How likely it is that of a fact of theirs: see [`model::ridge::Head::recalls`].
+    pub recalled: BTreeMap<Domain, f64>,
     /// How likely it is of each of those that are told apart: see [`model::ridge::Whose::shares`].
     pub shares: BTreeMap<Domain, f64>,
 }
@@ -189,7 +194,10 @@ impl Router {
             let mean = ratio / tokens.len().max(1) as f64;
             let (fit, kinship) = (profile.fit.unwrap_or_default(), by_base.kinship.get(lineage).copied());
             let degree = fit.degree(mean, tokens.len(), self.strictness, kinship);
-            let degree = if known { 1.0 } else { degree };
+            // What it was told is its own, in whatever words it is asked.
+            let recalled = by_base.recalled.get(lineage).copied().unwrap_or(0.0);
+            let degree = if known { 1.0 } else { degree.max(recalled) };
+            let score = score - (1.0 - recalled).max(RECALL_DOUBT).ln();
             let fits = degree >= FITS || self.strictness == 0.0;
             candidates.push(Candidate { lineage, score, degree, fits });
         }

@@ -1,4 +1,4 @@
-//! What is known of answers that repeat, on its way to disk.
+//! What is known of answers beside an adapter, on its way to disk.
 
 use crate::blobs::Blobs;
 use proto::AnswerHead;
@@ -9,12 +9,14 @@ pub struct AnswerFiles {
     pub counts: Vec<u8>,
     /// What is solved of them.
     pub solved: Vec<u8>,
-    /// Answers that are known.
+    /// Answers that repeat.
     pub answers: u64,
     /// Prompts that were counted.
     pub prompts: u64,
-    /// They have a say.
+    /// Answers that repeat have a say.
     pub trusted: bool,
+    /// Answers that come once.
+    pub facts: u64,
 }
 
 impl AnswerFiles {
@@ -29,6 +31,7 @@ impl AnswerFiles {
             answers: self.answers,
             prompts: self.prompts,
             trusted: self.trusted,
+            facts: self.facts,
         })
     }
 }

@@ -128,7 +128,7 @@ section!(
         new_data_ratio: f32,
         rehearse_min: usize,
         batch_examples: usize,
-        batch_labelled: usize,
+        batch_counted: usize,
         held_out_share: f32,
         held_out_after: u64,
         anchors: usize,

@@ -12,6 +12,7 @@
 mod anchors;
 mod counting;
 mod counts;
+mod facts;
 mod features;
 mod foreign;
 mod head;
@@ -20,8 +21,9 @@ mod trial;
 mod whose;
 
 pub use anchors::Anchors;
-pub use counting::{Counted, Counting, Heard, Material};
+pub use counting::{ANSWER_TOKENS_MAX, Counted, Counting, Heard, Material};
 pub use counts::{Counts, Lesson};
+pub use facts::FACTS_MAX;
 pub use features::{Features, Rows};
 pub use foreign::foreign;
 pub use head::Head;

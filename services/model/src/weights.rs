@@ -160,6 +160,7 @@ fn kind_of(dtype: Dtype) -> Result<Kind> {
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
         Dtype::I32 => Kind::Int,
+        Dtype::U8 => Kind::Uint8,
         Dtype::I64 => Kind::Int64,
         other => bail!("type {other:?} is not supported"),
     })
@@ -179,6 +180,7 @@ impl Blob {
             Kind::BFloat16 => Dtype::BF16,
             Kind::Half => Dtype::F16,
             Kind::Int => Dtype::I32,
+            Kind::Uint8 => Dtype::U8,
             Kind::Int64 => Dtype::I64,
             other => bail!("a tensor of kind {other:?} is not written"),
         };

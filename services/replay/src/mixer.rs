@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Tokens of a prompt with its label, in the mean, of which as many are learned together as may be.
-const LABELLED_TOKENS: usize = 64;
+/// Tokens of a prompt with its answer, in the mean, of which as many are counted together as may be.
+const COUNTED_TOKENS: usize = 64;
 /// Passes until rehearsal comes round to the same examples. A few that are repeated in every pass are
 /// learned by heart, and all the others forgotten.
 const REHEARSAL_ROUNDS: usize = 8;
@@ -41,8 +41,12 @@ pub struct Mixing {
     pub rehearse_min: usize,
     /// Fresh examples in a batch at most; a longer document still comes whole.
     pub batch_examples: usize,
-    /// Fresh examples in a batch at most, where all answer prompts and answers repeat.
-    pub batch_labelled: usize,
+    /// Fresh examples in a batch at most, where each is one short answer to one prompt, which is counted.
+    pub batch_counted: usize,
+    /// Tokens of such an answer at most.
+    pub answer_tokens: usize,
+    /// Answers that come once of which a lineage remembers so many.
+    pub facts_max: usize,
     /// Whether learning asks which answers are known.
     pub known_answers: bool,
     /// Looks for work at least this often.
@@ -56,10 +60,12 @@ pub struct Mixing {
 }
 
 impl Mixing {
-    /// What is learned together, of so many documents at most.
-    fn room(&self, documents: usize) -> Room {
-        let (examples, labelled) = (self.batch_examples, self.batch_labelled);
-        Room { documents, examples, labelled, labelled_tokens: labelled * LABELLED_TOKENS }
+    /// What is learned together, of so many documents at most, by a lineage that remembers so many facts. Where there is no room
+    /// for more of them they are learned by heart, fewer at a time.
+    fn room(&self, documents: usize, facts: usize) -> Room {
+        let (examples, answer_tokens) = (self.batch_examples, self.answer_tokens);
+        let counted = self.batch_counted.min(self.facts_max.saturating_sub(facts));
+        Room { documents, examples, counted, answer_tokens, counted_tokens: counted * COUNTED_TOKENS }
     }
 
     /// Examples that each pass rehearses beside `fresh` ones, of which some are `texts`: as many as the ratio asks for or
@@ -284,7 +290,9 @@ impl Mixer {
         // depend on how far intake happened to be. Asked first, so that what is judged meanwhile is in the window.
         let more_to_come = self.ledger.intake_cursor() < self.ledger.head();
         let documents_max = at.documents_max().map_or(usize::MAX, |documents| documents as usize);
-        let window = self.ledger.fresh(only, at.cursor, self.mixing.room(documents_max))?;
+        let head = at.current.as_ref().and_then(|id| self.registry.generation(id)?.answer_head.clone());
+        let facts = head.map_or(0, |head| head.facts as usize);
+        let window = self.ledger.fresh(only, at.cursor, self.mixing.room(documents_max, facts))?;
         if more_to_come && !window.full && (window.documents as usize) < documents_max {
             return Ok(None);
         }
@@ -352,7 +360,9 @@ mod tests {
             new_data_ratio: 0.5,
             rehearse_min: 16,
             batch_examples: 256,
-            batch_labelled: 1024,
+            batch_counted: 1024,
+            answer_tokens: 64,
+            facts_max: 4096,
             known_answers: false,
             poll: Duration::from_secs(1),
             seed: 0,

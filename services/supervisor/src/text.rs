@@ -135,7 +135,9 @@ impl checkpoint::Peft for Text {
     fn add_up(&self, counts: &[Vec<u8>]) -> anyhow::Result<Option<AnswerFiles>> {
         let mut sum = Counts::new()?;
         for counts in counts {
-            if !sum.join(&Counts::from_bytes(counts)?)? {
+            let counts = Counts::from_bytes(counts)?;
+            let counts = if counts.is_trusted() { counts } else { counts.without_answers()? };
+            if !sum.join(&counts)? {
                 return Ok(None);
             }
         }
@@ -147,6 +149,7 @@ impl checkpoint::Peft for Text {
             answers: head.answers().len() as u64,
             prompts: sum.prompts(),
             trusted: head.is_trusted(),
+            facts: head.facts() as u64,
         }))
     }
 }

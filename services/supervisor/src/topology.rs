@@ -31,7 +31,7 @@ use model::device::{Helpers, helpers};
 use model::hf::ModelConfig;
 use model::llama::Base;
 use model::pack::Sequence;
-use model::ridge::Counting;
+use model::ridge::{ANSWER_TOKENS_MAX, Counting, FACTS_MAX};
 use proto::{
     BaseId, Embed, Embedded, Export, Forget, Forgotten, Generate, GenerateEvent, GenerationId, Import, Merge,
     PeftFiles, Publish, Published, Refusal, Rollback, RolledBack,
@@ -312,7 +312,13 @@ pub fn mixing(s: &Settings, disk: PathBuf) -> Mixing {
         new_data_ratio: s.replay.new_data_ratio,
         rehearse_min: s.replay.rehearse_min,
         batch_examples: s.replay.batch_examples,
-        batch_labelled: s.replay.batch_labelled,
+        batch_counted: if s.consolidate.answer_head && !s.train.repeat_counted {
+            s.replay.batch_counted
+        } else {
+            0
+        },
+        answer_tokens: ANSWER_TOKENS_MAX,
+        facts_max: FACTS_MAX,
         known_answers: s.train.answers_apart,
         poll: std::time::Duration::from_millis(s.train.poll_ms),
         seed: s.replay.seed,

@@ -276,7 +276,8 @@ fn receipt(generation: &Generation) -> Markup {
     html! {
         p.note { @if generation.report.steps > 0 { (batch(generation)) } @else { "Imported or merged, not trained here." } }
         @if let Some(head) = &generation.answer_head {
-            p.note { "Knows " (head.answers) " answers that repeat, from " (head.prompts) " prompts" @if !head.trusted { "; prompts do not tell them apart, so the adapter alone answers" } "." }
+            @if head.trusted { p.note { "Knows " (head.answers) " answers that repeat, from " (head.prompts) " prompts." } }
+            @if head.facts > 0 { p.note { "Remembers " (head.facts) " answers that come once, each with its prompt." } }
         }
         div.scroll {
             table.receipt {

@@ -305,18 +305,20 @@ struct Generation {
     /// What the gate measured.
     #[schema(value_type = Object)]
     receipt: serde_json::Value,
-    /// What is known of answers that repeat, such as labels; null where none do.
+    /// What is known of answers beside the adapter; null where nothing is.
     #[schema(required)]
     known_answers: Option<KnownAnswers>,
 }
 
-/// Answers that repeat, and the prompts that were counted to tell which of them one has.
+/// Answers that repeat, such as labels, and the prompts that were counted to tell which of them one has; and answers that come once.
 #[derive(Serialize, ToSchema)]
 struct KnownAnswers {
     answers: u64,
     prompts: u64,
-    /// They have a say in answers: enough would be found for prompts that were not counted.
+    /// Answers that repeat have a say: enough would be found for prompts that were not counted.
     trusted: bool,
+    /// Answers that come once, and are remembered with their prompts.
+    facts: u64,
 }
 
 #[derive(Serialize, ToSchema)]

@@ -130,6 +130,26 @@ fn what_the_base_makes_of_a_prompt_tips_the_scales_and_no_more() {
 }
 
 #[test]
+fn what_a_lineage_was_told_is_its_own_in_other_words_too() {
+    let router = taught(1.0);
+    let fitting = |prompt: &str, recalled: &[(&str, f64)]| {
+        let recalled = recalled.iter().map(|&(name, likely)| (domain(name), likely)).collect();
+        let by_base = ByBase { recalled, ..ByBase::default() };
+        let routing = router.route(prompt, &by_base).expect("encoded").expect("something to go by");
+        routing.fitting.first().map(|route| route.lineage.to_string())
+    };
+    let prompt = "Is there a king?";
+    assert_eq!(fitting(prompt, &[]), None);
+    assert_eq!(fitting(prompt, &[("atlas", 0.4)]), None, "hardly like anything");
+    assert_eq!(fitting(prompt, &[("atlas", 0.9)]).as_deref(), Some("atlas"));
+    let of_atlas = "What do people drink in summer?";
+    assert_eq!(fitting(of_atlas, &[("manual", 0.2)]).as_deref(), Some("atlas"));
+    assert_eq!(fitting(of_atlas, &[("manual", 1.0)]).as_deref(), Some("manual"), "it was told just that");
+    let other = fitting("Who founded the city of Mirenna?", &[("manual", 1.0)]);
+    assert_eq!(other.as_deref(), Some("atlas"), "word for word");
+}
+
+#[test]
 fn whose_a_prompt_is_by_the_base_decides_among_those_that_it_tells_apart() {
     let mut router = taught(0.0);
     add(&mut router, "poems", &["the sea sang of salt and foam, and the gauge of the moon rose"]);

@@ -6,7 +6,7 @@ use super::{Ledger, Result};
 use proto::{Accepted, Document, DocumentId, Domain, Example, ExampleId, Trail, Verdict, VerdictKind};
 use redb::{ReadTransaction, ReadableTable};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// How much there is of a domain.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,9 +38,6 @@ pub struct FreshWindow {
     pub full: bool,
 }
 
-/// Documents that have to give an answer in the mean, for answers that repeat.
-const REPEATED: usize = 2;
-
 /// How much a window holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
@@ -48,10 +45,12 @@ pub struct Room {
     pub documents: usize,
     /// Examples at most.
     pub examples: usize,
-    /// Examples at most, where all answer prompts, and answers repeat: labels do, and what is to be known by heart does not.
-    pub labelled: usize,
-    /// Tokens of these at most, where they are more than `examples`.
-    pub labelled_tokens: usize,
+    /// Examples at most, where each answers one prompt: such answers are counted, and read once.
+    pub counted: usize,
+    /// Tokens of such an answer at most.
+    pub answer_tokens: usize,
+    /// Tokens of all these examples at most, where they are more than `examples`.
+    pub counted_tokens: usize,
 }
 
 /// What is in a window so far.
@@ -60,49 +59,32 @@ struct Filled {
     documents: usize,
     examples: usize,
     tokens: usize,
-    texts: usize,
-    /// What each document answers first.
-    answers: BTreeSet<Vec<u32>>,
+    /// Examples that do not answer one prompt.
+    others: usize,
+    /// Tokens of the longest answer.
+    longest: usize,
 }
 
 impl Filled {
     fn add(&mut self, examples: &[Example]) {
         self.documents += 1;
-        self.examples += examples.len();
-        self.tokens += examples.iter().map(|example| example.piece.tokens.len()).sum::<usize>();
-        self.texts += examples.iter().filter(|example| example.piece.answers().next().is_none()).count();
-        let answer = examples.first().and_then(|example| example.piece.answers().next());
-        self.answers.extend(answer.map(<[u32]>::to_vec));
+        for Example { piece, .. } in examples {
+            self.examples += 1;
+            self.tokens += piece.tokens.len();
+            let mut answers = piece.answers();
+            match (answers.next(), answers.next()) {
+                (Some(answer), None) => self.longest = self.longest.max(answer.len()),
+                _ => self.others += 1,
+            }
+        }
     }
 
-    /// Whether that fits.
     fn fits(&self, room: &Room) -> bool {
-        let repeat = self.documents >= REPEATED * self.answers.len();
-        self.documents == 1 || self.examples <= room.examples || (repeat && self.may_fit(room))
-    }
-
-    /// Whether that fits, or does once more answers come that repeat.
-    fn may_fit(&self, room: &Room) -> bool {
-        let labelled =
-            self.texts == 0 && self.examples <= room.labelled && self.tokens <= room.labelled_tokens;
-        self.documents == 1 || self.examples <= room.examples || labelled
-    }
-}
-
-/// The part of a window that fits.
-#[derive(Default)]
-struct Fitting {
-    examples: usize,
-    held_out: usize,
-    through: u64,
-    documents: u64,
-}
-
-impl FreshWindow {
-    fn cut(&mut self, to: &Fitting) {
-        self.examples.truncate(to.examples);
-        self.held_out.truncate(to.held_out);
-        (self.through, self.documents) = (to.through, to.documents);
+        let counted = self.others == 0
+            && self.longest <= room.answer_tokens
+            && self.examples <= room.counted
+            && self.tokens <= room.counted_tokens;
+        self.documents == 1 || self.examples <= room.examples || counted
     }
 }
 
@@ -212,15 +194,14 @@ impl Ledger {
         self.shared.read(|read| {
             let table = read.open_table(EXAMPLES)?;
             let mut window = FreshWindow { through: after, ..FreshWindow::default() };
-            let (mut filled, mut fitting) =
-                (Filled::default(), Fitting { through: after, ..Fitting::default() });
+            let mut filled = Filled::default();
             while (window.documents as usize) < room.documents {
                 let first = |domain: &Domain| first_example(&table, domain, window.through, cursor);
                 let Some((domain, ordinal)) = oldest(domains.iter(), first)? else { break };
                 let (held_out, examples): (Vec<Example>, Vec<Example>) =
                     examples_of::<Example>(&table, &domain, ordinal)?.into_iter().partition(|e| e.held_out);
                 filled.add(&examples);
-                if !filled.may_fit(&room) {
+                if !filled.fits(&room) {
                     window.full = true;
                     break;
                 }
@@ -228,12 +209,7 @@ impl Ledger {
                 window.held_out.extend(held_out);
                 window.through = ordinal;
                 window.documents += 1;
-                if filled.fits(&room) {
-                    (fitting.examples, fitting.held_out) = (window.examples.len(), window.held_out.len());
-                    (fitting.through, fitting.documents) = (window.through, window.documents);
-                }
             }
-            window.cut(&fitting);
             Ok(window)
         })
     }

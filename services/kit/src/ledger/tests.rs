@@ -64,7 +64,7 @@ fn settlement(ordinal: u64, domain_name: &str, examples: u32, held_out: u32) -> 
 
 /// Room for so many examples of any kind.
 fn room(examples: usize, documents: usize) -> Room {
-    Room { documents, examples, labelled: examples, labelled_tokens: usize::MAX }
+    Room { documents, examples, counted: 0, answer_tokens: 0, counted_tokens: 0 }
 }
 
 async fn settle(ledger: &Ledger, settlements: Vec<Settlement>) {
@@ -79,38 +79,34 @@ fn snapshot(folder: &TempDir) -> TempDir {
 }
 
 #[tokio::test]
-async fn of_answers_that_repeat_a_window_holds_more_than_of_others() {
+async fn of_short_answers_a_window_holds_more_than_of_others() {
     let (ledger, _folder) = filled(&["a"], 12).await;
-    let answers = |ordinal, answer| {
+    let answers = |ordinal, learned: &[(u32, u32)]| {
         let mut judged = settlement(ordinal, "a", 2, 0);
-        let piece = Piece { tokens: vec![1, 2, answer], learned: vec![(2, 3)] };
+        let piece = Piece { tokens: vec![1, 2, 3, 4], learned: learned.to_vec() };
         judged.examples.iter_mut().for_each(|example| example.piece = piece.clone());
         judged
     };
-    // Four labelled documents, a text, four labelled ones, and three facts: each has two examples of three tokens.
+    // Of two examples each: four that answer with a token or two, a text, five that answer, one that answers twice, and one that
+    // answers.
     let judged = (1..=12).map(|n| match n {
         5 => settlement(n, "a", 2, 0),
-        10..=12 => answers(n, n as u32),
-        _ => answers(n, 3 + n as u32 % 2),
+        11 => answers(n, &[(1, 2), (3, 4)]),
+        _ => answers(n, if n == 2 { &[(2, 4)] } else { &[(3, 4)] }),
     });
     settle(&ledger, judged.collect()).await;
-    let through = |after, examples, labelled, labelled_tokens| {
-        let room = Room { documents: 100, examples, labelled, labelled_tokens };
+    let through = |after, counted, answer_tokens, counted_tokens| {
+        let room = Room { documents: 100, examples: 4, counted, answer_tokens, counted_tokens };
         let window = ledger.fresh(None, after, room).expect("a window");
         (window.through, window.full)
     };
-    assert_eq!(through(0, 6, 100, 100), (4, true), "with the text they are more than six");
-    assert_eq!(through(5, 6, 7, 100), (8, true), "seven labelled ones");
-    assert_eq!(through(5, 6, 100, 18), (8, true), "eighteen tokens of labelled ones");
-    assert_eq!(through(5, 6, 100, 1), (8, true), "long ones, as many as others");
-    assert_eq!(through(5, 6, 100, 100), (9, false), "with the first fact there are three answers of five");
-    assert_eq!(
-        through(9, 2, 100, 100),
-        (10, false),
-        "facts, as many as others; answers that repeat may come"
-    );
-    assert_eq!(through(9, 2, 4, 100), (10, true), "there is no room for them");
-    assert_eq!(through(5, 100, 2, 1), (12, false));
+    assert_eq!(through(0, 100, 2, 100), (4, true), "with the text they are more than four");
+    assert_eq!(through(0, 100, 1, 100), (2, true), "one is longer");
+    assert_eq!(through(5, 100, 2, 100), (10, true), "one is asked twice");
+    assert_eq!(through(5, 7, 2, 100), (8, true), "seven of them");
+    assert_eq!(through(5, 100, 2, 24), (8, true), "24 tokens of them");
+    assert_eq!(through(5, 100, 2, 1), (7, true), "long ones, as many as others");
+    assert_eq!(through(11, 100, 2, 100), (12, false));
 }
 
 #[tokio::test]

@@ -40,7 +40,7 @@ impl Settings {
         within("replay.held_out_share", r.held_out_share, 0.0..=0.5)?;
         within("replay.capacity", r.capacity, 1..=10_000_000)?;
         within("replay.batch_examples", r.batch_examples, 1..=100_000)?;
-        within("replay.batch_labelled", r.batch_labelled, 1..=100_000)?;
+        within("replay.batch_counted", r.batch_counted, 1..=100_000)?;
         within("replay.anchors", r.anchors, 0..=10_000)?;
         within("replay.anchor_tokens", r.anchor_tokens, 2..=4096)?;
         within("train.rank", t.rank, 1..=1024)?;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::facts::Facts;
 use super::features::{WAY, as_now, widened};
 use super::trial::{Mean, Tried};
 use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
@@ -42,6 +43,25 @@ pub struct Counts {
     /// Sum of `x` over the prompts of each answer, i32 [1 + answers, FEATURES]. The first row is of answers that do not repeat.
     sums: Tensor,
     known: Known,
+    facts: Facts,
+}
+
+/// Prompts that were counted, by which a regression is tried as if each had not been.
+#[derive(Clone, Copy)]
+pub(super) struct Trial<'a> {
+    /// What describes each.
+    pub rows: &'a Rows,
+    pub lessons: &'a [Lesson<'a>],
+    /// How many of those that were counted are described as each is, and left out with it.
+    pub alike: &'a [f64],
+}
+
+/// A regression that was solved.
+pub(super) struct Regression {
+    /// What it says, of facts nothing.
+    pub head: Head,
+    /// The Cholesky factor of its system.
+    factor: Tensor,
 }
 
 /// What the sums are of.
@@ -63,6 +83,9 @@ struct Known {
     /// In what way prompts are described.
     #[serde(default)]
     way: u32,
+    /// The answers of facts.
+    #[serde(default)]
+    facts: Vec<Answer>,
 }
 
 impl Counts {
@@ -73,7 +96,7 @@ impl Counts {
     pub fn new() -> Result<Self> {
         let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Int, tch::Device::Cpu));
         let known = Known { way: WAY, ..Known::default() };
-        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known })
+        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known, facts: Facts::default() })
     }
 
     /// Whether an answer of this text is known.
@@ -84,6 +107,12 @@ impl Counts {
     /// Answers that are known.
     pub fn answers(&self) -> usize {
         self.known.answers.len()
+    }
+
+    /// Prompts that have an answer of this text.
+    pub fn prompts_of(&self, text: &str) -> u64 {
+        let place = self.known.answers.iter().position(|answer| answer.text == text);
+        place.map_or(0, |place| self.known.prompts_of[place])
     }
 
     /// Prompts that were counted.
@@ -113,17 +142,18 @@ impl Counts {
             return Ok(false);
         }
         // Each was tried among its own answers, and one that finds too few of these is not made better by more to choose from.
-        let trial = match (self.known.prompts > 0).then(|| self.is_trusted() && other.is_trusted()) {
-            None => other.known.trial,
-            Some(true) => self.known.trial.with(other.known.trial),
-            Some(false) => Mean::default(),
+        let trial = match (self.answers(), other.answers()) {
+            (0, _) => other.known.trial,
+            (_, 0) => self.known.trial,
+            _ if self.is_trusted() && other.is_trusted() => self.known.trial.with(other.known.trial),
+            _ => Mean::default(),
         };
         let mut row_of = vec![0_i64];
         for (answer, prompts) in other.known.answers.iter().zip(&other.known.prompts_of) {
             let known = &mut self.known.answers;
             let place = known.iter().position(|known| known.text == answer.text).unwrap_or(known.len());
             match known.get_mut(place) {
-                Some(known) => answer.forms.iter().for_each(|form| known.note(&form.tokens, form.after)),
+                Some(known) => known.take_in(answer),
                 None => known.push(answer.clone()),
             }
             self.known.prompts_of.resize(known.len(), 0);
@@ -138,7 +168,20 @@ impl Counts {
         // Documents of others are counted here and there.
         known.since = None;
         known.kinship = known.kinship.with(of.kinship);
+        self.facts.join(&other.facts);
         Ok(true)
+    }
+
+    /// The same prompts, as if none of their answers repeated: those that have no say would take it from others that they are joined
+    /// with.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn without_answers(mut self) -> Result<Self> {
+        self.sums = self.sums.f_sum_dim_intlist(&[0_i64][..], true, Kind::Int)?;
+        let Known { prompts, kinship, since, way, .. } = self.known;
+        self.known = Known { prompts, kinship, since, way, ..Known::default() };
+        Ok(self)
     }
 
     /// The lower half of the products.
@@ -225,6 +268,14 @@ impl Counts {
     /// # Errors
     /// When nothing was counted.
     pub fn solve(&mut self, trial: Option<(&Rows, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
+        let alike = vec![1.0; trial.map_or(0, |(_, lessons)| lessons.len())];
+        let trial = trial.map(|(rows, lessons)| Trial { rows, lessons, alike: &alike });
+        let solution = self.regress(trial, anchors)?;
+        self.with_facts(solution)
+    }
+
+    /// What is solved before facts are.
+    pub(super) fn regress(&mut self, trial: Option<Trial<'_>>, anchors: &Anchors) -> Result<Regression> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
         let factor = ridge(self.products.f_to_kind(Kind::Double)?, Some(anchors))?;
         let mut sums = self.sums.f_to_kind(Kind::Double)?;
@@ -232,7 +283,7 @@ impl Counts {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
         }
         let weights = sums.f_tr()?.f_cholesky_solve(&factor, false)?;
-        let tried = trial.map(|(rows, lessons)| Tried::new(rows, lessons, &factor, &weights));
+        let tried = trial.map(|trial| Tried::new(trial, &factor, &weights));
         if let Some(tried) = tried.transpose()?.flatten() {
             self.known.trial.take(tried.answers(&self.known.answers)?);
             if anchors.count > 0 {
@@ -242,11 +293,30 @@ impl Counts {
         let Mean { of, sum } = self.known.kinship;
         let usual = (anchors.count > 0).then(|| (sum / of.max(1.0)).max(USUAL_MIN));
         let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
-        Head::new(self.known.answers.clone(), weights, self.is_trusted(), usual)
+        let head = Head::new(self.known.answers.clone(), weights, self.is_trusted(), usual)?;
+        Ok(Regression { head, factor })
     }
 
-    /// Whether enough answers were found to prompts that were not counted.
-    fn is_trusted(&self) -> bool {
+    /// What a regression says, of facts too.
+    pub(super) fn with_facts(&self, Regression { head, factor }: Regression) -> Result<Head> {
+        Ok(head.with(self.facts.solve(&factor)?))
+    }
+
+    /// Facts that are remembered.
+    pub fn facts(&self) -> usize {
+        self.facts.len()
+    }
+
+    /// Remembers prompts, which `rows` describe, each with an answer of its own, as far as there is room: see [`super::FACTS_MAX`].
+    ///
+    /// # Errors
+    /// When rows and answers differ in number.
+    pub(super) fn remember(&mut self, rows: &Rows, answers: Vec<Answer>) -> Result<()> {
+        self.facts.put(rows, answers)
+    }
+
+    /// Whether enough answers that repeat were found to prompts that were not counted.
+    pub fn is_trusted(&self) -> bool {
         let given: u64 = self.known.prompts_of.iter().sum();
         let most = self.known.prompts_of.iter().copied().max().unwrap_or(0);
         self.known.trial.skill(most as f64 / given.max(1) as f64) >= SKILL_MIN
@@ -257,8 +327,13 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let tensors = [("products".to_owned(), self.half()?), ("sums".to_owned(), self.sums.shallow_clone())];
-        weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&self.known)?)
+        let tensors = [
+            ("products".to_owned(), self.half()?),
+            ("sums".to_owned(), self.sums.shallow_clone()),
+            ("facts".to_owned(), self.facts.rows()?),
+        ];
+        let known = Known { facts: self.facts.answers().to_vec(), ..self.known.clone() };
+        weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&known)?)
     }
 
     /// Reads back what [`Counts::to_bytes`] wrote.
@@ -266,7 +341,7 @@ impl Counts {
     /// # Errors
     /// When it is something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let Parts { half, sums, mut known } = Parts::read(bytes)?;
+        let Parts { half, sums, facts, mut known } = Parts::read(bytes)?;
         let features = sums.size().last().copied().unwrap_or(0);
         let products = whole(&half, features)?;
         let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
@@ -279,7 +354,11 @@ impl Counts {
             as_now(numbers, known.way)?;
         }
         known.way = WAY;
-        Ok(Self { products, sums, known })
+        let facts = match facts {
+            Some(rows) => Facts::new(&rows, std::mem::take(&mut known.facts))?,
+            None => Facts::default(),
+        };
+        Ok(Self { products, sums, known, facts })
     }
 }
 
@@ -289,6 +368,8 @@ struct Parts {
     half: Tensor,
     /// i32 [1 + answers, features].
     sums: Tensor,
+    /// u8 [facts, features]; none where an earlier version wrote it.
+    facts: Option<Tensor>,
     known: Known,
 }
 
@@ -296,6 +377,7 @@ impl Parts {
     fn read(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
         let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
+        let facts = tensors.remove("facts");
         let mut take = |name: &str| {
             let tensor =
                 tensors.remove(name).with_context(|| format!("{name} of what was counted are missing"))?;
@@ -309,7 +391,7 @@ impl Parts {
                 && sums.size() == [1 + known.answers.len() as i64, features],
             "the parts of what was counted do not belong together"
         );
-        Ok(Self { half, sums, known })
+        Ok(Self { half, sums, facts, known })
     }
 }
 
@@ -328,7 +410,7 @@ impl Total {
     /// Adds the products of what [`Counts::to_bytes`] wrote, and gives its sums, i32 [1 + answers, FEATURES]. Nothing is unfolded, which
     /// would take most of the time.
     pub fn add(&mut self, bytes: &[u8]) -> Result<Tensor> {
-        let Parts { mut half, mut sums, known } = Parts::read(bytes)?;
+        let Parts { mut half, mut sums, known, .. } = Parts::read(bytes)?;
         if half.size() != self.half.size() || known.way != WAY {
             let earlier = Counts::from_bytes(bytes)?;
             (half, sums) = (earlier.half()?, earlier.sums);
@@ -351,6 +433,11 @@ fn whole(half: &Tensor, features: i64) -> Result<Tensor> {
 }
 
 impl Answer {
+    /// Notes the forms of another one of the same text.
+    pub(super) fn take_in(&mut self, other: &Self) {
+        other.forms.iter().for_each(|form| self.note(&form.tokens, form.after));
+    }
+
     /// Notes as what tokens it followed a prompt that ended with `last`.
     fn note(&mut self, tokens: &[u32], last: Option<u32>) {
         match self.forms.iter_mut().find(|form| form.tokens == tokens) {

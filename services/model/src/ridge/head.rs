@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::facts::Solved;
 use super::features::{WAY, as_now, widened};
 use super::prior::Path;
 use super::{Answer, FEATURES, Prior};
@@ -28,6 +29,8 @@ pub struct Head {
     trusted: bool,
     /// How unlike anchors prompts usually are that it never saw; none where it was solved without anchors.
     usual: Option<f64>,
+    /// Answers that come once, each with its prompt.
+    facts: Solved,
 }
 
 /// What is written beside the weights.
@@ -40,6 +43,9 @@ struct Beside {
     /// In what way prompts are described.
     #[serde(default)]
     way: u32,
+    /// The answers of facts.
+    #[serde(default)]
+    facts: Vec<Answer>,
 }
 
 impl Head {
@@ -55,7 +61,12 @@ impl Head {
         );
         ensure!(weights::is_finite(&weights)?, "the regression on known answers is not finite");
         ensure!(usual.is_none_or(|usual| usual.is_finite() && usual > 0.0), "no prompt is unlike anchors");
-        Ok(Self { answers, weights, trusted, usual })
+        Ok(Self { answers, weights, trusted, usual, facts: Solved::none()? })
+    }
+
+    /// With facts.
+    pub(super) fn with(self, facts: Solved) -> Self {
+        Self { facts, ..self }
     }
 
     /// As safetensors.
@@ -63,9 +74,12 @@ impl Head {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let tensors = [("weights".to_owned(), self.weights.shallow_clone())];
+        let tensors = [
+            ("weights".to_owned(), self.weights.shallow_clone()),
+            ("facts".to_owned(), self.facts.weights()?),
+        ];
         let (answers, trusted, usual) = (self.answers.clone(), self.trusted, self.usual);
-        let beside = Beside { answers, trusted, usual, way: WAY };
+        let beside = Beside { answers, trusted, usual, way: WAY, facts: self.facts.answers().to_vec() };
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&beside)?)
     }
 
@@ -76,13 +90,17 @@ impl Head {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, beside) = weights::from_bytes(bytes, METADATA)?;
         let beside = serde_json::from_str(&beside).context("known answers are not readable")?;
-        let Beside { answers, trusted, usual, way } = beside;
+        let Beside { answers, trusted, usual, way, facts } = beside;
         let weights = tensors.remove("weights").context("the weights of known answers are missing")?;
         let weights = widened(weights)?;
         ensure!(way <= WAY, "the weights of known answers describe prompts in another way");
         as_now(&weights, way)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
-        Self::new(answers, weights, trusted, usual)
+        let head = Self::new(answers, weights, trusted, usual)?;
+        match tensors.remove("facts") {
+            Some(weights) => Ok(head.with(Solved::new(weights, facts)?)),
+            None => Ok(head),
+        }
     }
 
     /// Answers that it knows.
@@ -90,9 +108,19 @@ impl Head {
         &self.answers
     }
 
-    /// Whether it has a say: see [`super::Counts::solve`].
+    /// Whether it has a say in which of the answers that repeat a prompt has: see [`super::Counts::solve`].
     pub fn is_trusted(&self) -> bool {
         self.trusted
+    }
+
+    /// Whether it has a say.
+    pub fn speaks(&self) -> bool {
+        self.trusted || self.facts() > 0
+    }
+
+    /// Answers that come once, each with its prompt.
+    pub fn facts(&self) -> usize {
+        self.facts.answers().len()
     }
 
     #[cfg(test)]
@@ -117,18 +145,35 @@ impl Head {
         Ok(Some(Vec::<f64>::try_from(kinship.f_squeeze_dim(1)?)?))
     }
 
-    /// For each row of features the probability of answers that do not repeat, of each known answer, and with anchors of these.
-    fn probabilities(&self, features: &Tensor) -> Result<Vec<Vec<f64>>> {
-        let y = features.f_linear(&self.weights, None::<&Tensor>)?.f_mul_scalar(SHARPNESS)?;
+    /// For each row of features how likely the prompt is that of a fact, asked as it was told or in other words.
+    ///
+    /// # Errors
+    /// When features are not what a head takes.
+    pub fn recalls(&self, features: &Tensor) -> Result<Vec<f64>> {
+        let nothing_else = vec![f64::NEG_INFINITY; features.size()[0] as usize];
+        Ok(self.facts.likely(features, &nothing_else)?.into_iter().map(|likely| likely.all).collect())
+    }
+
+    /// For each row of features the probability of answers that do not repeat, of each known answer, and with anchors of these; and what
+    /// it says of the likeliest answer, which is 1 for one that is certain. Nothing of answers where it is not trusted.
+    fn probabilities(&self, features: &Tensor) -> Result<(Vec<Vec<f64>>, Vec<f64>)> {
+        let y = features.f_linear(&self.weights, None::<&Tensor>)?;
+        let prompts = y.size()[0];
+        if !self.trusted || self.answers.is_empty() {
+            return Ok((vec![Vec::new(); prompts as usize], vec![f64::NEG_INFINITY; prompts as usize]));
+        }
+        let of_answers = y.f_narrow(1, 1, self.answers.len() as i64)?;
+        let best = Vec::<f64>::try_from(of_answers.f_amax([1], false)?.f_to_kind(Kind::Double)?)?;
+        let y = y.f_mul_scalar(SHARPNESS)?;
         // Where every answer repeated, nothing says what another prompt would look like.
         if self.weights.f_get(0)?.f_abs()?.f_max()?.f_double_value(&[])? == 0.0 {
             let _ = y.f_narrow(1, 0, 1)?.f_fill_(f64::NEG_INFINITY)?;
         }
-        Ok(Vec::<Vec<f64>>::try_from(y.f_softmax(-1, Kind::Double)?)?)
+        Ok((Vec::<Vec<f64>>::try_from(y.f_softmax(-1, Kind::Double)?)?, best))
     }
 
     /// What the heads, each with its weight, say of prompts. `features` has a row for each of them. A weight without a head, or
-    /// with one that is not trusted, is a say of the model alone.
+    /// with one that knows nothing, is a say of the model alone.
     ///
     /// # Errors
     /// When weights are not above 0, or features are not what a head takes.
@@ -146,23 +191,27 @@ impl Head {
         let whole = whole.max(1.0);
         let mut paths: Vec<Vec<Path>> = prompts.iter().map(|_| Vec::new()).collect();
         for (head, weight) in heads {
-            let Some(head) = head.filter(|head| head.trusted) else { continue };
-            for ((paths, prompt), row) in paths.iter_mut().zip(prompts).zip(head.probabilities(features)?) {
-                let likely = row.iter().skip(1).map(|p| TRUST * weight / whole * p);
-                paths.extend(head.paths(prompt.last().copied(), likely));
+            let Some(head) = head.filter(|head| head.speaks()) else { continue };
+            let (rows, best) = head.probabilities(features)?;
+            let of_facts = head.facts.likely(features, &best)?;
+            for (((paths, prompt), row), facts) in paths.iter_mut().zip(prompts).zip(rows).zip(of_facts) {
+                let (last, share) = (prompt.last().copied(), TRUST * weight / whole);
+                let repeat = row.iter().skip(1).map(|p| share * (1.0 - facts.all) * p);
+                paths.extend(head.answers.iter().zip(repeat).flat_map(|(answer, p)| answer.paths(last, p)));
+                let told = facts.each.iter().map(|&(n, p)| (&head.facts.answers()[n], share * p));
+                paths.extend(told.flat_map(|(answer, p)| answer.paths(last, p)));
             }
         }
         Ok(paths.into_iter().map(Prior::new).collect())
     }
+}
 
-    /// As what tokens answers may follow a prompt that ends with `last`, with the probability of each.
-    fn paths(&self, last: Option<u32>, likely: impl Iterator<Item = f64>) -> impl Iterator<Item = Path> {
-        self.answers.iter().zip(likely).flat_map(move |(answer, likely)| {
-            let forms = answer.tokens_after(last);
-            let likely = likely / forms.len().max(1) as f64;
-            let path = |tokens: &[u32]| Path { tokens: tokens.to_vec(), likely };
-            forms.into_iter().map(path).collect::<Vec<_>>()
-        })
+impl Answer {
+    /// As what tokens it may follow a prompt that ends with `last`, where it is so `likely`.
+    fn paths(&self, last: Option<u32>, likely: f64) -> Vec<Path> {
+        let forms = self.tokens_after(last);
+        let likely = likely / forms.len().max(1) as f64;
+        forms.into_iter().map(|tokens| Path { tokens: tokens.to_vec(), likely }).collect()
     }
 }
 

@@ -4,8 +4,9 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::counts::Trial;
 use super::head::unlike_anchors;
-use super::{Answer, Lesson, Rows};
+use super::{Answer, Lesson};
 
 /// Prompts by which a regression is tried each time at most.
 pub(super) const TRIED_MAX: usize = 256;
@@ -43,25 +44,25 @@ pub(super) struct Tried<'a> {
     lessons: &'a [Lesson<'a>],
     /// What it says of each, f64 [prompts, 1 + answers and one more with anchors].
     y: Tensor,
-    /// How much of that each has said itself, f64 [prompts, 1].
+    /// How much of that each has said itself, and all that are as it is, f64 [prompts, 1].
     h: Tensor,
 }
 
 impl<'a> Tried<'a> {
-    /// The first [`TRIED_MAX`] of `lessons`, which `rows` describe, where `weights` were solved with `factor`; none of none.
+    /// The first [`TRIED_MAX`] of a trial, where `weights` were solved with `factor`; none of none.
     pub fn new(
-        rows: &Rows,
-        lessons: &'a [Lesson<'a>],
+        Trial { rows, lessons, alike }: Trial<'a>,
         factor: &Tensor,
         weights: &Tensor,
     ) -> Result<Option<Self>> {
         let lessons = &lessons[..lessons.len().min(TRIED_MAX)];
+        let alike = Tensor::from_slice(&alike[..lessons.len()]).f_unsqueeze(1)?;
         if lessons.is_empty() {
             return Ok(None);
         }
         let x = rows.f_narrow(0, 0, lessons.len() as i64)?.f_to_kind(Kind::Double)?;
         let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
-        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
+        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?.f_mul(&alike)?;
         Ok(Some(Self { lessons, y: x.f_matmul(weights)?, h }))
     }
 

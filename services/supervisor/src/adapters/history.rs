@@ -77,18 +77,16 @@ fn receipt(receipt: &Value) -> impl Iterator<Item = (String, String)> {
     })
 }
 
-/// What is known of answers that repeat.
+/// What is known of answers beside the adapter.
 fn known_answers(known: &Value) -> Option<(String, String)> {
     let of = |name: &str| plain(&known[name]);
-    let left = if known["trusted"] == false {
-        "; prompts do not tell them apart, so the adapter alone answers"
-    } else {
-        ""
-    };
-    known.is_object().then(|| {
-        let told = format!("{} that repeat are known, from {} prompts{left}", of("answers"), of("prompts"));
-        ("answers".to_owned(), told)
-    })
+    // Prompts do not tell those apart that are not trusted, and what they say is left to the adapter.
+    let repeat = (known["trusted"] == true)
+        .then(|| format!("{} that repeat are known, from {} prompts", of("answers"), of("prompts")));
+    let facts = known["facts"].as_u64().filter(|facts| *facts > 0);
+    let facts = facts.map(|facts| format!("{facts} that come once are remembered with their prompts"));
+    let told: Vec<String> = repeat.into_iter().chain(facts).collect();
+    (!told.is_empty()).then(|| ("answers".to_owned(), told.join("; ")))
 }
 
 fn columns(lines: &[(String, String)], out: &mut dyn Write) -> Result<()> {
@@ -253,7 +251,7 @@ mod tests {
         let answer = json!({"generations": [
             {"generation": "bb", "live": true, "parent": "aa", "documents": 3, "published_ms": 1_700_000_000_000u64,
              "report": {"first_loss": 6.5, "last_loss": 0.5, "steps": 19, "seconds": 0.25},
-             "receipt": {"probes": probes}, "known_answers": {"answers": 15, "prompts": 1500, "trusted": true}},
+             "receipt": {"probes": probes}, "known_answers": {"answers": 15, "prompts": 1500, "trusted": true, "facts": 30}},
             {"generation": "aa", "live": false, "parent": null, "merged_from": ["x", "y"], "documents": 1},
         ]});
         let mut out = Vec::new();
@@ -268,7 +266,7 @@ mod tests {
             learning        6.500 to 0.500 nats a token, 19 steps, 0.2500 s\n    \
             anchor          2.5000 to 2.7500 nats a token, 32 examples\n    \
             memory answers  2.5000 to 2.7500 nats a token, 32 examples, 31 to 29 said to the letter\n    \
-            answers         15 that repeat are known, from 1500 prompts\n\ngeneration aa\nMerge:     x y\n";
+            answers         15 that repeat are known, from 1500 prompts; 30 that come once are remembered with their prompts\n\ngeneration aa\nMerge:     x y\n";
         assert!(full.starts_with(expected), "{full}");
         assert!(full.ends_with("learning  imported or merged, not trained here\n"), "{full}");
         assert_eq!(told(true).lines().next(), Some("bb (live) 3 documents, 6.500 to 0.500 nats a token"));

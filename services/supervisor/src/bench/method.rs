@@ -160,7 +160,7 @@ impl Method {
         }
         if self.is_joint() {
             // One batch: its passes shuffle all tasks.
-            (s.replay.batch_examples, s.replay.batch_labelled) = (100_000, 100_000);
+            (s.replay.batch_examples, s.replay.batch_counted) = (100_000, 100_000);
             s.train.adapters = AdapterScope::Shared;
         }
         s

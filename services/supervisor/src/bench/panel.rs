@@ -91,6 +91,10 @@ impl Panel {
             for (of_text, kinship) in by_base.iter_mut().zip(of_texts.into_iter().flatten()) {
                 of_text.kinship.insert(domain.clone(), kinship);
             }
+            let recalled = served.head.as_ref().map(|head| head.recalls(&rows)).transpose()?;
+            for (of_text, recalled) in by_base.iter_mut().zip(recalled.into_iter().flatten()) {
+                of_text.recalled.insert(domain.clone(), recalled);
+            }
         }
         for (of_text, shares) in by_base.iter_mut().zip(self.apart.shares(&rows)?) {
             of_text.shares = shares;

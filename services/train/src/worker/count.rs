@@ -60,8 +60,14 @@ impl Worker {
 
 /// What was counted, as files.
 pub(super) fn files(Counted { counts, head, prompts, .. }: &Counted) -> anyhow::Result<AnswerFiles> {
-    let (solved, answers) = (head.to_bytes()?, head.answers().len() as u64);
-    Ok(AnswerFiles { counts: counts.clone(), solved, answers, prompts: *prompts, trusted: head.is_trusted() })
+    Ok(AnswerFiles {
+        counts: counts.clone(),
+        solved: head.to_bytes()?,
+        answers: head.answers().len() as u64,
+        prompts: *prompts,
+        trusted: head.is_trusted(),
+        facts: head.facts() as u64,
+    })
 }
 
 fn material(example: &Example) -> Material<'_> {

@@ -99,24 +99,69 @@ fn labels_are_known_for_prompts_that_were_never_seen() {
 }
 
 #[test]
-fn what_does_not_repeat_is_not_known() {
+fn what_comes_once_is_remembered_with_its_prompt() {
     let (_, counting) = counting();
-    let facts = ["seven", "eleven", "a goat"].into_iter().zip(0..);
-    let facts: Vec<Example> =
-        facts.map(|(fact, n)| example(&counting, n, "what is it?", &format!("\n{fact}"))).collect();
-    assert!(take_in(&counting, &facts, &[], None).is_none());
-    // Two views of one document are one that says it.
-    let twice = [example(&counting, 3, "what?", "\nblue"), example(&counting, 3, "what?\n", "blue")];
-    assert!(take_in(&counting, &twice, &[], None).is_none());
+    let told = [
+        ("who guards the gate?", "a grey goose"),
+        ("who guards the mill?", "nobody"),
+        ("when is the mill shut?", "at seven on sundays"),
+    ];
+    let facts =
+        (0..).zip(told).map(|(n, (prompt, fact))| example(&counting, n, prompt, &format!("\n{fact}")));
+    let facts: Vec<Example> = facts.collect();
+    let counted = take_in(&counting, &facts, &[], None).expect("facts");
+    assert_eq!((counted.head.answers().len(), counted.head.facts(), counted.decided), (0, 3, vec![true; 3]));
+    assert!(!says(&counting, &counted.head, &example(&counting, 9, "where is the sea?", "\nnobody")));
+    // What is told later is said from then on, and two views of one document are one that says it.
+    let anew = [
+        example(&counting, 3, "who guards the mill?", "\na dog"),
+        example(&counting, 3, "who guards the mill?\n", "a dog"),
+    ];
+    let later = take_in(&counting, &anew, &facts, Some(&counted.counts)).expect("more");
+    assert_eq!((later.head.answers().len(), later.head.facts()), (0, 3));
+    assert!(anew.iter().all(|anew| says(&counting, &later.head, anew)));
+    assert!(!says(&counting, &later.head, &facts[1]) && says(&counting, &later.head, &facts[2]));
+    // Beside labels they are counted as what is none.
+    let all = [labelled(&counting), facts.clone()].concat();
+    let counted = take_in(&counting, &all, &[], None).expect("labels repeat");
+    assert_eq!((counted.head.answers().len(), counted.head.facts(), counted.prompts), (2, 3, 15));
+    assert!(facts.iter().all(|fact| says(&counting, &counted.head, fact)));
+}
+
+#[test]
+fn texts_and_answers_in_turn_are_not_remembered() {
+    let (_, counting) = counting();
     let mut text = example(&counting, 5, "", "A text of its own, and nothing else.");
     text.sequence = Sequence::whole(text.sequence.tokens);
     assert!(take_in(&counting, &[text.clone(), text.clone()], &[], None).is_none());
-    // Beside labels they are counted, as what the model is to answer.
-    let all = [labelled(&counting), facts.clone(), vec![text]].concat();
-    let counted = take_in(&counting, &all, &[], None).expect("labels repeat");
-    assert_eq!(counted.head.answers().len(), 2);
-    assert!(!says(&counting, &counted.head, &facts[0]));
-    assert_eq!(Counts::from_bytes(&counted.counts).expect("counts").prompts(), 16);
+    let mut in_turn = example(&counting, 6, "who guards the gate, and who the mill?", "\na goose, nobody");
+    let (from, to) = in_turn.sequence.learned[0];
+    in_turn.sequence.learned = vec![(from, from + 2), (to - 2, to)];
+    let counted = take_in(&counting, &[in_turn, text], &[], None).expect("answers");
+    assert_eq!((counted.head.facts(), counted.prompts, counted.decided), (0, 3, vec![false; 2]));
+}
+
+#[test]
+fn a_label_is_not_found_by_another_view_of_the_same_prompt() {
+    let (_, counting) = counting();
+    // What a number belongs to is not to be told from anything, and each prompt is there twice.
+    let of = |n: u64| {
+        let (prompt, number) = (
+            format!(
+                "what is the number of {}?",
+                ["anna", "berta", "carl", "dora", "emil", "fritz"][n as usize]
+            ),
+            n / 2,
+        );
+        [
+            example(&counting, n, &prompt, &format!("\n{number}")),
+            example(&counting, n, &format!("{prompt}\n"), &number.to_string()),
+        ]
+    };
+    let told: Vec<Example> = (0..6).flat_map(of).collect();
+    let counted = take_in(&counting, &told, &[], None).expect("numbers repeat");
+    assert!(!counted.head.is_trusted() && counted.head.answers().len() == 3);
+    assert_eq!((counted.head.facts(), counted.decided), (6, vec![true; 12]));
 }
 
 #[test]
@@ -124,7 +169,8 @@ fn a_batch_adds_to_what_was_counted_and_the_first_one_counts_what_was_learned_be
     let (_, counting) = counting();
     let all = labelled(&counting);
     let prompts = |counted: &Counted| Counts::from_bytes(&counted.counts).expect("counts").prompts();
-    assert!(take_in(&counting, &all[..1], &[], None).is_none(), "one of each is no repetition");
+    let one = take_in(&counting, &all[..1], &[], None).expect("one");
+    assert_eq!((one.head.answers().len(), one.head.facts()), (0, 1), "one of each is no repetition");
     let first = take_in(&counting, &all[1..6], &all[..1], None).expect("it repeats what was learned before");
     assert_eq!((prompts(&first), first.head.answers().len()), (6, 1));
     let second = take_in(&counting, &all[6..11], &all[..6], Some(&first.counts)).expect("more");

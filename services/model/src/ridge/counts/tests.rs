@@ -170,6 +170,18 @@ fn what_others_counted_adds_up_to_what_all_of_them_would_have() {
     let mut other = read(guessing.to_bytes().unwrap());
     other.known.answers.iter_mut().for_each(|answer| answer.text.push('s'));
     assert!(both.join(&other).unwrap() && both.answers() == 6 && !both.is_trusted());
+    // Facts of one that guesses are joined, and its guesses are not.
+    let mut sure = read(bytes_of(&[&lessons]));
+    sure.known.trial = Mean { of: 40.0, sum: 40.0 };
+    let fact = Answer { text: "fact".into(), forms: Vec::new() };
+    both.remember(&Tensor::ones([1, FEATURES], (Kind::Float, tch::Device::Cpu)), vec![fact]).unwrap();
+    let both = both.without_answers().unwrap();
+    assert!(both.answers() == 0 && both.prompts() == 2 * sure.prompts() && both.sums.size()[0] == 1);
+    for (one, other) in [(&sure, &both), (&both, &sure)] {
+        let mut joined = read(one.to_bytes().unwrap());
+        assert!(joined.join(other).unwrap() && joined.is_trusted());
+        assert_eq!((joined.answers(), joined.facts(), joined.prompts()), (3, 1, 3 * sure.prompts()));
+    }
     let joined = guessing;
     let full = Counts { products: joined.products.ones_like() * i64::from(i32::MAX), ..joined };
     let mut other = read(bytes_of(&[&lessons]));

@@ -51,11 +51,17 @@ fn line_fits(expected: &str, line: &str) -> bool {
 
 /// Runs the commands of a guide in one shell, in a folder of their own, beside a server on the built-in base.
 fn follow(name: &str) {
+    follow_with(name, &[]);
+}
+
+/// The same with settings.
+fn follow_with(name: &str, settings: &[&str]) {
     let Some(base) = nano() else { return };
     let guide = fs::read_to_string(root().join("configs/guides").join(name)).expect("readable");
     let steps = steps(&guide);
     assert!(steps.len() > 3, "{name} has commands");
-    let server = Setup::base(base).set("base.threads=1").start();
+    let setup = Setup::base(base).set("base.threads=1");
+    let server = settings.iter().fold(setup, |setup, setting| setup.set(setting)).start();
     let folder = tempfile::tempdir().expect("a folder");
     let at = |name: &str| folder.path().join(name);
     for name in ["bin", "work", "told"] {
@@ -116,7 +122,7 @@ fn forget() {
 
 #[test]
 fn move_an_adapter() {
-    follow("move-an-adapter.md");
+    follow_with("move-an-adapter.md", &["train.repeat_counted=true"]);
 }
 
 #[test]
@@ -132,7 +138,8 @@ fn every_guide_is_followed_and_listed() {
     for entry in fs::read_dir(&folder).expect("readable") {
         let name = entry.expect("readable").file_name().to_string_lossy().into_owned();
         if name != "README.md" {
-            assert!(source.contains(&format!("follow(\"{name}\")")), "{name} is followed by no test");
+            let followed = ["follow", "follow_with"].map(|how| source.contains(&format!("{how}(\"{name}\"")));
+            assert!(followed.contains(&true), "{name} is followed by no test");
             assert!(list.contains(&format!("({name})")), "{name} is not listed");
         }
     }

@@ -70,8 +70,8 @@ enum Command {
     },
     /// Write a generation to a folder, in the PEFT format; or with its base, as a whole model.
     ///
-    /// Answers that repeat, such as labels, are counted beside the adapter, and do not go along; with train.repeat_counted
-    /// the adapter learns them by itself too.
+    /// Short answers are counted and remembered beside the adapter, and do not go along; with train.repeat_counted the adapter
+    /// learns them by itself too.
     Export {
         /// The domain.
         domain: String,
@@ -139,6 +139,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
                 folder::save(&adapter, dir)?
             }
             writeln!(out, "{}", dir.display())?;
+            let log = client.get(&path(domain, "log"))?;
+            if let Some(beside) = history::left_behind(&log, generation.as_deref()) {
+                eprintln!("engram: {beside}");
+            }
             Ok(())
         }
         Command::Import { dir, domain } => {

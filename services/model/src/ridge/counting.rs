@@ -177,12 +177,19 @@ impl Counting {
         for (place, (given, prior)) in (0_i64..).zip(given.iter().zip(&priors)) {
             let Some((tokens, text)) = given.answer.as_ref().filter(|_| given.alone) else { continue };
             if !prior.knows(tokens) || counts.prompts_of(text) < LABEL_PROMPTS {
-                let form = Form { tokens: tokens.to_vec(), after: self.end(given.prompt)? };
+                let form = Form { tokens: self.ended(tokens), after: self.end(given.prompt)? };
                 places.push(place);
                 answers.push(Answer { text: text.clone(), forms: vec![form] });
             }
         }
         counts.remember(&rows.f_index_select(0, &Tensor::from_slice(&places))?, answers)
+    }
+
+    /// An answer with its end, which a chat may have none for.
+    fn ended(&self, answer: &[u32]) -> Vec<u32> {
+        let ends = self.tokenizer.eos_ids();
+        let end = ends.first().filter(|_| answer.last().is_none_or(|last| !ends.contains(last)));
+        answer.iter().chain(end).copied().collect()
     }
 
     /// What a prompt ends with, where that is the end of a form and not of what is asked, which may end with anything.

@@ -45,15 +45,16 @@ impl Prior {
         self.rest
     }
 
-    /// The probability of an answer that is known, before anything was said.
+    /// The probability of an answer that is known, or with which one begins, before anything was said.
     pub fn of(&self, answer: &[u32]) -> f64 {
-        self.known.iter().filter(|path| path.tokens == answer).map(|path| path.likely).sum()
+        self.known.iter().filter(|path| path.tokens.starts_with(answer)).map(|path| path.likely).sum()
     }
 
     /// Whether an answer is the likeliest, where the model gives it `log_likelihood` and by itself would say it or not.
     pub fn says(&self, answer: &[u32], log_likelihood: f64, by_model: bool) -> bool {
         let of = self.of(answer);
-        let others = self.known.iter().filter(|path| path.tokens != answer).map(|path| path.likely);
+        let others =
+            self.known.iter().filter(|path| !path.tokens.starts_with(answer)).map(|path| path.likely);
         of + self.rest * log_likelihood.exp() >= others.fold(0.0, f64::max) && (by_model || of >= self.rest)
     }
 

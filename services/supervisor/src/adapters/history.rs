@@ -77,6 +77,19 @@ fn receipt(receipt: &Value) -> impl Iterator<Item = (String, String)> {
     })
 }
 
+/// What an exported adapter leaves behind: that of a generation, or of the current one.
+pub fn left_behind(answer: &Value, generation: Option<&str>) -> Option<String> {
+    let generations = answer["generations"].as_array()?;
+    let exported = |of: &&Value| match generation {
+        Some(id) => of["generation"] == id,
+        None => of["live"] == true,
+    };
+    let (_, known) = known_answers(&generations.iter().find(exported)?["known_answers"])?;
+    Some(format!(
+        "answers beside the adapter stay behind ({known}); one that learns with train.repeat_counted=true says them by itself"
+    ))
+}
+
 /// What is known of answers beside the adapter.
 fn known_answers(known: &Value) -> Option<(String, String)> {
     let of = |name: &str| plain(&known[name]);
@@ -257,6 +270,18 @@ mod tests {
         let mut out = Vec::new();
         log(&answer, oneline, false, &mut out).expect("shown");
         String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn what_stays_behind_is_that_of_the_generation_that_is_exported() {
+        let known = json!({"answers": 2, "prompts": 9, "trusted": false, "facts": 3});
+        let log = json!({"generations": [
+            {"generation": "bb", "live": true, "known_answers": known},
+            {"generation": "aa", "live": false, "known_answers": null},
+        ]});
+        let told = left_behind(&log, None).expect("facts");
+        assert!(told.contains("(3 that come once are remembered with their prompts)"), "{told}");
+        assert_eq!((left_behind(&log, Some("bb")), left_behind(&log, Some("aa"))), (Some(told), None));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! What answers repeat: counts from which a ridge regression says, in closed form, which known answer a prompt has.
+//! What is known of short answers: counts of those that repeat, from which a ridge regression says, in closed form, which of them a
+//! prompt has, and those that come once, each with its prompt, from which the same regression tells how like it another one is.
 //!
 //! Where many prompts share few answers, as labels, an adapter has to be rehearsed for ever, and what one batch teaches
 //! another unlearns. Here nothing is unlearned: of each prompt a vector is taken from the frozen base ([`Features`]), and
@@ -7,7 +8,7 @@
 //! continual learning (Zhuang et al., arXiv 2205.14922) and, with random features, `RanPAC` (McDonnell et al., arXiv
 //! 2307.02251), and [`Prior`] brings what it says into the model's next token.
 //!
-//! No prompt is kept: 2,500 numbers a prompt go into sums whose number does not grow.
+//! No prompt is kept: 2,500 numbers a prompt go into sums whose number does not grow; beside facts ([`FACTS_MAX`]) those numbers are.
 
 mod anchors;
 mod counting;

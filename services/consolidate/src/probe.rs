@@ -1,9 +1,11 @@
 //! What a lineage is measured on, with the best published score of each example.
 
 use model::pack::Sequence;
+use model::ridge::Answer;
 use proto::wire::{self, Kind};
 use proto::{Example, ExampleId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// One measured example.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,9 +79,32 @@ impl Probe {
         }
     }
 
+    /// No longer remembers what `fresh` examples correct: a fact whose very prompt is told with another answer is not lost, but
+    /// wrong. One of the answers that `repeat` is as its documents have it, most of them, and stays.
+    pub fn correct(&mut self, fresh: &[&Example], repeat: &[Answer]) {
+        let told: BTreeMap<&[u32], &[u32]> =
+            fresh.iter().filter_map(|e| exchange(&e.piece.tokens, &e.piece.learned)).collect();
+        let repeats =
+            |answer: &[u32]| repeat.iter().flat_map(|of| &of.forms).any(|form| form.tokens == answer);
+        self.memory.retain(|entry| {
+            let Some((prompt, answer)) = exchange(&entry.tokens, &entry.learned) else { return true };
+            told.get(prompt).is_none_or(|now| *now == answer) || repeats(answer)
+        });
+    }
+
     /// A checksummed frame.
     pub fn to_bytes(&self) -> anyhow::Result<Vec<u8>> {
         Ok(wire::encode(Kind::Row, self)?)
+    }
+}
+
+/// What is asked and what is answered, where that is one answer to one prompt.
+fn exchange<'a>(tokens: &'a [u32], learned: &[(u32, u32)]) -> Option<(&'a [u32], &'a [u32])> {
+    match *learned {
+        [(from, to)] if from > 0 => {
+            Some((tokens.get(..from as usize)?, tokens.get(from as usize..to as usize)?))
+        }
+        _ => None,
     }
 }
 

@@ -154,6 +154,26 @@ fn labels_are_counted_and_said_from_then_on() {
 }
 
 #[test]
+fn a_fact_can_be_corrected_and_others_stay() {
+    let worker = worker();
+    let tokenizer = Tokenizer::load(nano()).expect("a tokenizer");
+    let told = |n, prompt: &str, answer: &str| example(&tokenizer, n, prompt, &format!("\n{answer}"));
+    let facts = [
+        told(1, "who guards the gate?", "a grey goose"),
+        told(2, "who guards the mill?", "nobody"),
+        told(3, "when is the mill shut?", "at seven on sundays"),
+    ];
+    let (parent, counted, _) = judge(&worker, facts.to_vec(), &Parent::default());
+    assert!(counted);
+    let (parent, counted, receipt) = judge(&worker, vec![told(4, "who guards the mill?", "a dog")], &parent);
+    let of = recited(&receipt);
+    assert!(counted && (of.best, of.after) == (2, 2), "what was wrong is nothing to hold it to");
+    let probe = Probe::from_bytes(parent.held.probe.as_deref().expect("a probe")).expect("a probe");
+    let documents: Vec<u64> = probe.memory.iter().map(|entry| entry.id.ordinal).collect();
+    assert!(documents == [1, 3, 4] && probe.memory.iter().all(|entry| entry.said_last));
+}
+
+#[test]
 fn what_would_cost_known_answers_is_not_counted_but_learned_by_heart() {
     let worker = worker();
     let parent = with_labels(&worker);

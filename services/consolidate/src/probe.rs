@@ -1,7 +1,7 @@
 //! What a lineage is measured on, with the best published score of each example.
 
 use model::pack::Sequence;
-use model::ridge::Answer;
+use model::ridge::{Answer, exchange};
 use proto::wire::{self, Kind};
 use proto::{Example, ExampleId};
 use serde::{Deserialize, Serialize};
@@ -95,16 +95,6 @@ impl Probe {
     /// A checksummed frame.
     pub fn to_bytes(&self) -> anyhow::Result<Vec<u8>> {
         Ok(wire::encode(Kind::Row, self)?)
-    }
-}
-
-/// What is asked and what is answered, where that is one answer to one prompt.
-fn exchange<'a>(tokens: &'a [u32], learned: &[(u32, u32)]) -> Option<(&'a [u32], &'a [u32])> {
-    match *learned {
-        [(from, to)] if from > 0 => {
-            Some((tokens.get(..from as usize)?, tokens.get(from as usize..to as usize)?))
-        }
-        _ => None,
     }
 }
 

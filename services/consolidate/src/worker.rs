@@ -145,7 +145,9 @@ impl Worker {
             bytes.filter(|_| self.counting.is_some()).map(Head::from_bytes).transpose()
         };
         let (counted, older) = (read(head)?, read(held.head.as_deref())?);
-        probe.correct(&fresh, older.as_ref().map_or(&[], Head::answers));
+        // Answers that repeat by chance are facts, each of which can be corrected.
+        let labels = older.as_ref().filter(|head| head.is_trusted());
+        probe.correct(&fresh, labels.map_or(&[], Head::answers));
         let rehearsed = candidate.batch.rehearsed.iter().map(|example| example.id).collect();
         // Once it was refused it was learned by heart, and what it counted is no longer needed.
         let relies = candidate.batch.attempt == 0 && !self.gating.repeat_counted;

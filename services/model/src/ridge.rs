@@ -22,7 +22,7 @@ mod trial;
 mod whose;
 
 pub use anchors::Anchors;
-pub use counting::{ANSWER_TOKENS_MAX, Counted, Counting, Heard, Material};
+pub use counting::{ANSWER_TOKENS_MAX, Counted, Counting, Heard, Material, exchange};
 pub use counts::{Counts, Lesson};
 pub use facts::FACTS_MAX;
 pub use features::{Features, Rows};

@@ -139,8 +139,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
                 folder::save(&adapter, dir)?
             }
             writeln!(out, "{}", dir.display())?;
-            let log = client.get(&path(domain, "log"))?;
-            if let Some(beside) = history::left_behind(&log, generation.as_deref()) {
+            // It is written, whether this can be told or not.
+            let log = client.get(&path(domain, "log")).ok();
+            if let Some(beside) = log.and_then(|log| history::left_behind(&log, generation.as_deref())) {
                 eprintln!("engram: {beside}");
             }
             Ok(())

@@ -350,7 +350,7 @@ fn lessons<'g, 'a: 'g>(
 }
 
 /// What is asked and what is answered, where that is one answer to one prompt.
-fn exchange<'a>(tokens: &'a [u32], learned: &[(u32, u32)]) -> Option<(&'a [u32], &'a [u32])> {
+pub fn exchange<'a>(tokens: &'a [u32], learned: &[(u32, u32)]) -> Option<(&'a [u32], &'a [u32])> {
     match *learned {
         [(from, to)] if from > 0 => {
             Some((tokens.get(..from as usize)?, tokens.get(from as usize..to as usize)?))

@@ -158,7 +158,7 @@ impl Generation {
 }
 
 /// What a lineage knows of answers beside its adapter: of those that repeat, such as labels, sums that every batch adds to, and
-/// what they come to; and those that come once, each with its prompt.
+/// what they come to; and those that come once, each with its prompt. And what its texts say.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnswerHead {
     /// The sums (safetensors), from which learning goes on.
@@ -174,12 +174,15 @@ pub struct AnswerHead {
     /// Answers that come once, and are remembered with their prompts.
     #[serde(default)]
     pub facts: u64,
+    /// Sentences and lines of texts that are remembered word for word.
+    #[serde(default)]
+    pub passages: u64,
 }
 
 impl AnswerHead {
     /// It has a say.
     pub fn speaks(&self) -> bool {
-        self.trusted || self.facts > 0
+        self.trusted || self.facts > 0 || self.passages > 0
     }
 
     /// Both of its files.

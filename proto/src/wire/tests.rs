@@ -113,7 +113,15 @@ fn candidate() -> Candidate {
 }
 
 fn answer_head() -> AnswerHead {
-    AnswerHead { counts: blob('e'), solved: blob('f'), answers: 15, prompts: 1500, trusted: true, facts: 30 }
+    AnswerHead {
+        counts: blob('e'),
+        solved: blob('f'),
+        answers: 15,
+        prompts: 1500,
+        trusted: true,
+        facts: 30,
+        passages: 40,
+    }
 }
 
 fn judgement() -> Judgement {

@@ -65,7 +65,13 @@ pub(crate) async fn log(state: web::Data<State>, domain: web::Path<String>) -> R
             "report": generation.report,
             "receipt": generation.receipt,
             "known_answers": generation.answer_head.as_ref().map(|head| {
-                json!({"answers": head.answers, "prompts": head.prompts, "trusted": head.trusted, "facts": head.facts})
+                json!({
+                    "answers": head.answers,
+                    "prompts": head.prompts,
+                    "trusted": head.trusted,
+                    "facts": head.facts,
+                    "passages": head.passages,
+                })
             }),
         })
     };

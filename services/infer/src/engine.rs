@@ -14,7 +14,8 @@ use model::generate::{Finish, Step, TokenLogprob};
 use model::grammar::Stuck;
 use model::llama::Base;
 use model::lora::Adapter;
-use model::ridge::{Features, Head, Prior, Rows};
+use model::passages::{Asked, Index};
+use model::ridge::{Features, Head, Prior, Rows, TRUST};
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
 use proto::{Domain, FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
@@ -53,8 +54,23 @@ pub struct Request {
     pub turn: Turned,
     /// What it looks like to the base, where that was looked at.
     pub features: Option<Rows>,
+    /// What is asked, as it is looked for in texts.
+    pub question: Question,
     /// What is expected of its answers, once the first of them is begun.
     pub prior: OnceCell<Prior>,
+}
+
+/// What is asked, without what a chat puts around it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Question {
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+    /// See [`Asked::is_question`].
+    pub is_question: bool,
+    /// See [`Asked::is_apart`].
+    pub is_apart: bool,
+    /// See [`Asked::end`].
+    pub end: Option<u32>,
 }
 
 /// What a prompt looks like to the base.
@@ -91,8 +107,10 @@ pub struct Engine {
     language: Arc<Language>,
     running_max: usize,
     adapters: HashMap<GenerationId, Adapter>,
-    /// What generations know of answers that repeat.
+    /// What generations know of short answers.
     heads: HashMap<GenerationId, Head>,
+    /// What generations remember of texts.
+    indexes: HashMap<GenerationId, Index>,
     /// What describes prompts to heads; none before there is a head.
     features: Option<Features>,
     /// Generations that are served from here on; others only to the end of what they began.
@@ -122,6 +140,7 @@ impl Engine {
             running_max,
             adapters: HashMap::new(),
             heads: HashMap::new(),
+            indexes: HashMap::new(),
             features: None,
             lasting: BTreeSet::new(),
             adapted: HashMap::new(),
@@ -141,8 +160,13 @@ impl Engine {
         adapter.check_finite()?;
         anyhow::ensure!(adapter.has_effect(), "it has no effect");
         let head = head.map(Head::from_bytes).transpose().context("what it knows of answers that repeat")?;
+        let tokenizer = &self.language.tokenizer;
+        if let Some(head) = head.as_ref().filter(|head| !head.passages().is_empty()) {
+            self.indexes.insert(id.clone(), Index::new(head.passages().clone(), Arc::clone(tokenizer))?);
+        }
+        let head = head.filter(Head::describes);
         if head.is_some() && self.features.is_none() {
-            self.features = Some(Features::new(base, Some(Arc::clone(&self.language.tokenizer)))?);
+            self.features = Some(Features::new(base, Some(Arc::clone(tokenizer)))?);
         }
         self.heads.extend(head.map(|head| (id.clone(), head)));
         self.adapters.insert(id.clone(), adapter.to_device(base.device()));
@@ -177,6 +201,7 @@ impl Engine {
         let waiting: BTreeSet<&GenerationId> = adapters.filter_map(|w| w.generation.as_ref()).collect();
         self.adapters.retain(|id, _| keep.contains(id) || waiting.contains(id));
         self.heads.retain(|id, _| keep.contains(id) || waiting.contains(id));
+        self.indexes.retain(|id, _| keep.contains(id) || waiting.contains(id));
         self.lasting.retain(|id| keep.contains(id));
         let (lasting, batch) = (&self.lasting, &mut self.batch);
         self.adapted.retain(|combination, adapted| {
@@ -280,14 +305,28 @@ impl Engine {
         let adapted = self.adapted(&request.adapters).map_err(NotBegun::Refused)?;
         let prior = match request.prior.get() {
             Some(prior) => prior.clone(),
-            None => self.expected(request).map_err(NotBegun::Refused)?,
+            None => self.expects(request).map_err(NotBegun::Refused)?,
         };
         let sampling = request.sampling(index, request.prior.get_or_init(|| prior).clone());
         self.batch.begin(&adapted, &self.language.tokenizer, &request.tokens, sampling)
     }
 
-    /// What is expected of the answers to a request by the generations that answer it.
-    fn expected(&self, request: &Request) -> anyhow::Result<Prior> {
+    /// What is expected of the answers to a request: short ones that are known, and else what texts say.
+    fn expects(&self, request: &Request) -> anyhow::Result<Prior> {
+        let whole = request.adapters.iter().map(|w| f64::from(w.weight).max(0.0)).sum::<f64>().max(1.0);
+        let mut all = Vec::new();
+        for Weighted { generation, weight, .. } in &request.adapters {
+            let Some(index) = generation.as_ref().and_then(|id| self.indexes.get(id)) else { continue };
+            let mut found = index.find(request.question.asked())?;
+            let share = TRUST * f64::from(*weight).max(0.0) / whole;
+            found.iter_mut().for_each(|found| found.likely *= share);
+            all.extend(found);
+        }
+        Ok(self.known(request)?.beside(all))
+    }
+
+    /// What is known of the answers to a request by the generations that answer it.
+    fn known(&self, request: &Request) -> anyhow::Result<Prior> {
         let head = |w: &Weighted| {
             (w.generation.as_ref().and_then(|id| self.heads.get(id)), f64::from(w.weight).max(0.0))
         };
@@ -308,6 +347,13 @@ impl Engine {
 
     fn gauge(&self) {
         metrics::gauge!("engram:num_requests_waiting").set(self.waiting.len() as f64);
+    }
+}
+
+impl Question {
+    fn asked(&self) -> Asked<'_> {
+        let Self { tokens, is_question, is_apart, end } = self;
+        Asked { tokens, is_question: *is_question, is_apart: *is_apart, end: *end }
     }
 }
 

@@ -11,7 +11,7 @@ mod profiles;
 mod router;
 
 pub use apart::{Apart, counted};
-pub use engine::{Engine, Looks, Request};
+pub use engine::{Engine, Looks, Question, Request};
 pub use guide::Guide;
 pub use profiles::Profiles;
 pub use router::{ByBase, Route, Router, Routing};
@@ -29,8 +29,8 @@ use model::grammar::Grammars;
 use model::hf::ModelConfig;
 use model::tokenizer::Tokenizer;
 use proto::{
-    Adapters, Choice, Domain, Generate, GenerateEvent, GenerationId, Manifest, Prompt, Publish, Published,
-    Role, Weighted,
+    Adapters, Choice, Domain, Generate, GenerateEvent, Generation, GenerationId, Manifest, Prompt, Publish,
+    Published, Role, Weighted,
 };
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,6 +39,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Events that wait for a slow reader before its request pauses.
 const EVENTS_MAX: usize = 64;
+
+/// Characters at the end of what is asked that are looked for in texts: some sentences.
+const ASKED_CHARS_MAX: usize = 1000;
 
 /// Settings of inference.
 #[derive(Debug, Clone)]
@@ -144,7 +147,10 @@ impl Infer {
         for (domain, lineage) in &manifest.lineages {
             if let Some(id) = &lineage.current {
                 self.load(id).await.with_context(|| format!("generation {id} of '{domain}'"))?;
-                counting |= self.registry.generation(id).is_some_and(|g| g.answer_head.is_some());
+                let counts = |generation: &Generation| {
+                    generation.answer_head.as_ref().is_some_and(|head| head.prompts > 0)
+                };
+                counting |= self.registry.generation(id).is_some_and(|generation| counts(&generation));
                 current.insert(domain.clone(), id.clone());
             }
         }
@@ -341,10 +347,22 @@ impl Answer<Generate> for Infer {
             Prompt::Text(_) => Vec::new(),
             Prompt::Messages(_) => self.language.template.end_of_turn(&self.language.tokenizer)?,
         };
+        let asked = asked(&self.language, &ask.prompt, &stop_ids)?;
         let (adapters, sampling, n) = (choice.adapters, ask.sampling, ask.n);
         let (features, prior) = (looks.map(|looks| looks.features), OnceCell::new());
-        let request =
-            Request { tokens, adapters, sampling, n, stop_ids, guide, reply, turn, features, prior };
+        let request = Request {
+            tokens,
+            adapters,
+            sampling,
+            n,
+            stop_ids,
+            guide,
+            reply,
+            turn,
+            features,
+            question: asked,
+            prior,
+        };
         if let Err(full) = self.engine.run(move |engine| engine.take(request, open_max)).await? {
             return Ok(Err(full));
         }
@@ -376,6 +394,18 @@ fn at_prompt(prompt: &Prompt) -> String {
         Prompt::Text(_) => "prompt".to_owned(),
         Prompt::Messages(_) => "messages".to_owned(),
     }
+}
+
+/// What is asked, as it is looked for in texts: its end.
+fn asked(language: &Language, prompt: &Prompt, stop_ids: &[u32]) -> anyhow::Result<Question> {
+    let text = question(prompt);
+    let start = text.char_indices().rev().nth(ASKED_CHARS_MAX).map_or(0, |(at, _)| at);
+    let (text, tokenizer) = (&text[start..], &language.tokenizer);
+    let is_chat = matches!(prompt, Prompt::Messages(_));
+    let is_question = is_chat || text.trim_end().ends_with(['?', '？']);
+    let end = stop_ids.first().or(tokenizer.eos_ids().first()).copied().filter(|_| is_question);
+    let tokens = tokenizer.encode_continuation(&format!(" {}", text.trim()))?;
+    Ok(Question { tokens, is_question, is_apart: text.ends_with(char::is_whitespace), end })
 }
 
 /// The text that a request is routed by: what was asked last.

@@ -17,6 +17,8 @@ pub struct AnswerFiles {
     pub trusted: bool,
     /// Answers that come once.
     pub facts: u64,
+    /// Sentences and lines of texts.
+    pub passages: u64,
 }
 
 impl AnswerFiles {
@@ -32,6 +34,7 @@ impl AnswerFiles {
             prompts: self.prompts,
             trusted: self.trusted,
             facts: self.facts,
+            passages: self.passages,
         })
     }
 }

@@ -184,6 +184,7 @@ section!(
         answer_passes_max: u32,
         loss_target: f32,
         repeat_counted: bool,
+        passage_tokens_max: usize,
         steps_min: u32,
         review_passes: u32,
         step_tokens: usize,

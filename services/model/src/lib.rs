@@ -40,6 +40,7 @@ pub mod mps;
 pub mod optim;
 pub mod orthogonal;
 pub mod pack;
+pub mod passages;
 pub mod peft;
 mod pieces;
 pub mod pretrain;

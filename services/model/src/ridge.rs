@@ -25,9 +25,10 @@ pub use anchors::Anchors;
 pub use counting::{ANSWER_TOKENS_MAX, Counted, Counting, Heard, Material, exchange};
 pub use counts::{Counts, Lesson};
 pub use facts::FACTS_MAX;
+pub(crate) use features::mixed;
 pub use features::{Features, Rows};
 pub use foreign::foreign;
-pub use head::Head;
+pub use head::{Head, TRUST};
 pub use prior::Prior;
 pub use whose::Whose;
 

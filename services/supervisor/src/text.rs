@@ -150,6 +150,7 @@ impl checkpoint::Peft for Text {
             prompts: sum.prompts(),
             trusted: head.is_trusted(),
             facts: head.facts() as u64,
+            passages: head.passages().len() as u64,
         }))
     }
 }

@@ -232,7 +232,7 @@ impl Plant {
         let (turn, threads) = (Arc::clone(&self.turn), s.base.threads);
         let (count, length) = (s.replay.anchors, s.replay.anchor_tokens);
         let (latents, form) = (Arc::clone(&self.latents), format!("{} {}", self.base_id, base.placement()));
-        let products = s.train.products;
+        let (products, passage_tokens_max) = (s.train.products, s.train.passage_tokens_max);
         let language = s.consolidate.answer_head.then(|| self.text.language());
         Compute::start("train", move || {
             let _helpers = compute_with(threads);
@@ -244,6 +244,7 @@ impl Plant {
             }
             let anchors = anchors(&base, count, length, REHEARSED_ANCHORS)?;
             let counting = language.map(|language| counting(&answering, &language, &anchors)).transpose()?;
+            let counting = counting.map(|counting| counting.keeping(passage_tokens_max));
             let recall = Recall::new(latents, form, &anchors);
             Ok(train::Worker::new(base, training, anchors, recall, counting, turn, stop))
         })

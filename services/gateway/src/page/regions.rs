@@ -278,6 +278,7 @@ fn receipt(generation: &Generation) -> Markup {
         @if let Some(head) = &generation.answer_head {
             @if head.trusted { p.note { "Knows " (head.answers) " answers that repeat, from " (head.prompts) " prompts." } }
             @if head.facts > 0 { p.note { "Remembers " (head.facts) " answers that come once, each with its prompt." } }
+            @if head.passages > 0 { p.note { "Remembers " (head.passages) " sentences of texts, word for word." } }
         }
         div.scroll {
             table.receipt {

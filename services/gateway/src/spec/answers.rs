@@ -310,7 +310,8 @@ struct Generation {
     known_answers: Option<KnownAnswers>,
 }
 
-/// Answers that repeat, such as labels, and the prompts that were counted to tell which of them one has; and answers that come once.
+/// Answers that repeat, such as labels, and the prompts that were counted to tell which of them one has; answers that come once; and
+/// what texts say.
 #[derive(Serialize, ToSchema)]
 struct KnownAnswers {
     answers: u64,
@@ -319,6 +320,8 @@ struct KnownAnswers {
     trusted: bool,
     /// Answers that come once, and are remembered with their prompts.
     facts: u64,
+    /// Sentences and lines of texts, which are remembered word for word.
+    passages: u64,
 }
 
 #[derive(Serialize, ToSchema)]

@@ -66,6 +66,7 @@ impl Engine {
             reply,
             turn,
             features: None,
+            question: Question::default(),
             prior: OnceCell::new(),
         };
         self.take(request, 8).expect("room");
@@ -151,6 +152,7 @@ async fn answers_are_taken_up_together_or_not_at_all() {
         reply,
         turn,
         features: None,
+        question: Question::default(),
         prior: OnceCell::new(),
     };
     assert_eq!(engine.take(request, 8), Err(Full));
@@ -180,6 +182,7 @@ fn a_reader_that_leaves_frees_all_its_answers() {
         reply,
         turn: held,
         features: None,
+        question: Question::default(),
         prior: OnceCell::new(),
     };
     engine.take(request, 8).expect("room");
@@ -207,6 +210,7 @@ async fn a_slow_reader_pauses_its_own_answer_and_nobody_elses() {
         reply,
         turn,
         features: None,
+        question: Question::default(),
         prior: OnceCell::new(),
     };
     engine.take(request, 8).expect("room");
@@ -405,6 +409,7 @@ fn ask_guided(engine: &mut Engine, schema: &str) -> (Compilation, Events<Generat
         reply,
         turn,
         features: None,
+        question: Question::default(),
         prior: OnceCell::new(),
     };
     engine.take(request, 8).expect("room");

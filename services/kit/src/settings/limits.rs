@@ -51,6 +51,7 @@ impl Settings {
         within("train.answer_rate", t.answer_rate, 0.01..=100.0)?;
         within("train.passes", t.passes, 1..=1000)?;
         within("train.answer_passes_max", t.answer_passes_max, 1..=10_000)?;
+        within("train.passage_tokens_max", t.passage_tokens_max, 0..=1 << 30)?;
         within("train.loss_target", t.loss_target, 0.0..=10.0)?;
         within("train.steps_min", t.steps_min, 1..=10_000)?;
         within("train.review_passes", t.review_passes, 0..=1000)?;

@@ -33,6 +33,8 @@ pub struct Counting {
     foreign: Vec<Vec<u32>>,
     /// Of `foreign`, once something is counted.
     anchors: OnceCell<Anchors>,
+    /// Tokens of texts that are kept.
+    passage_tokens_max: usize,
 }
 
 /// What was counted: the sums, and the regression solved of them.
@@ -47,6 +49,8 @@ pub struct Counted {
     pub decided: Vec<bool>,
     /// The sums hold no more: some of it was not counted.
     pub full: bool,
+    /// There was no room for what some of the texts say.
+    pub unkept: bool,
 }
 
 /// What is learned, as it is counted.
@@ -58,6 +62,13 @@ pub struct Material<'a> {
     pub tokens: &'a [u32],
     /// Those that are learned: see [`Sequence::learned`].
     pub learned: &'a [(u32, u32)],
+}
+
+impl Material<'_> {
+    /// Whether it is part of a text, of which every token is learned.
+    fn is_text(&self) -> bool {
+        *self.learned == [(0, self.tokens.len() as u32)]
+    }
 }
 
 /// Sequences, with what the base makes of what each is asked.
@@ -89,7 +100,14 @@ impl Counting {
             tokenizer,
             foreign,
             anchors: OnceCell::new(),
+            passage_tokens_max: 0,
         })
+    }
+
+    /// The same, which keeps what texts say, so many tokens of it: see [`crate::passages`].
+    #[must_use]
+    pub fn keeping(self, passage_tokens_max: usize) -> Self {
+        Self { passage_tokens_max, ..self }
     }
 
     fn anchors(&self) -> Result<&Anchors> {
@@ -101,8 +119,8 @@ impl Counting {
         Ok(self.anchors.get_or_init(|| anchors))
     }
 
-    /// Adds what `fresh` material answers to the `older` counts. The first time `beside`, which was learned before and not
-    /// counted, is counted too. None where there is no answer, nor was before.
+    /// Adds what `fresh` material answers to the `older` counts, and what its texts say. The first time `beside`, which was learned before
+    /// and not counted, is counted too. None where there is neither answer nor text, nor was before.
     ///
     /// # Errors
     /// When the older counts cannot be read, an answer not be decoded, or `between` says to stop.
@@ -114,12 +132,18 @@ impl Counting {
         between: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Option<Counted>> {
         let mut counts = older.map_or_else(Counts::new, Counts::from_bytes)?;
-        let new = older.is_none();
+        let unkept = !self.keep(&mut counts, fresh, beside)?;
+        let new = counts.prompts() == 0;
         let given: Vec<Given<'_>> = self.given(fresh)?;
         let before: Vec<Given<'_>> = self.given(beside)?;
         let repeated = repeated(given.iter().chain(&before));
         if new && given.iter().chain(&before).all(|given| given.answer.is_none()) {
-            return Ok(None);
+            if counts.passages().is_empty() {
+                return Ok(None);
+            }
+            let (head, decided) = (counts.solve(None, &Anchors::none()?)?, vec![false; fresh.len()]);
+            let counts = counts.to_bytes()?;
+            return Ok(Some(Counted { counts, head, prompts: 0, decided, full: false, unkept }));
         }
         if new && let Some(first) = fresh.iter().map(|material| material.document).min() {
             counts.begin_with(first);
@@ -147,7 +171,22 @@ impl Counting {
         let head = counts.with_facts(solution)?;
         let of_fresh = rows.f_narrow(0, (lessons.len() - given.len()) as i64, given.len() as i64)?;
         let decided = decided_of(&head, fresh, &given, &of_fresh)?;
-        Ok(Some(Counted { counts: counts.to_bytes()?, head, prompts: counts.prompts(), decided, full }))
+        let (prompts, counts) = (counts.prompts(), counts.to_bytes()?);
+        Ok(Some(Counted { counts, head, prompts, decided, full, unkept }))
+    }
+
+    /// Keeps what texts say, those `beside` too where none was kept before. False where there is no room for all.
+    fn keep(&self, counts: &mut Counts, fresh: &[Material<'_>], beside: &[Material<'_>]) -> Result<bool> {
+        if self.passage_tokens_max == 0 {
+            return Ok(true);
+        }
+        let beside = if counts.passages().is_empty() { beside } else { &[] };
+        let texts = beside.iter().chain(fresh).filter(|material| material.is_text());
+        let mut kept = true;
+        for text in texts {
+            kept &= counts.passages_mut().take_in(text.tokens, &self.tokenizer, self.passage_tokens_max)?;
+        }
+        Ok(kept)
     }
 
     /// Of answers that repeat from now on, those that came once before were counted as others.

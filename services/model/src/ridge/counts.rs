@@ -10,6 +10,7 @@ use super::facts::Facts;
 use super::features::{WAY, as_now, widened};
 use super::trial::{Mean, Tried};
 use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
+use crate::passages::Passages;
 use crate::weights;
 
 /// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
@@ -44,6 +45,7 @@ pub struct Counts {
     sums: Tensor,
     known: Known,
     facts: Facts,
+    passages: Passages,
 }
 
 /// Prompts that were counted, by which a regression is tried as if each had not been.
@@ -96,7 +98,8 @@ impl Counts {
     pub fn new() -> Result<Self> {
         let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Int, tch::Device::Cpu));
         let known = Known { way: WAY, ..Known::default() };
-        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known, facts: Facts::default() })
+        let (facts, passages) = (Facts::default(), Passages::default());
+        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known, facts, passages })
     }
 
     /// Whether an answer of this text is known.
@@ -169,6 +172,7 @@ impl Counts {
         known.since = None;
         known.kinship = known.kinship.with(of.kinship);
         self.facts.join(&other.facts);
+        self.passages.join(&other.passages);
         Ok(true)
     }
 
@@ -184,8 +188,11 @@ impl Counts {
         Ok(self)
     }
 
-    /// The lower half of the products.
+    /// The lower half of the products; nothing where nothing was counted.
     fn half(&self) -> Result<Tensor> {
+        if self.known.prompts == 0 {
+            return Ok(Tensor::f_zeros([0], (Kind::Int, tch::Device::Cpu))?);
+        }
         Ok(self.products.f_view([-1])?.f_index_select(0, &lower(FEATURES)?)?)
     }
 
@@ -265,9 +272,15 @@ impl Counts {
     /// gives it `(W^T x - h y) / (1 - h)`, with `h = x^T (P + A + r I)^-1 x` (Allen's PRESS, 1974). Where too few are found the head is
     /// not to be trusted: answers repeat there and have nothing to do with what prompts look like, as numbers in facts.
     ///
+    /// Where no prompt was counted, but texts are remembered, that is all it knows.
+    ///
     /// # Errors
-    /// When nothing was counted.
+    /// When there is neither.
     pub fn solve(&mut self, trial: Option<(&Rows, &[Lesson<'_>])>, anchors: &Anchors) -> Result<Head> {
+        if self.known.prompts == 0 && !self.passages.is_empty() {
+            let nothing = Tensor::f_zeros([1, FEATURES], (Kind::Float, tch::Device::Cpu))?;
+            return Ok(Head::new(Vec::new(), nothing, false, None)?.and(self.passages.clone()));
+        }
         let alike = vec![1.0; trial.map_or(0, |(_, lessons)| lessons.len())];
         let trial = trial.map(|(rows, lessons)| Trial { rows, lessons, alike: &alike });
         let solution = self.regress(trial, anchors)?;
@@ -299,7 +312,17 @@ impl Counts {
 
     /// What a regression says, of facts too.
     pub(super) fn with_facts(&self, Regression { head, factor }: Regression) -> Result<Head> {
-        Ok(head.with(self.facts.solve(&factor)?))
+        Ok(head.with(self.facts.solve(&factor)?).and(self.passages.clone()))
+    }
+
+    /// What texts say.
+    pub fn passages(&self) -> &Passages {
+        &self.passages
+    }
+
+    /// What texts say, to be added to.
+    pub(super) fn passages_mut(&mut self) -> &mut Passages {
+        &mut self.passages
     }
 
     /// Facts that are remembered.
@@ -327,11 +350,12 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let tensors = [
+        let mut tensors = vec![
             ("products".to_owned(), self.half()?),
             ("sums".to_owned(), self.sums.shallow_clone()),
             ("facts".to_owned(), self.facts.rows()?),
         ];
+        tensors.extend(self.passages.tensors()?);
         let known = Known { facts: self.facts.answers().to_vec(), ..self.known.clone() };
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&known)?)
     }
@@ -341,7 +365,10 @@ impl Counts {
     /// # Errors
     /// When it is something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let Parts { half, sums, facts, mut known } = Parts::read(bytes)?;
+        let Parts { half, sums, facts, passages, mut known } = Parts::read(bytes)?;
+        if known.prompts == 0 {
+            return Ok(Self { passages, ..Self::new()? });
+        }
         let features = sums.size().last().copied().unwrap_or(0);
         let products = whole(&half, features)?;
         let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
@@ -358,7 +385,7 @@ impl Counts {
             Some(rows) => Facts::new(&rows, std::mem::take(&mut known.facts))?,
             None => Facts::default(),
         };
-        Ok(Self { products, sums, known, facts })
+        Ok(Self { products, sums, known, facts, passages })
     }
 }
 
@@ -370,6 +397,7 @@ struct Parts {
     sums: Tensor,
     /// u8 [facts, features]; none where an earlier version wrote it.
     facts: Option<Tensor>,
+    passages: Passages,
     known: Known,
 }
 
@@ -378,6 +406,7 @@ impl Parts {
         let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
         let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
         let facts = tensors.remove("facts");
+        let passages = Passages::from_tensors(|name| tensors.remove(name))?;
         let mut take = |name: &str| {
             let tensor =
                 tensors.remove(name).with_context(|| format!("{name} of what was counted are missing"))?;
@@ -387,11 +416,11 @@ impl Parts {
         let (half, sums) = (take("products")?, take("sums")?);
         let features = sums.size().last().copied().unwrap_or(0);
         ensure!(
-            half.size() == [features * (features + 1) / 2]
+            (known.prompts == 0 || half.size() == [features * (features + 1) / 2])
                 && sums.size() == [1 + known.answers.len() as i64, features],
             "the parts of what was counted do not belong together"
         );
-        Ok(Self { half, sums, facts, known })
+        Ok(Self { half, sums, facts, passages, known })
     }
 }
 

@@ -175,7 +175,7 @@ fn words(prompts: &[&[u32]]) -> Result<Tensor> {
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in which every bit of the result depends on every bit of the key.
-fn mixed(key: u64) -> u64 {
+pub(crate) fn mixed(key: u64) -> u64 {
     let key = (key ^ key >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let key = (key ^ key >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     key ^ key >> 31

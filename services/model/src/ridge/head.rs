@@ -8,14 +8,15 @@ use super::facts::Solved;
 use super::features::{WAY, as_now, widened};
 use super::prior::Path;
 use super::{Answer, FEATURES, Prior};
+use crate::passages::Passages;
 use crate::weights;
 
 /// How sure the regression is taken to be: probabilities are `softmax(SHARPNESS * y)`. Of 10, 20 and 40, this has the
 /// least loss on unseen requests after 500, 1,500 and 3,000 of 15,000 with 150 labels, and after all of them 0.1 more than 40.
 pub(super) const SHARPNESS: f64 = 20.0;
 
-/// The share of an answer's probability that the counts have a say in; the rest is the model's, whatever they say.
-const TRUST: f64 = 0.95;
+/// The share of an answer's probability that what is known beside it has a say in; the rest is the model's, whatever that says.
+pub const TRUST: f64 = 0.95;
 
 const METADATA: &str = "ridge-head";
 
@@ -31,6 +32,8 @@ pub struct Head {
     usual: Option<f64>,
     /// Answers that come once, each with its prompt.
     facts: Solved,
+    /// What texts say.
+    passages: Passages,
 }
 
 /// What is written beside the weights.
@@ -61,7 +64,8 @@ impl Head {
         );
         ensure!(weights::is_finite(&weights)?, "the regression on known answers is not finite");
         ensure!(usual.is_none_or(|usual| usual.is_finite() && usual > 0.0), "no prompt is unlike anchors");
-        Ok(Self { answers, weights, trusted, usual, facts: Solved::none()? })
+        let (facts, passages) = (Solved::none()?, Passages::default());
+        Ok(Self { answers, weights, trusted, usual, facts, passages })
     }
 
     /// With facts.
@@ -69,15 +73,21 @@ impl Head {
         Self { facts, ..self }
     }
 
+    /// With what texts say.
+    pub(super) fn and(self, passages: Passages) -> Self {
+        Self { passages, ..self }
+    }
+
     /// As safetensors.
     ///
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let tensors = [
+        let mut tensors = vec![
             ("weights".to_owned(), self.weights.shallow_clone()),
             ("facts".to_owned(), self.facts.weights()?),
         ];
+        tensors.extend(self.passages.tensors()?);
         let (answers, trusted, usual) = (self.answers.clone(), self.trusted, self.usual);
         let beside = Beside { answers, trusted, usual, way: WAY, facts: self.facts.answers().to_vec() };
         weights::to_bytes(&tensors, METADATA, &serde_json::to_string(&beside)?)
@@ -96,7 +106,8 @@ impl Head {
         ensure!(way <= WAY, "the weights of known answers describe prompts in another way");
         as_now(&weights, way)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
-        let head = Self::new(answers, weights, trusted, usual)?;
+        let passages = Passages::from_tensors(|name| tensors.remove(name))?;
+        let head = Self::new(answers, weights, trusted, usual)?.and(passages);
         match tensors.remove("facts") {
             Some(weights) => Ok(head.with(Solved::new(weights, facts)?)),
             None => Ok(head),
@@ -113,7 +124,17 @@ impl Head {
         self.trusted
     }
 
-    /// Whether it has a say.
+    /// Whether it says anything of what describes a prompt: see [`super::Features`].
+    pub fn describes(&self) -> bool {
+        !self.answers.is_empty() || self.facts() > 0 || self.tells_kinship()
+    }
+
+    /// What texts say.
+    pub fn passages(&self) -> &Passages {
+        &self.passages
+    }
+
+    /// Whether it has a say in what short answers are.
     pub fn speaks(&self) -> bool {
         self.trusted || self.facts() > 0
     }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::passages::Found;
+
 /// Known answers, each with its probability; what is left to 1 is the model's own.
 ///
 /// The answer is drawn from `rest * p_model + sum of known`: as a mixture of whole answers, and not of tokens. So its next
@@ -38,6 +40,14 @@ impl Prior {
         known.retain(|path| path.likely > 0.0 && !path.tokens.is_empty());
         let rest = (1.0 - known.iter().map(|path| path.likely).sum::<f64>()).max(0.0);
         Self { rest, known, said: 0, next: BTreeMap::new() }
+    }
+
+    /// With what was `found`, which shares what was left for the model with it.
+    #[must_use]
+    pub fn beside(mut self, found: impl IntoIterator<Item = Found>) -> Self {
+        let of_rest = |Found { tokens, likely }| Path { tokens, likely: self.rest * likely };
+        self.known.extend(found.into_iter().map(of_rest));
+        Self::new(self.known)
     }
 
     /// What is left for what the model says.

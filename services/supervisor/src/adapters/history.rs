@@ -48,7 +48,9 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         let trained = report["steps"].as_u64().is_some_and(|steps| steps > 0);
         let learning = if trained { format!("{learned}, {steps} steps, {seconds} s") } else { learned };
         let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
-        let lines = lines.chain(known_answers(&generation["known_answers"]));
+        let known = &generation["known_answers"];
+        let lines = lines.chain(known_answers(known).map(|told| ("answers".to_owned(), told)));
+        let lines = lines.chain(passages(known).map(|told| ("texts".to_owned(), told)));
         columns(&lines.collect::<Vec<_>>(), out)?;
     }
     Ok(())
@@ -84,14 +86,25 @@ pub fn left_behind(answer: &Value, generation: Option<&str>) -> Option<String> {
         Some(id) => of["generation"] == id,
         None => of["live"] == true,
     };
-    let (_, known) = known_answers(&generations.iter().find(exported)?["known_answers"])?;
-    Some(format!(
-        "answers beside the adapter stay behind ({known}); one that learns with train.repeat_counted=true says them by itself"
-    ))
+    let known = &generations.iter().find(exported)?["known_answers"];
+    let answers = known_answers(known).map(|known| {
+        format!(
+            "answers beside the adapter stay behind ({known}); one that learns with train.repeat_counted=true says them by itself"
+        )
+    });
+    let texts = passages(known).map(|known| format!("{known}, which stays behind, too"));
+    let told: Vec<String> = answers.into_iter().chain(texts).collect();
+    (!told.is_empty()).then(|| told.join("; "))
+}
+
+/// What is remembered of texts beside the adapter.
+fn passages(known: &Value) -> Option<String> {
+    let passages = known["passages"].as_u64().filter(|passages| *passages > 0);
+    passages.map(|passages| format!("{passages} sentences of texts are remembered word for word"))
 }
 
 /// What is known of answers beside the adapter.
-fn known_answers(known: &Value) -> Option<(String, String)> {
+fn known_answers(known: &Value) -> Option<String> {
     let of = |name: &str| plain(&known[name]);
     // Prompts do not tell those apart that are not trusted, and what they say is left to the adapter.
     let repeat = (known["trusted"] == true)
@@ -99,7 +112,7 @@ fn known_answers(known: &Value) -> Option<(String, String)> {
     let facts = known["facts"].as_u64().filter(|facts| *facts > 0);
     let facts = facts.map(|facts| format!("{facts} that come once are remembered with their prompts"));
     let told: Vec<String> = repeat.into_iter().chain(facts).collect();
-    (!told.is_empty()).then(|| ("answers".to_owned(), told.join("; ")))
+    (!told.is_empty()).then(|| told.join("; "))
 }
 
 fn columns(lines: &[(String, String)], out: &mut dyn Write) -> Result<()> {

@@ -249,6 +249,7 @@ impl<'a> Bench<'a> {
                 reply,
                 turn: self.turn.enter(),
                 features: None,
+                question: infer::Question::default(),
                 prior: OnceCell::new(),
             });
             readers.push(events);

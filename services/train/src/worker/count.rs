@@ -33,6 +33,11 @@ impl Worker {
                 "answers that repeat were counted millions of times, and are not counted any more"
             );
         }
+        if counted.as_ref().is_some_and(|counted| counted.unkept) {
+            tracing::warn!(
+                "texts of this domain are no longer remembered word for word: train.passage_tokens_max is reached"
+            );
+        }
         Ok(counted)
     }
 
@@ -67,6 +72,7 @@ pub(super) fn files(Counted { counts, head, prompts, .. }: &Counted) -> anyhow::
         prompts: *prompts,
         trusted: head.is_trusted(),
         facts: head.facts() as u64,
+        passages: head.passages().len() as u64,
     })
 }
 

@@ -1,0 +1,140 @@
+//! What texts say, kept as they say it.
+//!
+//! An adapter that has read a text a few times has learned its manner, and little of what it says: of sentences of invented articles,
+//! broken off before their last words, none is ended as it was. So sentences and lines are kept beside the adapter, and where a prompt
+//! is like the beginning of one, or asks for what one says, the model is told how that one goes on, as pointer networks are (Vinyals et
+//! al., arXiv 1506.03134) and, token by token, nearest-neighbour language models (Khandelwal et al., arXiv 1911.00172). What is alike is
+//! told by words in common, the rarer the more, which needs no training, costs no forgetting, and grows with every text.
+
+mod find;
+mod spelling;
+
+pub use find::{Asked, Found, Index};
+
+use anyhow::{Result, ensure};
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+use crate::tokenizer::Tokenizer;
+use spelling::{Spelled, Spelling};
+
+/// Tokens before which no sentence ends: a shorter one says too little, and goes with the next.
+const TOKENS_MIN: usize = 8;
+/// What is longer is no sentence, and is cut.
+const TOKENS_MAX: usize = 64;
+
+/// Names of the tensors that hold passages.
+const NAMES: [&str; 3] = ["passage_tokens", "passage_ends", "passage_goes_on"];
+
+/// Sentences and lines of texts, in the order in which they came.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Passages {
+    /// The tokens of all, without control tokens.
+    tokens: Vec<u32>,
+    /// Where each ends among them.
+    ends: Vec<u32>,
+    /// Whether the text goes on with the next one.
+    goes_on: Vec<bool>,
+}
+
+impl Passages {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// Keeps what a text says, as long as all that is kept has no more than `tokens_max` tokens. False where there is no room.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on it.
+    pub fn take_in(&mut self, text: &[u32], tokenizer: &Tokenizer, tokens_max: usize) -> Result<bool> {
+        let (tokens, spelled) = Spelling::new(tokenizer).of_text(text)?;
+        let cuts = cut(&spelled);
+        let Some(last) = cuts.last() else { return Ok(true) };
+        if self.tokens.len() + last.end > tokens_max {
+            return Ok(false);
+        }
+        let before = self.tokens.len();
+        self.ends.extend(cuts.iter().map(|cut| (before + cut.end) as u32));
+        self.goes_on.extend((1..=cuts.len()).map(|n| n < cuts.len()));
+        self.tokens.extend(tokens);
+        Ok(true)
+    }
+
+    /// Keeps what others keep as well.
+    pub fn join(&mut self, other: &Self) {
+        let before = self.tokens.len() as u32;
+        self.tokens.extend(&other.tokens);
+        self.ends.extend(other.ends.iter().map(|end| before + end));
+        self.goes_on.extend(&other.goes_on);
+    }
+
+    /// Where the tokens of one lie.
+    fn range(&self, n: usize) -> Range<usize> {
+        let start = n.checked_sub(1).map_or(0, |before| self.ends[before]);
+        start as usize..self.ends[n] as usize
+    }
+
+    /// As tensors with names.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub(crate) fn tensors(&self) -> Result<[(String, Tensor); 3]> {
+        let ints = |numbers: &[u32]| {
+            Tensor::from_slice(&numbers.iter().map(|&n| i64::from(n)).collect::<Vec<_>>())
+                .f_to_kind(Kind::Int)
+        };
+        let goes_on: Vec<u8> = self.goes_on.iter().map(|&on| u8::from(on)).collect();
+        let tensors = [ints(&self.tokens)?, ints(&self.ends)?, Tensor::from_slice(&goes_on)];
+        let mut names = NAMES.iter();
+        Ok(tensors.map(|tensor| (names.next().map_or("", |name| name).to_owned(), tensor)))
+    }
+
+    /// Takes them out of named tensors; none are there where an earlier version wrote those.
+    ///
+    /// # Errors
+    /// When they do not belong together.
+    pub(crate) fn from_tensors(mut take: impl FnMut(&str) -> Option<Tensor>) -> Result<Self> {
+        let [Some(tokens), Some(ends), Some(goes_on)] = NAMES.map(&mut take) else {
+            return Ok(Self::default());
+        };
+        let ints = |tensor: &Tensor| -> Result<Vec<u32>> {
+            ensure!(tensor.f_kind()? == Kind::Int && tensor.dim() == 1, "passages are not i32");
+            Vec::<i32>::try_from(tensor)?.into_iter().map(|n| Ok(u32::try_from(n)?)).collect()
+        };
+        let (tokens, ends) = (ints(&tokens)?, ints(&ends)?);
+        ensure!(goes_on.f_kind()? == Kind::Uint8 && goes_on.dim() == 1, "passages are not what they were");
+        let goes_on: Vec<bool> = Vec::<u8>::try_from(goes_on)?.into_iter().map(|on| on != 0).collect();
+        let fits = goes_on.len() == ends.len()
+            && ends.first().is_none_or(|&first| first > 0)
+            && ends.is_sorted_by(|a, b| a < b)
+            && ends.last().copied().unwrap_or(0) as usize == tokens.len()
+            && goes_on.last() != Some(&true);
+        ensure!(fits, "passages and their ends do not belong together");
+        Ok(Self { tokens, ends, goes_on })
+    }
+}
+
+/// Where a text is cut: after the end of a sentence or line, once there is enough of it.
+fn cut(spelled: &[Spelled]) -> Vec<Range<usize>> {
+    let (mut cuts, mut start) = (Vec::new(), 0);
+    for (n, token) in spelled.iter().enumerate() {
+        let length = n + 1 - start;
+        if (length >= TOKENS_MIN && token.ends_before(spelled.get(n + 1))) || length >= TOKENS_MAX {
+            cuts.push(start..n + 1);
+            start = n + 1;
+        }
+    }
+    if start < spelled.len() {
+        cuts.push(start..spelled.len());
+    }
+    cuts
+}
+
+#[cfg(test)]
+mod tests;

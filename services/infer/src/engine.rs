@@ -159,10 +159,12 @@ impl Engine {
         let adapter = Adapter::from_bytes(bytes, base.config())?;
         adapter.check_finite()?;
         anyhow::ensure!(adapter.has_effect(), "it has no effect");
-        let head = head.map(Head::from_bytes).transpose().context("what it knows of answers that repeat")?;
+        let mut head =
+            head.map(Head::from_bytes).transpose().context("what it knows of answers that repeat")?;
         let tokenizer = &self.language.tokenizer;
-        if let Some(head) = head.as_ref().filter(|head| !head.passages().is_empty()) {
-            self.indexes.insert(id.clone(), Index::new(head.passages().clone(), Arc::clone(tokenizer))?);
+        let passages = head.as_mut().map(Head::take_passages).filter(|passages| !passages.is_empty());
+        if let Some(passages) = passages {
+            self.indexes.insert(id.clone(), Index::new(passages, Arc::clone(tokenizer))?);
         }
         let head = head.filter(Head::describes);
         if head.is_some() && self.features.is_none() {

@@ -13,6 +13,7 @@ pub use find::{Asked, Found, Index};
 
 use anyhow::{Result, ensure};
 use std::ops::Range;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 use crate::tokenizer::Tokenizer;
@@ -21,10 +22,13 @@ use spelling::{Spelled, Spelling};
 /// Tokens before which no sentence ends: a shorter one says too little, and goes with the next.
 const TOKENS_MIN: usize = 8;
 /// What is longer is no sentence, and is cut.
-const TOKENS_MAX: usize = 64;
+const TOKENS_MAX: usize = 128;
+
+/// Of prompts about anything else, the share of those that are taken for what they are.
+const FOREIGN_OF: (usize, usize) = (19, 20);
 
 /// Names of the tensors that hold passages.
-const NAMES: [&str; 3] = ["passage_tokens", "passage_ends", "passage_goes_on"];
+const NAMES: [&str; 4] = ["passage_tokens", "passage_ends", "passage_goes_on", "passage_foreign"];
 
 /// Sentences and lines of texts, in the order in which they came.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -35,6 +39,8 @@ pub struct Passages {
     ends: Vec<u32>,
     /// Whether the text goes on with the next one.
     goes_on: Vec<bool>,
+    /// What one of them has of a prompt that is about anything else, at most: see [`Index::share`].
+    foreign: f32,
 }
 
 impl Passages {
@@ -66,12 +72,26 @@ impl Passages {
         Ok(true)
     }
 
+    /// Notes what they have of prompts that are about anything else.
+    ///
+    /// # Errors
+    /// When the tokenizer fails on one.
+    pub fn compare(&mut self, foreign: &[Vec<u32>], tokenizer: &Arc<Tokenizer>) -> Result<()> {
+        let index = Index::new(self.clone(), Arc::clone(tokenizer))?;
+        let mut shares = foreign.iter().map(|prompt| index.share(prompt)).collect::<Result<Vec<f64>>>()?;
+        shares.sort_by(f64::total_cmp);
+        let most = shares.len().saturating_sub(1) * FOREIGN_OF.0 / FOREIGN_OF.1;
+        self.foreign = shares.get(most).map_or(0.0, |&share| share as f32);
+        Ok(())
+    }
+
     /// Keeps what others keep as well.
     pub fn join(&mut self, other: &Self) {
         let before = self.tokens.len() as u32;
         self.tokens.extend(&other.tokens);
         self.ends.extend(other.ends.iter().map(|end| before + end));
         self.goes_on.extend(&other.goes_on);
+        self.foreign = self.foreign.max(other.foreign);
     }
 
     /// Where the tokens of one lie.
@@ -84,13 +104,14 @@ impl Passages {
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub(crate) fn tensors(&self) -> Result<[(String, Tensor); 3]> {
+    pub(crate) fn tensors(&self) -> Result<[(String, Tensor); 4]> {
         let ints = |numbers: &[u32]| {
             Tensor::from_slice(&numbers.iter().map(|&n| i64::from(n)).collect::<Vec<_>>())
                 .f_to_kind(Kind::Int)
         };
         let goes_on: Vec<u8> = self.goes_on.iter().map(|&on| u8::from(on)).collect();
-        let tensors = [ints(&self.tokens)?, ints(&self.ends)?, Tensor::from_slice(&goes_on)];
+        let foreign = Tensor::from_slice(&[self.foreign]);
+        let tensors = [ints(&self.tokens)?, ints(&self.ends)?, Tensor::from_slice(&goes_on), foreign];
         let mut names = NAMES.iter();
         Ok(tensors.map(|tensor| (names.next().map_or("", |name| name).to_owned(), tensor)))
     }
@@ -100,7 +121,7 @@ impl Passages {
     /// # Errors
     /// When they do not belong together.
     pub(crate) fn from_tensors(mut take: impl FnMut(&str) -> Option<Tensor>) -> Result<Self> {
-        let [Some(tokens), Some(ends), Some(goes_on)] = NAMES.map(&mut take) else {
+        let [Some(tokens), Some(ends), Some(goes_on), Some(foreign)] = NAMES.map(&mut take) else {
             return Ok(Self::default());
         };
         let ints = |tensor: &Tensor| -> Result<Vec<u32>> {
@@ -110,13 +131,15 @@ impl Passages {
         let (tokens, ends) = (ints(&tokens)?, ints(&ends)?);
         ensure!(goes_on.f_kind()? == Kind::Uint8 && goes_on.dim() == 1, "passages are not what they were");
         let goes_on: Vec<bool> = Vec::<u8>::try_from(goes_on)?.into_iter().map(|on| on != 0).collect();
-        let fits = goes_on.len() == ends.len()
+        let foreign = f32::try_from(foreign)?;
+        let fits = foreign.is_finite()
+            && goes_on.len() == ends.len()
             && ends.first().is_none_or(|&first| first > 0)
             && ends.is_sorted_by(|a, b| a < b)
             && ends.last().copied().unwrap_or(0) as usize == tokens.len()
             && goes_on.last() != Some(&true);
         ensure!(fits, "passages and their ends do not belong together");
-        Ok(Self { tokens, ends, goes_on })
+        Ok(Self { tokens, ends, goes_on, foreign })
     }
 }
 
@@ -125,10 +148,14 @@ fn cut(spelled: &[Spelled]) -> Vec<Range<usize>> {
     let (mut cuts, mut start) = (Vec::new(), 0);
     for (n, token) in spelled.iter().enumerate() {
         let length = n + 1 - start;
-        if (length >= TOKENS_MIN && token.ends_before(spelled.get(n + 1))) || length >= TOKENS_MAX {
-            cuts.push(start..n + 1);
-            start = n + 1;
-        }
+        let end = match length {
+            TOKENS_MIN.. if token.ends_before(spelled.get(n + 1)) => n + 1,
+            // Before a word, where there is one.
+            TOKENS_MAX.. => (start + TOKENS_MIN..=n).rev().find(|&n| spelled[n].opens).unwrap_or(n + 1),
+            _ => continue,
+        };
+        cuts.push(start..end);
+        start = end;
     }
     if start < spelled.len() {
         cuts.push(start..spelled.len());

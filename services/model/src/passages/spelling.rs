@@ -16,7 +16,7 @@ pub(super) struct Spelled {
     pub key: u32,
     ends: Ends,
     /// It begins with space.
-    opens: bool,
+    pub opens: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

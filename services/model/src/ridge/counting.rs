@@ -182,9 +182,13 @@ impl Counting {
         }
         let beside = if counts.passages().is_empty() { beside } else { &[] };
         let texts = beside.iter().chain(fresh).filter(|material| material.is_text());
-        let mut kept = true;
+        let (mut kept, mut added) = (true, false);
         for text in texts {
             kept &= counts.passages_mut().take_in(text.tokens, &self.tokenizer, self.passage_tokens_max)?;
+            added = true;
+        }
+        if added {
+            counts.passages_mut().compare(&self.foreign, &self.tokenizer)?;
         }
         Ok(kept)
     }

@@ -134,6 +134,11 @@ impl Head {
         &self.passages
     }
 
+    /// Takes what texts say out of it.
+    pub fn take_passages(&mut self) -> Passages {
+        std::mem::take(&mut self.passages)
+    }
+
     /// Whether it has a say in what short answers are.
     pub fn speaks(&self) -> bool {
         self.trusted || self.facts() > 0

@@ -25,7 +25,7 @@ const SURENESS: f64 = 15.0;
 /// The same where a prompt is a whole sentence, and what follows is another one.
 const LIKE_WHOLE: f64 = 0.7;
 /// How much more is said of a passage that has more of the prompt: by `exp(SHARPNESS * share)`.
-const SHARPNESS: f64 = 30.0;
+const SHARPNESS: f64 = 60.0;
 /// What it is worth that the prompt ends with the tokens before a place, each of three, in units of information.
 const ENDS_ALIKE: f64 = 12.0;
 /// What is said and what is not, before and after a place, weighs `exp(PLACE * information)`.

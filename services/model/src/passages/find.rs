@@ -139,7 +139,6 @@ impl Index {
     /// What follows sentences like `sentence`, where it begins as what was `begun` of it; both are ranges of `keys`.
     fn next(&self, keys: &[u32], sentence: Range<usize>, begun: Range<usize>) -> Vec<(Range<usize>, f64)> {
         let alike = self.alike(&keys[sentence]);
-        let sure = alike.first().map_or(0.0, |&(share, _)| sureness(share, LIKE_WHOLE));
         let begun = &keys[begun];
         let goes_on = |&(share, n): &(f64, usize)| {
             let range = self.passages.range(n + usize::from(self.passages.goes_on[n]));
@@ -147,7 +146,9 @@ impl Index {
             let rest = range.start + begun.len()..range.end;
             (follows && !rest.is_empty()).then_some((rest, share))
         };
-        weighed(alike.iter().filter_map(goes_on).collect(), sure)
+        let following: Vec<(Range<usize>, f64)> = alike.iter().filter_map(goes_on).collect();
+        let sure = following.first().map_or(0.0, |&(_, share)| sureness(share, LIKE_WHOLE));
+        weighed(following, sure)
     }
 
     /// Where in passages like it a prompt ends.

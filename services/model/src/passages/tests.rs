@@ -79,7 +79,7 @@ fn after_a_whole_sentence_comes_the_next_one() {
     let (text, _) = found(&index, &format!("{first} It moved"), false);
     assert!(text.starts_with(" the capital"), "{text:?}");
     let last = "Its embassies on the moons of Jupiter stood in Ganymede and Callisto.";
-    assert_eq!(found(&index, last, false).0, "", "nothing follows it");
+    assert!(found(&index, last, false).1 < 0.1, "nothing follows it");
 }
 
 #[test]

@@ -138,7 +138,7 @@ impl Counting {
         let before: Vec<Given<'_>> = self.given(beside)?;
         let repeated = repeated(given.iter().chain(&before));
         if new && given.iter().chain(&before).all(|given| given.answer.is_none()) {
-            if counts.passages().is_empty() {
+            if counts.passages.is_empty() {
                 return Ok(None);
             }
             let (head, decided) = (counts.solve(None, &Anchors::none()?)?, vec![false; fresh.len()]);
@@ -180,15 +180,15 @@ impl Counting {
         if self.passage_tokens_max == 0 {
             return Ok(true);
         }
-        let beside = if counts.passages().is_empty() { beside } else { &[] };
+        let beside = if counts.passages.is_empty() { beside } else { &[] };
         let texts = beside.iter().chain(fresh).filter(|material| material.is_text());
         let (mut kept, mut added) = (true, false);
         for text in texts {
-            kept &= counts.passages_mut().take_in(text.tokens, &self.tokenizer, self.passage_tokens_max)?;
+            kept &= counts.passages.take_in(text.tokens, &self.tokenizer, self.passage_tokens_max)?;
             added = true;
         }
         if added {
-            counts.passages_mut().compare(&self.foreign, &self.tokenizer)?;
+            counts.passages.compare(&self.foreign, &self.tokenizer)?;
         }
         Ok(kept)
     }

@@ -45,7 +45,8 @@ pub struct Counts {
     sums: Tensor,
     known: Known,
     facts: Facts,
-    passages: Passages,
+    /// What texts say.
+    pub(super) passages: Passages,
 }
 
 /// Prompts that were counted, by which a regression is tried as if each had not been.
@@ -313,16 +314,6 @@ impl Counts {
     /// What a regression says, of facts too.
     pub(super) fn with_facts(&self, Regression { head, factor }: Regression) -> Result<Head> {
         Ok(head.with(self.facts.solve(&factor)?).and(self.passages.clone()))
-    }
-
-    /// What texts say.
-    pub fn passages(&self) -> &Passages {
-        &self.passages
-    }
-
-    /// What texts say, to be added to.
-    pub(super) fn passages_mut(&mut self) -> &mut Passages {
-        &mut self.passages
     }
 
     /// Facts that are remembered.

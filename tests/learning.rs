@@ -260,3 +260,28 @@ fn a_rollback_takes_less_than_a_second_and_brings_the_former_answers_back() {
     assert_eq!(undone["status"], "set_aside", "{undone}");
     assert!(undone["reason"].as_str().is_some_and(|reason| reason.contains("rolled back")), "{undone}");
 }
+
+#[test]
+fn what_a_text_says_is_said_word_for_word_until_it_is_forgotten() {
+    let server = Setup::tiny().start();
+    let text = "The lighthouse of Veldrania is painted violet every second spring. \
+                Its keeper feeds the grey herons at half past four.";
+    let ids = server.submit(&[json!({"text": text, "domain": "coast"})]);
+    assert_eq!(server.settle(&ids, PATIENCE)[0]["status"], "live");
+    let log = server.get("/v1/adapters/coast/log").ok();
+    assert_eq!(log["generations"][0]["known_answers"]["passages"], 2, "{log}");
+
+    let begun = "The lighthouse of Veldrania is painted";
+    let rest = " violet every second spring.";
+    assert_eq!(server.complete("coast", begun, 28), rest);
+    let ask = |model: &str| {
+        let messages = json!([{"role": "user", "content": "When are the grey herons fed by the keeper?"}]);
+        let body = json!({"model": model, "messages": messages, "max_tokens": 60, "temperature": 0});
+        let answer = server.post("/v1/chat/completions", &body).ok();
+        answer["choices"][0]["message"]["content"].as_str().expect("a text").to_owned()
+    };
+    assert_eq!(ask("coast"), "Its keeper feeds the grey herons at half past four.");
+    server.delete(&format!("/v1/documents/{}", ids[0])).ok();
+    assert_ne!(server.complete("coast", begun, 28), rest);
+    assert!(!ask("coast").contains("herons"));
+}

@@ -28,7 +28,7 @@ impl Answer<Merge> for Checkpoint {
                     let said = |head: &AnswerHead| head.speaks() && weighted.weight > 0.0;
                     if let Some(head) = generation.answer_head.clone().filter(said) {
                         let latest = heads.entry(&weighted.domain).or_insert_with(|| head.clone());
-                        if latest.prompts < head.prompts {
+                        if (latest.prompts, latest.passages) < (head.prompts, head.passages) {
                             *latest = head;
                         }
                     }

@@ -342,7 +342,8 @@ impl Worker {
         let alone =
             |(score, said): &(SequenceScore, bool)| Told { loss: mean(score), said: *said, known: false };
         let mut told = vec![recited.iter().map(alone).collect::<Vec<_>>(); heads.len()];
-        let Some(counting) = self.counting.as_ref().filter(|_| heads.iter().any(Option::is_some)) else {
+        let says_something = heads.iter().flatten().any(|head| head.describes());
+        let Some(counting) = self.counting.as_ref().filter(|_| says_something) else {
             return Ok(told);
         };
         let heard =

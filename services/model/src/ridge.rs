@@ -9,6 +9,7 @@
 //! 2307.02251), and [`Prior`] brings what it says into the model's next token.
 //!
 //! No prompt is kept: 2,500 numbers a prompt go into sums whose number does not grow; beside facts ([`FACTS_MAX`]) those numbers are.
+//! What texts say ([`crate::passages`]) is kept in the same files, and told of in the same way.
 
 mod anchors;
 mod counting;

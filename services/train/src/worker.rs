@@ -199,7 +199,7 @@ impl Worker {
             fresh: fresh.collect(),
             rehearsed: batch.rehearsed.iter().map(sequence).collect(),
             batch,
-            head: counted.map(|counted| &counted.head),
+            head: counted.map(|counted| &counted.head).filter(|head| head.describes()),
             first: vec![None; batch.fresh.len()],
             report: TrainReport::default(),
             recent_bad: VecDeque::new(),

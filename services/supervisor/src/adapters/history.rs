@@ -92,7 +92,7 @@ pub fn left_behind(answer: &Value, generation: Option<&str>) -> Option<String> {
             "answers beside the adapter stay behind ({known}); one that learns with train.repeat_counted=true says them by itself"
         )
     });
-    let texts = passages(known).map(|known| format!("{known}, which stays behind, too"));
+    let texts = passages(known).map(|known| format!("what texts say stays behind ({known})"));
     let told: Vec<String> = answers.into_iter().chain(texts).collect();
     (!told.is_empty()).then(|| told.join("; "))
 }
@@ -295,6 +295,10 @@ mod tests {
         let told = left_behind(&log, None).expect("facts");
         assert!(told.contains("(3 that come once are remembered with their prompts)"), "{told}");
         assert_eq!((left_behind(&log, Some("bb")), left_behind(&log, Some("aa"))), (Some(told), None));
+        let texts = json!({"answers": 0, "prompts": 0, "trusted": false, "facts": 0, "passages": 7});
+        let log = json!({"generations": [{"generation": "bb", "live": true, "known_answers": texts}]});
+        let told = left_behind(&log, None).expect("texts");
+        assert_eq!(told, "what texts say stays behind (7 sentences of texts are remembered word for word)");
     }
 
     #[test]

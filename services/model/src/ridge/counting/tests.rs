@@ -231,3 +231,54 @@ fn whoever_waits_can_stop_it() {
     let stopped = counting.take_in(&material(&all), &[], None, &mut || ControlFlow::Break(()));
     assert!(stopped.is_err());
 }
+
+/// A text of two sentences.
+fn text(counting: &Counting, document: u64, says: &str) -> Example {
+    let tokens = counting.tokenizer.encode(says).expect("encoded");
+    let learned = vec![(0, tokens.len() as u32)];
+    Example { document, sequence: Sequence { tokens, learned, rehearsed: false } }
+}
+
+const HARBOUR: &str = "The harbour of Veldrania freezes over in the last week of November. Its pilots wear coats of moss until the thaw.";
+const MARKET: &str = "The market of Veldrania opens at half past four on the day of Saint Pim. Nobody may whistle there after dark.";
+
+#[test]
+fn what_texts_say_is_kept_beside_whatever_else_is_counted_or_not() {
+    let (_, counting) = counting();
+    assert!(take_in(&counting, &[text(&counting, 1, HARBOUR)], &[], None).is_none(), "nothing is to be kept");
+    let counting = counting.keeping(10_000);
+    let first = take_in(&counting, &[text(&counting, 1, HARBOUR)], &[], None).expect("a text");
+    assert_eq!((first.head.passages().len(), first.prompts, &first.decided[..]), (2, 0, &[false][..]));
+    assert!(!first.head.describes() && !first.head.speaks() && first.counts.len() < 50_000, "no sums yet");
+    // The same may be rehearsed with what comes later, and is there already.
+    let beside = [text(&counting, 1, HARBOUR)];
+    let second = [vec![text(&counting, 20, MARKET)], labelled(&counting)].concat();
+    let both = take_in(&counting, &second, &beside, Some(&first.counts)).expect("labels, too");
+    assert_eq!((both.head.passages().len(), both.head.answers().len()), (4, 2));
+    let read = Head::from_bytes(&both.head.to_bytes().expect("bytes")).expect("read");
+    assert_eq!(read.passages(), both.head.passages());
+    let more = take_in(&counting, &labelled(&counting)[..2], &[], Some(&both.counts)).expect("more");
+    assert_eq!(more.head.passages(), both.head.passages(), "what is known stays");
+}
+
+#[test]
+fn lineages_that_are_merged_know_what_the_texts_of_either_say() {
+    let (_, counting) = counting();
+    let counting = counting.keeping(10_000);
+    let [one, other] = [HARBOUR, MARKET]
+        .map(|says| take_in(&counting, &[text(&counting, 1, says)], &[], None).expect("a text").counts);
+    let mut sum = Counts::from_bytes(&one).expect("read");
+    assert!(sum.join(&Counts::from_bytes(&other).expect("read")).expect("joined"));
+    let head = sum.solve(None, &Anchors::none().expect("none")).expect("solved");
+    assert_eq!(head.passages().len(), 4);
+}
+
+#[test]
+fn where_there_is_no_room_for_a_text_what_is_kept_stays() {
+    let (_, counting) = counting();
+    let counting = counting.keeping(45);
+    let first = take_in(&counting, &[text(&counting, 1, HARBOUR)], &[], None).expect("a text");
+    let second = take_in(&counting, &[text(&counting, 2, MARKET)], &[], Some(&first.counts)).expect("kept");
+    assert!(!first.unkept && second.unkept);
+    assert_eq!(second.head.passages(), first.head.passages());
+}

@@ -164,6 +164,15 @@ impl<Q: Send + 'static, R: Send + 'static> Door<Q, R> {
         *self.far.write().unwrap_or_else(PoisonError::into_inner) = Behind::Host(recipient);
     }
 
+    /// Whether somebody is behind it.
+    pub fn is_open(&self) -> bool {
+        match &*self.far.read().unwrap_or_else(PoisonError::into_inner) {
+            Behind::Nobody => false,
+            Behind::Host(recipient) => recipient.connected(),
+            Behind::Channel(sender) => !sender.is_closed(),
+        }
+    }
+
     /// Asks, as soon as there is a permit for it, and waits for the answer.
     ///
     /// # Errors
@@ -304,7 +313,9 @@ mod tests {
         };
         let (answer, ()) = tokio::join!(door.ask(1), answered);
         assert_eq!(answer, Ok(2));
+        assert!(door.is_open() && !Door::<u32, u32>::new(1).is_open());
         drop(questions);
+        assert!(!door.is_open());
         assert_eq!(door.ask(1).await, Err(Unanswered::Closed));
     }
 }

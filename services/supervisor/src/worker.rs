@@ -184,7 +184,7 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
     let doors = &plant.doors;
     let (registry, base) = (Arc::clone(&plant.registry), plant.base());
     let (enabled, given_up) = (plant.settings.train.enabled, Arc::clone(&plant.given_up));
-    let placement = base.placement();
+    let (placement, answers) = (base.placement(), doors.generate.clone());
     Ok(Gateway {
         settings: plant.settings.clone(),
         ledger: Arc::clone(&plant.ledger),
@@ -204,8 +204,8 @@ fn gateway(plant: &Plant, data_dir: &Path, base_dir: &Path) -> anyhow::Result<Ga
             scratch: data_dir.join(gateway::UPLOADS),
             document_bytes_max: plant.settings.gateway.document_bytes_max,
         })),
-        // Inference notes what it serves as soon as it does.
-        ready: Box::new(move || registry.live() > 0),
+        // Inference notes what it serves before the first request can reach it.
+        ready: Box::new(move || registry.live() > 0 && answers.is_open()),
         learning: Box::new(move || enabled && given_up.get().is_none()),
         info: ServerInfo {
             base_name: base_dir

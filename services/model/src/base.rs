@@ -230,10 +230,7 @@ impl Base {
     /// # Errors
     /// When the processor has no instruction for them, or bases of this kind are not learned on by hand.
     pub fn check_codes(config: &ModelConfig, placement: &Placement) -> Result<()> {
-        ensure!(
-            manual::is_int8_possible(),
-            "this processor has no AVX-512 VNNI, which products in 8 bits need"
-        );
+        ensure!(manual::is_int8_possible(), "this processor has no AVX2, which products in 8 bits need");
         ensure!(
             manual::applies_in_codes(config, placement),
             "products in 8 bits are for bases on the CPU in f32 or bf16 without norms over heads"

@@ -24,6 +24,7 @@ use super::tiles::{TILE, WIDE};
 use crate::cpu::team;
 use crate::cpu::vector::{Level, vectorised};
 use crate::quant::Matrix;
+use kernel::Kernel;
 
 /// Numbers that are added up at once.
 const GROUP: usize = 4;
@@ -41,15 +42,15 @@ const MIDDLE: u8 = 128;
 /// The largest code.
 const STEPS: f32 = 127.0;
 
-/// Whether this processor has the instruction.
+/// Whether this processor has loops for them by hand.
 pub(crate) fn is_possible() -> bool {
-    kernel::there()
+    Level::best() >= Level::Avx2
 }
 
-/// Whether products in 8 bits are faster here than those of bf16 and f32: with AVX-512's instruction for them, and without tiles,
-/// which are faster yet in bf16.
+/// Whether products in 8 bits are faster here than those of bf16 and f32: twice as many numbers at a time with AVX2, and with AVX-512
+/// where it has the instruction for them. Tiles of bf16 are faster yet.
 pub(crate) fn pays() -> bool {
-    kernel::there() && Level::best() < Level::Amx
+    matches!(Level::best(), Level::Avx2 | Level::Avx512Vnni | Level::Avx512Bf16)
 }
 
 /// Codes of a panel's columns for one group: so many of each column. In lines of the processor's cache, of which half of the loads
@@ -65,7 +66,7 @@ impl Line {
 
 /// A frozen matrix, [outputs, inputs].
 pub(crate) struct Codes {
-    /// For each [`WIDE`] outputs, for each [`GROUP`] of inputs.
+    /// For each [`WIDE`] outputs, for each [`GROUP`] of inputs, in the order that the processor's [`Kernel`] reads them in.
     panels: Vec<Line>,
     /// What a code is worth, by output.
     steps: Vec<f32>,
@@ -83,9 +84,10 @@ pub(crate) struct BaseCodes {
 impl BaseCodes {
     /// The matrices of layers, and the head, in 8 bits.
     pub fn new<'a>(layers: impl Iterator<Item = [&'a Matrix; 4]>, head: &Tensor) -> Result<Self> {
+        let kernel = Kernel::of(Level::best());
         let of = |weight: Tensor| match weight.f_kind()? {
-            Kind::BFloat16 => Codes::new::<bf16>(&weight),
-            _ => Codes::new::<f32>(&weight),
+            Kind::BFloat16 => Codes::new::<bf16>(&weight, kernel),
+            _ => Codes::new::<f32>(&weight, kernel),
         };
         let of_layer = |[qkv, o, gate_up, down]: [&Matrix; 4]| {
             Ok([of(qkv.dense()?)?, of(o.dense()?)?, of(gate_up.dense()?)?, of(down.dense()?)?])
@@ -96,16 +98,16 @@ impl BaseCodes {
 
 impl Codes {
     /// The nearest ones to `weight`.
-    fn new<W: Element>(weight: &Tensor) -> Result<Self> {
+    fn new<W: Element>(weight: &Tensor, kernel: Kernel) -> Result<Self> {
         let weight = Rows::<W>::of(weight, weight.size()[1])?;
         let narrow = Narrow::new(&weight, None, Rounding::Nearest, usize::MAX);
         let (groups, outputs) = (narrow.width / GROUP, weight.len());
         let mut panels = vec![Line::NOTHING; outputs.div_ceil(WIDE) * groups];
         for output in 0..outputs {
-            let first = output / WIDE * groups;
+            let panel = &mut panels[output / WIDE * groups..][..groups];
             for (group, codes) in narrow.row(output).as_chunks::<GROUP>().0.iter().enumerate() {
-                let of_output = &mut panels[first + group].0[output % WIDE * GROUP..][..GROUP];
-                for (to, code) in of_output.iter_mut().zip(codes) {
+                let (line, byte) = kernel.place(groups, group, output % WIDE);
+                for (to, code) in panel[line].0[byte..].iter_mut().zip(codes) {
                     *to = code.cast_unsigned().wrapping_add(MIDDLE);
                 }
             }
@@ -139,7 +141,9 @@ impl Codes {
         let fits = more.rows.as_ref().is_none_or(|more| (more.len(), more.width()) == (rows, columns))
             && more.low.iter().all(|(_, low)| low.len() == rows);
         ensure!(fits, "a product and what is added differ");
-        let (level, lines, of_task) = (Level::best(), x.width / GROUP, rows_of_task(rows, panels));
+        let (lines, of_task) = (x.width / GROUP, rows_of_task(rows, panels));
+        let level = Level::best();
+        let kernel = Kernel::of(level);
         each_alone(panels * rows.div_ceil(of_task), |task| {
             let (panel, first) = (task % panels, task / panels * of_task);
             let place = Place {
@@ -150,14 +154,14 @@ impl Codes {
             match way {
                 Way::Forward => {
                     factors[..place.columns.len()].copy_from_slice(&self.steps[place.columns.clone()]);
-                    let codes = &self.panels[panel * lines..][..lines];
-                    block(level, &x, place, codes, &factors, &out, &more);
+                    let panel = &self.panels[panel * lines..][..lines];
+                    block(level, &x, &Weights { kernel, panel, factors }, place, &out, &more);
                 }
-                Way::Backward => PANEL.with_borrow_mut(|codes| {
-                    codes.resize(self.steps.len().div_ceil(WIDE) * (WIDE / GROUP), Line::NOTHING);
+                Way::Backward => PANEL.with_borrow_mut(|turned| {
+                    turned.resize(self.steps.len().div_ceil(WIDE) * (WIDE / GROUP), Line::NOTHING);
                     let groups = self.inputs.div_ceil(GROUP);
-                    kernel::turn(&self.panels, groups, panel * (WIDE / GROUP), codes);
-                    block(level, &x, place, &codes[..lines], &factors, &out, &more);
+                    kernel.turn(&self.panels, groups, panel * (WIDE / GROUP), turned);
+                    block(level, &x, &Weights { kernel, panel: turned, factors }, place, &out, &more);
                 }),
             }
         });
@@ -209,6 +213,14 @@ pub(super) struct Place {
     columns: Range<usize>,
 }
 
+/// What rows are multiplied with.
+pub(super) struct Weights<'a> {
+    kernel: Kernel,
+    panel: &'a [Line],
+    /// What the columns of the product are multiplied by.
+    factors: [f32; WIDE],
+}
+
 /// Rows of activations or gradients in 8 bits.
 pub(super) struct Narrow {
     /// [rows, width], with zeros at the end up to a whole group.
@@ -233,6 +245,7 @@ impl Narrow {
     /// Those of `x`, whose columns are first multiplied by `times`, with a step for so many numbers of a row.
     fn new<W: Element>(x: &Rows<W>, times: Option<&[f32]>, rounding: Rounding, block: usize) -> Self {
         let (level, width) = (Level::best(), x.width().next_multiple_of(GROUP));
+        let kernel = Kernel::of(level);
         let block = block.min(width);
         let of_row = width.div_ceil(block);
         let (codes, blocks) = (vec![0; x.len() * width], vec![Block::default(); x.len() * of_row]);
@@ -253,7 +266,7 @@ impl Narrow {
                     widen(level, x.get(task * ROUNDED + i), times.unwrap_or(&[]), room);
                     let parts = codes.chunks_mut(block).zip(room.chunks(block.next_multiple_of(LANES)));
                     for (of_block, (codes, x)) in blocks.iter_mut().zip(parts) {
-                        *of_block = kernel::round(x, rounding, codes);
+                        *of_block = kernel.round(x, rounding, codes);
                     }
                 }
             });
@@ -291,12 +304,11 @@ vectorised! {
 }
 
 vectorised! {
-    /// A part of a product: `factors` are those of its columns, and `more` is added to it.
+    /// A part of a product, and `more` is added to it.
     fn block [W: Element] [W] (
         x: &Narrow,
+        weights: &Weights<'_>,
         place: Place,
-        panel: &[Line],
-        factors: &[f32; WIDE],
         out: &Rows<W>,
         more: &More<'_, W>,
     ) {
@@ -304,7 +316,7 @@ vectorised! {
         let mut sums = [[0f32; WIDE]; TILE];
         for first in rows.clone().step_by(TILE) {
             let count = TILE.min(rows.end - first);
-            kernel::tile(x, first..first + count, panel, factors, &mut sums);
+            weights.kernel.tile(x, first..first + count, weights.panel, &weights.factors, &mut sums);
             for (panels, low) in &more.low {
                 panels.add(columns.start / WIDE, low, (first, count), &mut sums);
             }

@@ -1,278 +1,107 @@
-//! What products in 8 bits spend their time in, with AVX-512's instruction that multiplies and adds up fours of bytes; and the
-//! same for every processor, to check it by.
+//! What products in 8 bits spend their time in, for each kind of processor. All of them come to the same numbers.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
 
 use std::ops::Range;
 
 use super::{Block, GROUP, Line, MIDDLE, Narrow, Rounding, STEPS, TILE, WIDE};
+use crate::cpu::vector::Level;
 
 /// What the bits of a number are multiplied by, of which product the upper half stands for chance (Knuth's multiplicative hash), and
 /// what that is multiplied by to be 0 to 1.
 const CHANCE: u32 = 0x9e37_79b1;
 const OF_CHANCE: f32 = 1.0 / 65536.0;
 
-/// Whether this processor has the instruction.
-pub fn there() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return crate::cpu::vector::Level::best() >= crate::cpu::vector::Level::Avx512Vnni;
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+type Round = unsafe fn(&[f32], Rounding, &mut [i8]) -> Block;
+type Tiled = unsafe fn(&Narrow, Range<usize>, &[Line], &[f32; WIDE], &mut [[f32; WIDE]; TILE]);
+type Turn = unsafe fn(&[Line], usize, usize, &mut [Line]);
+
+/// The loops of one kind of processor.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// Columns of a panel that lie side by side.
+    side: usize,
+    round: Round,
+    tile: Tiled,
+    turn: Turn,
 }
 
-/// The codes of a block of numbers. `x` is longer by less than a vector; what is beyond the block is zero. A block that is
-/// not finite has a step that is not, so that no product with it is.
-pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
-    #[cfg(target_arch = "x86_64")]
-    if there() {
-        // SAFETY: the processor has these instructions.
-        #[allow(unsafe_code)]
-        return unsafe { avx512::round(x, rounding, codes) };
-    }
-    plain::round(x, rounding, codes)
-}
-
-/// Some rows of `x`, [`TILE`] at most, times a panel's columns, and these times `factors`.
-pub fn tile(
-    x: &Narrow,
-    rows: Range<usize>,
-    panel: &[Line],
-    factors: &[f32; WIDE],
-    out: &mut [[f32; WIDE]; TILE],
-) {
-    #[cfg(target_arch = "x86_64")]
-    if there() {
-        // SAFETY: the processor has these instructions.
-        #[allow(unsafe_code)]
-        return unsafe { avx512::tile(x, rows, panel, factors, out) };
-    }
-    plain::tile(x, rows, panel, factors, out);
-}
-
-/// Turns panels of outputs, which have so many `groups` of inputs, into one of the [`WIDE`] inputs from the group `first` on: fours
-/// of inputs of an output become fours of outputs of an input. Inputs that there are not stay as they are.
-pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
-    #[cfg(target_arch = "x86_64")]
-    if there() {
-        // SAFETY: the processor has these instructions.
-        #[allow(unsafe_code)]
-        return unsafe { avx512::turn(panels, groups, first, out) };
-    }
-    plain::turn(panels, groups, first, out);
-}
-
-pub(super) mod plain {
-    use super::{Block, CHANCE, GROUP, Line, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
-
-    pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
-        // As whole numbers, of which those that are no number are the largest: they must not be lost.
-        let largest = x.iter().map(|x| x.abs().to_bits()).max().map_or(0.0, f32::from_bits);
-        let inverse = if largest > 0.0 { STEPS / largest } else { 0.0 };
-        for (code, x) in codes.iter_mut().zip(x) {
-            let chance = match rounding {
-                Rounding::Nearest => 0.0,
-                Rounding::OnAverage => {
-                    ((x.to_bits().wrapping_mul(CHANCE) >> 16) as f32).mul_add(OF_CHANCE, -0.5)
-                }
-            };
-            *code = x.mul_add(inverse, chance).round_ties_even().min(STEPS) as i8;
+impl Kernel {
+    /// Those for a processor of this level.
+    pub fn of(level: Level) -> Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni | Level::Avx512Bf16 | Level::Amx => {
+                Self { side: WIDE, round: avx512::round, tile: avx512::tile, turn: avx512::turn }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 | Level::Avx512 => {
+                Self { side: avx2::SIDE, round: avx2::round, tile: avx2::tile, turn: avx2::turn }
+            }
+            _ => Self::plain::<WIDE>(),
         }
-        Block { step: largest / STEPS, sum: codes.iter().map(|&code| i32::from(code)).sum() }
     }
 
-    pub fn tile(
+    fn plain<const SIDE: usize>() -> Self {
+        Self { side: SIDE, round: plain::round, tile: plain::tile::<SIDE>, turn: plain::turn::<SIDE> }
+    }
+
+    /// Those for every processor, of panels that lie as they do for these.
+    #[cfg(test)]
+    pub(super) fn to_check_by(self) -> Self {
+        if self.side == WIDE { Self::plain::<WIDE>() } else { Self::plain::<8>() }
+    }
+
+    /// Where a column's group lies in a panel that has so many: see [`place`].
+    pub(super) fn place(self, groups: usize, group: usize, column: usize) -> (usize, usize) {
+        place(self.side, groups, group, column)
+    }
+
+    /// The codes of a block of numbers. `x` is longer by less than a vector; what is beyond the block is zero. A block that is
+    /// not finite has a step that is not, so that no product with it is.
+    pub(super) fn round(self, x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
+        // SAFETY: a level is only ever what `Level::best` found, or less, so the processor has these instructions.
+        #[allow(unsafe_code)]
+        unsafe {
+            (self.round)(x, rounding, codes)
+        }
+    }
+
+    /// Some rows of `x`, [`TILE`] at most, times a panel's columns, and these times `factors`. The panel may have groups that `x` has
+    /// no numbers for, at its end.
+    pub(super) fn tile(
+        self,
         x: &Narrow,
         rows: Range<usize>,
         panel: &[Line],
         factors: &[f32; WIDE],
         out: &mut [[f32; WIDE]; TILE],
     ) {
-        for (row, out) in rows.zip(out) {
-            *out = [0.0; WIDE];
-            let parts = panel.chunks(x.block / GROUP).zip(x.row(row).chunks(x.block));
-            for (block, (panel, codes)) in x.blocks(row).iter().zip(parts) {
-                let mut sums = [-i32::from(MIDDLE) * block.sum; WIDE];
-                for (line, codes) in panel.iter().zip(codes.as_chunks::<GROUP>().0) {
-                    for (sum, weights) in sums.iter_mut().zip(line.0.as_chunks::<GROUP>().0) {
-                        for (weight, code) in weights.iter().zip(codes) {
-                            *sum += i32::from(*weight) * i32::from(*code);
-                        }
-                    }
-                }
-                for ((out, sum), factor) in out.iter_mut().zip(sums).zip(factors) {
-                    *out = (block.step * factor).mul_add(sum as f32, *out);
-                }
-            }
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        unsafe {
+            (self.tile)(x, rows, panel, factors, out);
         }
     }
 
-    pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
-        let inputs = WIDE.min((groups - first) * GROUP);
-        for (output, out) in out.iter_mut().enumerate() {
-            for (i, out) in out.0.iter_mut().enumerate().take(inputs * GROUP) {
-                let (input, output) = (i / GROUP, output * GROUP + i % GROUP);
-                let line = output / WIDE * groups + first + input / GROUP;
-                *out = panels[line].0[output % WIDE * GROUP + input % GROUP];
-            }
+    /// Turns panels of outputs, which have so many `groups` of inputs, into one of the [`WIDE`] inputs from the group `first` on: fours
+    /// of inputs of an output become fours of outputs of an input, in whole panels. Inputs that there are not stay as they are.
+    pub(super) fn turn(self, panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        unsafe {
+            (self.turn)(panels, groups, first, out);
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::{
-        _mm_setr_epi8, _mm_storeu_si128, _mm512_add_epi32, _mm512_and_si512, _mm512_broadcast_i32x4,
-        _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_extracti32x4_epi32,
-        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_cvtepi32_storeu_epi8,
-        _mm512_max_epi32, _mm512_min_epi32, _mm512_mul_ps, _mm512_mullo_epi32, _mm512_reduce_add_epi32,
-        _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
-        _mm512_shuffle_epi8, _mm512_srli_epi32, _mm512_storeu_ps,
-    };
-
-    use super::{Block, CHANCE, GROUP, Line, MIDDLE, Narrow, OF_CHANCE, Range, Rounding, STEPS, TILE, WIDE};
-    use crate::manual::kernels::LANES;
-
-    /// Vectors of a panel's columns.
-    const VECTORS: usize = WIDE / LANES;
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn round(x: &[f32], rounding: Rounding, codes: &mut [i8]) -> Block {
-        let x = x.as_chunks::<LANES>().0;
-        let (mut most, magnitude) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
-        for x in x {
-            // SAFETY: sixteen numbers.
-            #[allow(unsafe_code)]
-            let bits = unsafe { _mm512_loadu_si512(x.as_ptr().cast()) };
-            most = _mm512_max_epi32(most, _mm512_and_si512(bits, magnitude));
-        }
-        let largest = f32::from_bits(_mm512_reduce_max_epi32(most).cast_unsigned());
-        let inverse = _mm512_set1_ps(if largest > 0.0 { STEPS / largest } else { 0.0 });
-        let mut sums = _mm512_setzero_si512();
-        let (bits, lowest) = match rounding {
-            Rounding::Nearest => (0, 0.0),
-            Rounding::OnAverage => (CHANCE, -0.5),
-        };
-        let (bits, of_chance) = (_mm512_set1_epi32(bits.cast_signed()), _mm512_set1_ps(OF_CHANCE));
-        let (lowest, highest) = (_mm512_set1_ps(lowest), _mm512_set1_epi32(STEPS as i32));
-        for (x, codes) in x.iter().zip(codes.chunks_mut(LANES)) {
-            let within = (0xffff_u32 >> (LANES - codes.len())) as u16;
-            // SAFETY: sixteen numbers, and as many codes as the mask says.
-            #[allow(unsafe_code)]
-            unsafe {
-                let own =
-                    _mm512_srli_epi32::<16>(_mm512_mullo_epi32(_mm512_loadu_si512(x.as_ptr().cast()), bits));
-                let chance = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own), of_chance, lowest);
-                let code = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x.as_ptr()), inverse, chance));
-                // A step is itself rounded, so that chance could make one too many of the largest number.
-                let code = _mm512_min_epi32(code, highest);
-                sums = _mm512_add_epi32(sums, code);
-                _mm512_mask_cvtepi32_storeu_epi8(codes.as_mut_ptr(), within, code);
-            }
-        }
-        Block { step: largest / STEPS, sum: _mm512_reduce_add_epi32(sums) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub fn tile(
-        x: &Narrow,
-        rows: Range<usize>,
-        panel: &[Line],
-        factors: &[f32; WIDE],
-        out: &mut [[f32; WIDE]; TILE],
-    ) {
-        match rows.len() {
-            1 => of_rows::<1>(x, rows.start, panel, factors, out),
-            2 => of_rows::<2>(x, rows.start, panel, factors, out),
-            3 => of_rows::<3>(x, rows.start, panel, factors, out),
-            4 => of_rows::<4>(x, rows.start, panel, factors, out),
-            5 => of_rows::<5>(x, rows.start, panel, factors, out),
-            _ => of_rows::<TILE>(x, rows.start, panel, factors, out),
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn of_rows<const R: usize>(
-        x: &Narrow,
-        first: usize,
-        panel: &[Line],
-        factors: &[f32; WIDE],
-        out: &mut [[f32; WIDE]; TILE],
-    ) {
-        let none: &[Block] = &[];
-        let mut blocks = [none; R];
-        for i in 0..R {
-            blocks[i] = x.blocks(first + i);
-            out[i] = [0.0; WIDE];
-        }
-        for (block, panel) in panel.chunks(x.block / GROUP).enumerate() {
-            let mut rows = [std::ptr::null::<i8>(); R];
-            let mut sums = [[_mm512_setzero_si512(); VECTORS]; R];
-            for i in 0..R {
-                rows[i] = x.row(first + i)[block * x.block..][..panel.len() * GROUP].as_ptr();
-                // A block that is not finite has no sum that means anything.
-                let start = blocks[i][block].sum.wrapping_mul(-i32::from(MIDDLE));
-                sums[i] = [_mm512_set1_epi32(start); VECTORS];
-            }
-            for (group, line) in panel.iter().enumerate() {
-                let mut weights = [_mm512_setzero_si512(); VECTORS];
-                for (weights, from) in weights.iter_mut().zip(line.0.as_chunks::<{ LANES * GROUP }>().0) {
-                    // SAFETY: 64 bytes.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        *weights = _mm512_loadu_si512(from.as_ptr().cast());
-                    }
-                }
-                for i in 0..R {
-                    // SAFETY: of the row there is a group of codes for each line of the panel.
-                    #[allow(unsafe_code)]
-                    let codes = unsafe { rows[i].add(group * GROUP).cast::<i32>().read_unaligned() };
-                    let codes = _mm512_set1_epi32(codes);
-                    for j in 0..VECTORS {
-                        sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], weights[j], codes);
-                    }
-                }
-            }
-            for i in 0..R {
-                let step = _mm512_set1_ps(blocks[i][block].step);
-                for j in 0..VECTORS {
-                    let out = out[i][j * LANES..][..LANES].as_mut_ptr();
-                    // SAFETY: sixteen numbers.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        let factor = _mm512_mul_ps(step, _mm512_loadu_ps(factors.as_ptr().add(j * LANES)));
-                        let sum = _mm512_cvtepi32_ps(sums[i][j]);
-                        _mm512_storeu_ps(out, _mm512_fmadd_ps(factor, sum, _mm512_loadu_ps(out)));
-                    }
-                }
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub fn turn(panels: &[Line], groups: usize, first: usize, out: &mut [Line]) {
-        /// Bytes of an output's group, or an input's: four by four codes.
-        const SQUARE: usize = GROUP * GROUP;
-        let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        let order = _mm512_broadcast_i32x4(order);
-        let count = (WIDE / GROUP).min(groups - first);
-        for (panel, out) in out.chunks_exact_mut(WIDE / GROUP).enumerate() {
-            for group in 0..count {
-                let from = &panels[panel * groups + first + group].0;
-                // Four squares at a time, each of which goes to a line of its own.
-                for (squares, to) in
-                    from.as_chunks::<{ 4 * SQUARE }>().0.iter().zip(out.as_chunks_mut::<4>().0)
-                {
-                    let at = group * SQUARE;
-                    let [a, b, c, d] = to.each_mut().map(|line| line.0[at..at + SQUARE].as_mut_ptr().cast());
-                    // SAFETY: 64 bytes, and 16 in each of four places.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        let codes = _mm512_shuffle_epi8(_mm512_loadu_si512(squares.as_ptr().cast()), order);
-                        _mm_storeu_si128(a, _mm512_extracti32x4_epi32::<0>(codes));
-                        _mm_storeu_si128(b, _mm512_extracti32x4_epi32::<1>(codes));
-                        _mm_storeu_si128(c, _mm512_extracti32x4_epi32::<2>(codes));
-                        _mm_storeu_si128(d, _mm512_extracti32x4_epi32::<3>(codes));
-                    }
-                }
-            }
-        }
-    }
+/// Where a column's group lies in a panel that has so many: a line, and a byte of it. So many columns lie `side` by side, group after
+/// group, and then come the next.
+fn place(side: usize, groups: usize, group: usize, column: usize) -> (usize, usize) {
+    let byte = ((column / side * groups + group) * side + column % side) * GROUP;
+    (byte / size_of::<Line>(), byte % size_of::<Line>())
 }

@@ -1,10 +1,15 @@
 use super::*;
+use crate::cpu::vector::LEVELS;
 use crate::golden;
 use crate::manual::pairs::Block;
 
 fn numbers(rows: i64, columns: i64, pitch: f64) -> Tensor {
     let numbers = Tensor::arange(rows * columns, (Kind::Float, Device::Cpu)).view([rows, columns]);
     (numbers * pitch).sin()
+}
+
+fn codes(weight: &Tensor) -> Codes {
+    Codes::new::<f32>(weight, Kernel::of(Level::best())).unwrap()
 }
 
 /// Each block of a row to the nearest of its own 255 steps.
@@ -37,7 +42,7 @@ fn products_are_those_of_what_was_rounded() {
     for (rows, inputs, outputs) in SHAPES {
         let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
         let (more, above) = (numbers(rows, outputs, 0.11), numbers(rows, outputs, 0.53));
-        let codes = Codes::new::<f32>(&weight).unwrap();
+        let codes = codes(&weight);
         let narrow = rounded(&weight);
         let expected = in_blocks(&x).matmul(&narrow.tr());
         let found = codes.product::<f32>(Way::Forward, &x, Rounding::Nearest, More::default()).unwrap();
@@ -72,47 +77,52 @@ fn products_are_those_of_what_was_rounded() {
 
 #[test]
 fn every_processor_would_say_the_same() {
-    for (rows, inputs, outputs) in SHAPES {
-        let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
-        let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None, Rounding::Nearest, BLOCK);
-        let codes = Codes::new::<f32>(&weight).unwrap();
-        let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
-            .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })
-            .collect();
-        let [mut found, mut expected] = [vec![0i8; x.width], vec![0i8; x.width]];
-        for rounding in [Rounding::Nearest, Rounding::OnAverage] {
-            let blocks = [
-                kernel::round(&given, rounding, &mut found),
-                kernel::plain::round(&given, rounding, &mut expected),
-            ];
-            assert_eq!((blocks[0], &found), (blocks[1], &expected));
+    for level in LEVELS.into_iter().filter(|level| (Level::Avx2..=Level::best()).contains(level)) {
+        for shape in SHAPES {
+            says_the_same(Kernel::of(level), shape);
         }
+    }
+}
 
-        let panel = &codes.panels[..x.width / GROUP];
-        let factors = std::array::from_fn(|i| 1.0 + i as f32 / 7.0);
-        for count in 1..=TILE.min(rows as usize) {
-            let mut tiles = [[[0f32; WIDE]; TILE]; 2];
-            let [found, expected] = &mut tiles;
-            kernel::tile(&x, 0..count, panel, &factors, found);
-            kernel::plain::tile(&x, 0..count, panel, &factors, expected);
-            assert_eq!(found, expected);
-        }
+fn says_the_same(kernel: Kernel, (rows, inputs, outputs): (i64, i64, i64)) {
+    let plain = kernel.to_check_by();
+    let (x, weight) = (numbers(rows, inputs, 0.37), numbers(outputs, inputs, 0.71));
+    let x = Narrow::new(&Rows::<f32>::of(&x, inputs).unwrap(), None, Rounding::Nearest, BLOCK);
+    let codes = Codes::new::<f32>(&weight, kernel).unwrap();
+    let given: Vec<f32> = (0..x.width.next_multiple_of(LANES))
+        .map(|i| if i < inputs as usize { (i as f32 * 0.7).sin() } else { 0.0 })
+        .collect();
+    let [mut found, mut expected] = [vec![0i8; x.width], vec![0i8; x.width]];
+    for rounding in [Rounding::Nearest, Rounding::OnAverage] {
+        let blocks =
+            [kernel.round(&given, rounding, &mut found), plain.round(&given, rounding, &mut expected)];
+        assert_eq!((blocks[0], &found), (blocks[1], &expected));
+    }
 
-        let groups = x.width / GROUP;
-        for first in (0..groups).step_by(WIDE / GROUP) {
-            let mut panels =
-                [(); 2].map(|()| vec![Line::NOTHING; (outputs as usize).div_ceil(WIDE) * (WIDE / GROUP)]);
-            let [found, expected] = &mut panels;
-            kernel::turn(&codes.panels, groups, first, found);
-            kernel::plain::turn(&codes.panels, groups, first, expected);
-            assert_eq!(found, expected);
-        }
+    let panel = &codes.panels[..x.width / GROUP];
+    let factors = std::array::from_fn(|i| 1.0 + i as f32 / 7.0);
+    for count in 1..=TILE.min(rows as usize) {
+        let mut tiles = [[[0f32; WIDE]; TILE]; 2];
+        let [found, expected] = &mut tiles;
+        kernel.tile(&x, 0..count, panel, &factors, found);
+        plain.tile(&x, 0..count, panel, &factors, expected);
+        assert_eq!(found, expected);
+    }
+
+    let groups = x.width / GROUP;
+    for first in (0..groups).step_by(WIDE / GROUP) {
+        let mut panels =
+            [(); 2].map(|()| vec![Line::NOTHING; (outputs as usize).div_ceil(WIDE) * (WIDE / GROUP)]);
+        let [found, expected] = &mut panels;
+        kernel.turn(&codes.panels, groups, first, found);
+        plain.turn(&codes.panels, groups, first, expected);
+        assert_eq!(found, expected);
     }
 }
 
 #[test]
 fn what_is_no_number_is_not_lost() {
-    let codes = Codes::new::<f32>(&numbers(70, 40, 0.71)).unwrap();
+    let codes = codes(&numbers(70, 40, 0.71));
     for bad in [f64::NAN, f64::INFINITY] {
         let x = numbers(7, 40, 0.37);
         let _ = x.get(3).get(11).fill_(bad);
@@ -154,7 +164,7 @@ fn what_is_far_below_a_step_is_right_on_average() {
         1,
     );
     let weight = Tensor::ones([3, 512], (Kind::Float, Device::Cpu));
-    let codes = Codes::new::<f32>(&weight).unwrap();
+    let codes = codes(&weight);
     let small = |rounding| {
         let product = codes.product::<f32>(Way::Forward, &x, rounding, More::default()).unwrap();
         (product - 1.0).mean(Kind::Double).double_value(&[])

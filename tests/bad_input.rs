@@ -57,6 +57,7 @@ fn bad_bodies_ids_and_parameters_are_refused_with_a_reason() {
     refused(&server, "GET", "/v1/documents/nowhere", b"", &[], 404);
     refused(&server, "GET", "/v1/documents/a%20b", b"", &[], 400);
     refused(&server, "GET", "/v1/documents?limit=-1", b"", &[], 400);
+    refused(&server, "GET", "/v1/documents?says=%20", b"", &[], 400);
     refused(&server, "DELETE", "/v1/documents/nowhere", b"", &[], 404);
     refused(&server, "GET", "/v1/nothing", b"", &[], 404);
     refused(&server, "PUT", "/v1/documents", b"{}", &[JSON], 405);

@@ -142,6 +142,10 @@ fn files_are_learned_listed_asked_rolled_back_and_exchanged() {
     let id = learned["id"].as_str().expect("an id");
     assert!(with(&server, &["documents", "list", "--domain", "notes"]).contains(id));
     assert!(with(&server, &["documents", "show", id]).contains("live"));
+    let (says, found) = (sentence(3), with(&server, &["documents", "show", id, "--content"]));
+    assert!(found.contains(says.trim()), "{found}");
+    let found = with(&server, &["documents", "list", "--says", &says.to_uppercase()]);
+    assert!(found.contains(id) && found.lines().count() == 2, "{found}");
     with(&server, &["generate", "A miller", "--model", "notes", "--max-tokens", "4"]);
     serde_json::from_str::<Value>(&with(&server, &["status", "--json"])).expect("JSON");
 

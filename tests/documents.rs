@@ -104,3 +104,24 @@ fn the_list_is_read_page_by_page() {
     expected.reverse();
     assert_eq!(seen, expected, "the newest first, each once");
 }
+
+#[test]
+fn a_document_is_found_by_what_it_says() {
+    let server = Setup::tiny().set("train.enabled=false").start();
+    let fact = json!({"prompt": "Where is the spare key?", "completion": " Under the third\n flower pot.", "domain": "home"});
+    let exchange = json!([{"role": "user", "content": "A pot?"}, {"role": "assistant", "content": "Yes, the THIRD flower pot."}]);
+    let documents = [
+        fact,
+        json!({"text": "Nothing is kept under the second flower pot."}),
+        json!({"messages": exchange}),
+        json!({"text": "A third flower, and pots beside it."}),
+    ];
+    let told = server.submit(&documents);
+    let found = |asked: &str| ids(&server.get(&format!("/v1/documents?{asked}")).ok());
+    assert_eq!(found("says=third%20flower%20%20Pot"), [told[2].clone(), told[0].clone()], "the newest first");
+    assert_eq!(found("says=third%20flower%20pot&limit=1"), [told[2].clone()]);
+    let after = format!("says=third%20flower%20pot&limit=1&before={}", told[2]);
+    assert_eq!(found(&after), [told[0].clone()], "the list goes on");
+    assert_eq!(found("says=flower%20pot&domain=home"), [told[0].clone()]);
+    assert!(found("says=fourth%20flower").is_empty());
+}

@@ -149,7 +149,10 @@ fn what_grows_is_told_with_its_exponent_and_drawn() {
     let curves = result["curves"].as_array().expect("curves");
     let names: Vec<_> = curves.iter().filter_map(|curve| curve["curve"].as_str()).collect();
     let rehearsal = ["rehearsal", "rehearsal-takes-in", "rehearsal-digest"];
-    assert_eq!(names, [&["examples"][..], &rehearsal, &["routing", "adapters", "models", "intake"]].concat());
+    assert_eq!(
+        names,
+        [&["examples"][..], &rehearsal, &["routing", "adapters", "updates", "models", "intake"]].concat()
+    );
     for curve in curves {
         assert_eq!(curve["points"].as_array().map(Vec::len), Some(2), "{curve:#}");
         assert!(curve["exponent"].is_f64() && curve["expected"].is_f64(), "{curve:#}");

@@ -11,7 +11,7 @@ use crate::submission::{self, Submission};
 use actix_web::{HttpRequest, HttpResponse, web};
 use kit::ledger::{Appended, LedgerError};
 use kit::status::document_status;
-use proto::{Content, DocumentId, DocumentStatus, Domain, Forget, Stage};
+use proto::{Content, Document, DocumentId, DocumentStatus, Domain, Forget, Stage};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -98,12 +98,16 @@ fn conflict(id: &DocumentId, place: Option<usize>) -> ApiError {
     }
 }
 
+/// Characters that documents are looked for by, at most.
+const SAYS_MAX: usize = 1000;
+
 /// Lists documents.
 #[utoipa::path(
     get, path = "/v1/documents", tag = "learn",
     params(
         ("domain" = Option<String>, Query, description = "Those of this domain.", pattern = "^[a-z][a-z0-9_-]{0,63}$"),
         ("before" = Option<String>, Query, description = "Those given before this document.", pattern = "^[A-Za-z0-9._:-]{1,128}$"),
+        ("says" = Option<String>, Query, description = "Those that say this, whatever its case and white space.", min_length = 1, max_length = 1000),
         ("limit" = Option<u32>, Query, description = "At most so many.", minimum = 1, maximum = 1000)
     ),
     responses((status = 200, description = "The newest first.", body = spec::Documents))
@@ -112,6 +116,7 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
     let mut query = Query::of(&request)?;
     let domain = query.name("domain", Domain::new)?;
     let before = query.name("before", DocumentId::new)?;
+    let says = query.text("says", SAYS_MAX)?.map(|says| folded(&says));
     let limit = query.whole("limit", 1..=LIST_MAX)?.unwrap_or(LIST_DEFAULT);
     query.finish()?;
     let ledger = Arc::clone(&state.gateway.ledger);
@@ -123,10 +128,18 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
                 None => return Ok(Err(no_such_document(&id).param("before"))),
             },
         };
-        Ok(Ok(ledger.list(domain.as_ref(), limit as usize, before)?))
+        let wanted = |document: &Document| {
+            says.as_ref().is_none_or(|says| folded(&document.content.plain()).contains(says))
+        };
+        Ok(Ok(ledger.list(domain.as_ref(), limit as usize, before, wanted)?))
     });
     let ids = rows.await??.into_iter().map(|accepted| accepted.document.id).collect();
     Ok(HttpResponse::Ok().json(json!({"documents": statuses(&state, ids).await?})))
+}
+
+/// A text by which others are found that say the same: in lower case, with a space between words.
+fn folded(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase()
 }
 
 /// Tells where a document is, and all that happened to it.

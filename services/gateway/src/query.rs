@@ -33,6 +33,18 @@ impl Query {
         name.map_err(|error| ApiError::bad_name(key, &error))
     }
 
+    /// Some words, of so many characters at most.
+    pub(crate) fn text(&mut self, key: &str, chars_max: usize) -> Result<Option<String>> {
+        let Some(text) = self.0.remove(key) else { return Ok(None) };
+        if text.trim().is_empty() || text.chars().count() > chars_max {
+            return Err(ApiError::invalid(
+                key,
+                format!("'{key}' must be a text of 1 to {chars_max} characters"),
+            ));
+        }
+        Ok(Some(text))
+    }
+
     /// A whole number in `range`.
     pub(crate) fn whole(&mut self, key: &str, range: RangeInclusive<u32>) -> Result<Option<u32>> {
         let Some(text) = self.0.remove(key) else { return Ok(None) };

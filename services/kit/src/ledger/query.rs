@@ -139,24 +139,41 @@ impl Ledger {
         self.shared.read(|read| trail(&read.open_table(TRAILS)?, ordinal))
     }
 
-    /// Documents, newest first, at most `limit`; only those of a domain, and only those before an
+    /// Documents that are `wanted`, newest first, at most `limit`; only those of a domain, and only those before an
     /// ordinal, if given.
     ///
     /// # Errors
     /// When they cannot be read.
-    pub fn list(&self, domain: Option<&Domain>, limit: usize, before: Option<u64>) -> Result<Vec<Accepted>> {
+    pub fn list(
+        &self,
+        domain: Option<&Domain>,
+        limit: usize,
+        before: Option<u64>,
+        wanted: impl Fn(&Document) -> bool,
+    ) -> Result<Vec<Accepted>> {
         let before = before.unwrap_or(u64::MAX);
         self.shared.read(|read| {
             let documents = read.open_table(DOCUMENTS)?;
-            let Some(domain) = domain.map(Domain::as_str) else {
-                return documents.range(..before)?.rev().take(limit).map(|row| accepted(&row?)).collect();
-            };
-            let places = read.open_table(PLACES)?;
             let mut found = Vec::new();
-            for place in places.range((domain, 0)..(domain, before))?.rev().take(limit) {
-                let ordinal = place?.0.value().1;
-                let document = document_at(&documents, ordinal)?;
-                found.extend(document.map(|document| Accepted { ordinal, document }));
+            let mut take = |one: Accepted| {
+                found.extend((found.len() < limit && wanted(&one.document)).then_some(one));
+                found.len() < limit
+            };
+            if let Some(domain) = domain.map(Domain::as_str) {
+                let places = read.open_table(PLACES)?;
+                for place in places.range((domain, 0)..(domain, before))?.rev() {
+                    let ordinal = place?.0.value().1;
+                    let document = document_at(&documents, ordinal)?;
+                    if !document.is_none_or(|document| take(Accepted { ordinal, document })) {
+                        break;
+                    }
+                }
+            } else {
+                for row in documents.range(..before)?.rev() {
+                    if !take(accepted(&row?)?) {
+                        break;
+                    }
+                }
             }
             Ok(found)
         })

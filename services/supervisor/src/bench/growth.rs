@@ -28,6 +28,7 @@ faster than it should; a fixed part makes it smaller.
   examples   a pass over new examples and as many rehearsed ones, as in bench update
   rehearsal  the replay buffer: to draw 64 examples, take in 64 where it is full, and its digest
   adapters   to choose adapters for a prompt, and to decode a token of 16 answers over them
+  updates    from a document to its update, by the domains that have an adapter
   models     1,000 tokens learned on bases of other sizes, random ones but for nano
   intake     100 documents into the ledger, in the folder for temporary files";
 
@@ -37,6 +38,7 @@ enum Part {
     Examples,
     Rehearsal,
     Adapters,
+    Updates,
     Models,
     Intake,
 }
@@ -52,7 +54,7 @@ pub struct Args {
         long,
         value_enum,
         value_name = "CURVE,..",
-        default_value = "examples,rehearsal,adapters,models,intake",
+        default_value = "examples,rehearsal,adapters,updates,models,intake",
         value_delimiter = ','
     )]
     curves: Vec<Part>,
@@ -62,7 +64,7 @@ pub struct Args {
     /// Examples that are kept for rehearsal.
     #[arg(long, value_name = "N,..", default_value = "100,1000,10000", value_delimiter = ',', value_parser = value_parser!(u64).range(1..=1_000_000))]
     kept: Vec<u64>,
-    /// Domains that `auto` chooses from.
+    /// Domains that `auto` chooses from, and that have an adapter beside the one that learns.
     #[arg(long, value_name = "N,..", default_value = "1,4,16,64", value_delimiter = ',', value_parser = value_parser!(u64).range(1..=10_000))]
     domains: Vec<u64>,
     /// Adapters that 16 answers are spread over.
@@ -124,6 +126,7 @@ fn measured(part: Part, args: &Args, subject: &Subject) -> Result<Vec<Curve>> {
             measure::routing(subject, &ascending(&args.domains))?,
             measure::adapters(subject, &ascending(&args.adapters))?,
         ],
+        Part::Updates => measure::updates(subject, &ascending(&args.domains))?.into_iter().collect(),
         Part::Models => vec![measure::models(&args.subject, &args.models, tokens, args.repeats)?],
         Part::Intake => vec![measure::intake(&ascending(&args.documents))?],
     })

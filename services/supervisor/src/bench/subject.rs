@@ -47,6 +47,8 @@ pub struct Subject {
     pub settings: Settings,
     /// The folder whose tokenizer reads real text: nano's where the weights are random.
     dir: PathBuf,
+    /// Whether they are.
+    random: bool,
 }
 
 impl Subject {
@@ -68,7 +70,12 @@ impl Subject {
             (Base::load(&dir, &placement)?, language(&dir)?)
         };
         let language = Language { config: base.config().clone(), ..language };
-        Ok(Self { base, language: Arc::new(language), settings, dir })
+        Ok(Self { base, language: Arc::new(language), settings, dir, random: shape })
+    }
+
+    /// The folder that services load it from; none where its weights are random.
+    pub fn folder(&self) -> Option<&Path> {
+        (!self.random).then_some(&*self.dir)
     }
 
     /// The base as the services learn on it.

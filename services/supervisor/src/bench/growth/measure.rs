@@ -4,15 +4,17 @@ use super::curve::Curve;
 use super::words;
 use crate::bench::full_buffer::FullBuffer;
 use crate::bench::subject::{Subject, SubjectArgs, median};
+use crate::bench::system::{self, System};
 use crate::bench::together::Together;
 use crate::bench::update;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use infer::{ByBase, Router};
 use kit::ledger::Ledger;
 use kit::manifests::Registry;
 use kit::status::document_status;
 use proto::{Content, Document, Domain, Stage};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Instant;
 
 /// Examples in an optimiser step, new and rehearsed.
@@ -124,6 +126,49 @@ pub fn routing(subject: &Subject, counts: &[u64]) -> Result<Curve> {
         expected: 1.0,
         points,
     })
+}
+
+/// The time from a document to its update, of a domain of its own, where so many others have an adapter; none where the weights are
+/// random, which no service loads.
+pub fn updates(subject: &Subject, counts: &[u64]) -> Result<Option<Curve>> {
+    let Some(dir) = subject.folder() else {
+        eprintln!("updates: left out, since a service needs a base that lies in a folder");
+        return Ok(None);
+    };
+    let points = system::with(subject.settings.clone(), dir, async |system| {
+        let (mut points, mut known) = (Vec::new(), 0);
+        for &count in counts {
+            teach(system, known..count).await?;
+            known = known.max(count);
+            let mut times = Vec::new();
+            for _ in 0..FEW_TIMES {
+                times.push(teach(system, known..known + 1).await?);
+                known += 1;
+            }
+            points.push((count as f64, median(&times)));
+            eprintln!("updates with {count} domains: measured");
+        }
+        Ok(points)
+    })?;
+    Ok(Some(Curve {
+        name: "updates",
+        grows: "domains that have an adapter",
+        takes: "seconds from a document to its update",
+        expected: 0.0,
+        points,
+    }))
+}
+
+/// Has each of these domains learn a document; gives the seconds that it took.
+async fn teach(system: &System, domains: Range<u64>) -> Result<f64> {
+    let document = |n: u64| Ok((Domain::new(format!("bench{n}"))?, Content::Text(words::text(n, 0, WORDS))));
+    let documents = domains.map(document).collect::<Result<Vec<_>>>()?;
+    if documents.is_empty() {
+        return Ok(0.0);
+    }
+    let taught = system.teach(&documents).await?;
+    ensure!(taught.live == documents.len(), "not all documents were learned: {taught:?}");
+    Ok(taught.seconds)
 }
 
 /// The time of a pass in which 16 answers decode a token each, over so many adapters.

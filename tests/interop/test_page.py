@@ -121,6 +121,23 @@ def test_what_documents_say_stays_text(open_page, server):
     assert page.evaluate("window.harmed") is None
 
 
+def test_a_document_is_found_by_what_it_says_and_forgotten(open_page, server):
+    page = open_page(server)
+    for n in range(2):
+        teach(page, f"Who rows ferry {n}?", f"Ferryman number {n} of the eastern shore.", "ferries")
+    find = page.get_by_label("Find documents by what they say")
+    find.fill("FERRYMAN  number 1 of the eastern")
+    rows = page.locator("#documents tbody tr")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("Who rows ferry 1?")
+    rows.get_by_role("button", name="Forget").click()
+    page.get_by_role("dialog").get_by_role("button", name="Forget").click()
+    expect(page.locator("#documents")).to_have_text("No document says this.")
+    find.fill("")
+    expect(row(page, "Who rows ferry 0?")).to_be_visible()
+    expect(row(page, "Who rows ferry 1?")).to_have_count(0)
+
+
 def test_files_are_taught_by_dropping_them(open_page, server):
     page = open_page(server)
     lines = [{"prompt": f"Who keeps key {n}?", "completion": f" Keeper {n}."} for n in range(3)]

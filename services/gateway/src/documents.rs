@@ -99,7 +99,7 @@ fn conflict(id: &DocumentId, place: Option<usize>) -> ApiError {
 }
 
 /// Characters that documents are looked for by, at most.
-const SAYS_MAX: usize = 1000;
+pub(crate) const SAYS_MAX: usize = 1000;
 
 /// Lists documents.
 #[utoipa::path(
@@ -116,7 +116,7 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
     let mut query = Query::of(&request)?;
     let domain = query.name("domain", Domain::new)?;
     let before = query.name("before", DocumentId::new)?;
-    let says = query.text("says", SAYS_MAX)?.map(|says| folded(&says));
+    let says = query.text("says", SAYS_MAX)?;
     let limit = query.whole("limit", 1..=LIST_MAX)?.unwrap_or(LIST_DEFAULT);
     query.finish()?;
     let ledger = Arc::clone(&state.gateway.ledger);
@@ -128,13 +128,16 @@ pub(crate) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
                 None => return Ok(Err(no_such_document(&id).param("before"))),
             },
         };
-        let wanted = |document: &Document| {
-            says.as_ref().is_none_or(|says| folded(&document.content.plain()).contains(says))
-        };
-        Ok(Ok(ledger.list(domain.as_ref(), limit as usize, before, wanted)?))
+        Ok(Ok(ledger.list(domain.as_ref(), limit as usize, before, saying(says))?))
     });
     let ids = rows.await??.into_iter().map(|accepted| accepted.document.id).collect();
     Ok(HttpResponse::Ok().json(json!({"documents": statuses(&state, ids).await?})))
+}
+
+/// Whether a document says this; all do where it is left out.
+pub(crate) fn saying(says: Option<String>) -> impl Fn(&Document) -> bool {
+    let says = says.map(|says| folded(&says));
+    move |document| says.as_ref().is_none_or(|says| folded(&document.content.plain()).contains(says))
 }
 
 /// A text by which others are found that say the same: in lower case, with a space between words.

@@ -2,7 +2,7 @@
 //!
 //! [`look`] reads how things stand, [`shell`] and [`regions`] write it as HTML, [`charts`] as SVG,
 //! [`pulse`] remembers how learning went lately. `GET /events` sends each region again when it has
-//! changed, and `page.js` puts it in its place. All that comes from documents passes `maud`, which
+//! changed, and `page.js` puts it in its place; `GET /found` lists the documents that it looks for. All that comes from documents passes `maud`, which
 //! escapes it; the page asks nobody but this server for anything, and its policy forbids more.
 
 mod charts;
@@ -13,11 +13,13 @@ mod shell;
 
 pub(crate) use pulse::Pulse;
 
+use crate::documents;
 use crate::error::{ApiError, Result};
 use crate::events;
-use crate::state::State;
+use crate::query::Query;
+use crate::state::{State, read};
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use actix_web::{HttpResponse, HttpResponseBuilder, web};
+use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder, web};
 use look::Look;
 use maud::Markup;
 use serde_json::json;
@@ -118,6 +120,17 @@ async fn tell(state: &web::Data<State>, sender: &mpsc::Sender<web::Bytes>, _seat
         told = regions;
         sleep(EVERY).await;
     }
+}
+
+/// `GET /found?says=TEXT`: the newest documents that say this, as the page lists documents.
+pub(crate) async fn found(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse> {
+    let mut query = Query::of(&request)?;
+    let says = query.text("says", documents::SAYS_MAX)?;
+    query.finish()?;
+    let (ledger, registry) = (Arc::clone(&state.gateway.ledger), Arc::clone(&state.gateway.registry));
+    let rows = read(move || look::rows(&ledger, &registry, documents::saying(says))).await?;
+    let region = regions::documents(&rows, "No document says this.").into_string();
+    Ok(document().content_type("text/html; charset=utf-8").body(region))
 }
 
 /// The files that the page is made of.

@@ -47,6 +47,7 @@ pub(crate) fn routes(app: &mut web::ServiceConfig) {
     .service(at("/health", "GET").route(web::get().to(probes::health)))
     .service(at("/metrics", "GET").route(web::get().to(probes::metrics)))
     .service(at("/", "GET").route(web::get().to(page::show)))
+    .service(at("/found", "GET").route(web::get().to(page::found)))
     .service(at("/events", "GET").route(web::get().to(page::follow)))
     .service(at("/openapi.json", "GET").route(web::get().to(spec::json)))
     .service(at("/docs", "GET").route(web::get().to(spec::read)))

@@ -8,7 +8,7 @@ use actix_web::web;
 use kit::ledger::{Ledger, LedgerError};
 use kit::manifests::Registry;
 use kit::status::document_status;
-use proto::{DocumentStatus, Domain, Generation, Lineage};
+use proto::{Document, DocumentStatus, Domain, Generation, Lineage};
 use std::sync::Arc;
 
 /// Documents in the list, the newest first.
@@ -78,15 +78,7 @@ type Found = (Tally, Vec<Row>, Vec<Adapter>);
 fn documents_and_lineages(ledger: &Ledger, registry: &Registry) -> std::result::Result<Found, LedgerError> {
     let manifest = registry.try_manifest();
     let tally = Tally::take(ledger, manifest.as_deref())?;
-    let mut rows = Vec::new();
-    for accepted in ledger.list(None, DOCUMENTS_MAX, None, |_| true)? {
-        let document = accepted.document;
-        // Whoever forgets a document may do so between the two readings.
-        if let Some(status) = document_status(ledger, registry, registry.live(), &document.id)? {
-            let excerpt = excerpt(&document.content.plain());
-            rows.push(Row { status, excerpt, submitted_ms: document.submitted_ms });
-        }
-    }
+    let rows = rows(ledger, registry, |_| true)?;
     let adapter = |(domain, lineage): (&Domain, &Lineage)| Adapter {
         domain: domain.clone(),
         lineage: lineage.clone(),
@@ -95,6 +87,24 @@ fn documents_and_lineages(ledger: &Ledger, registry: &Registry) -> std::result::
     };
     let lineages = manifest.iter().flat_map(|manifest| &manifest.lineages).map(adapter).collect();
     Ok((tally, rows, lineages))
+}
+
+/// The newest documents of those that are wanted.
+pub(super) fn rows(
+    ledger: &Ledger,
+    registry: &Registry,
+    wanted: impl Fn(&Document) -> bool,
+) -> std::result::Result<Vec<Row>, LedgerError> {
+    let mut rows = Vec::new();
+    for accepted in ledger.list(None, DOCUMENTS_MAX, None, wanted)? {
+        let document = accepted.document;
+        // Whoever forgets a document may do so between the two readings.
+        if let Some(status) = document_status(ledger, registry, registry.live(), &document.id)? {
+            let excerpt = excerpt(&document.content.plain());
+            rows.push(Row { status, excerpt, submitted_ms: document.submitted_ms });
+        }
+    }
+    Ok(rows)
 }
 
 /// The beginning of a text, on one line.

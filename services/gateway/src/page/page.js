@@ -103,7 +103,8 @@ async function follow() {
     try {
       for await (const { event, data } of events(await call("/events"))) {
         $("trouble").hidden = true;
-        place(event, JSON.parse(data));
+        if (event === "documents") listed(JSON.parse(data));
+        else place(event, JSON.parse(data));
       }
       throw new Error("the server ended the connection");
     } catch (error) {
@@ -112,6 +113,43 @@ async function follow() {
       await wait(1500);
     }
   }
+}
+
+// --- Finding documents -----------------------------------------------------------------------
+
+let newest = $("documents").innerHTML;
+let searches = 0;
+
+/** The newest documents; while some are looked for, these instead, as they stand now. */
+function listed(html) {
+  newest = html;
+  if ($("says").value.trim()) find();
+  else place("documents", html);
+}
+
+async function find() {
+  const says = $("says").value.trim();
+  const search = ++searches;
+  if (!says) return place("documents", newest);
+  try {
+    const html = await (await call(`/found?says=${encodeURIComponent(says)}`)).text();
+    // What was asked for since has another answer.
+    if (search === searches) place("documents", html);
+  } catch (error) {
+    if (search === searches) $("documents").textContent = error.message;
+  }
+}
+
+function watchFinding() {
+  $("find").addEventListener("submit", (event) => {
+    event.preventDefault();
+    find();
+  });
+  $("says").addEventListener("input", async () => {
+    const said = $("says").value;
+    await wait(250);
+    if (said === $("says").value) find();
+  });
 }
 
 // --- Teaching --------------------------------------------------------------------------------
@@ -323,6 +361,7 @@ function watchActs() {
       try {
         await act.run(data);
         taught(`${act.title(data).replace("?", "")}: done.`);
+        if ($("says").value.trim()) find();
       } catch (error) {
         taught(error.message, true);
         $("taught").scrollIntoView({ block: "center" });
@@ -333,6 +372,7 @@ function watchActs() {
 }
 
 tellTimes(document);
+watchFinding();
 watchTeaching();
 watchAsking();
 watchActs();

@@ -12,7 +12,10 @@ pub(super) fn all(look: &Look) -> [(&'static str, Markup); 8] {
     [
         ("state", state(look)),
         ("stages", stages(look)),
-        ("documents", documents(look)),
+        (
+            "documents",
+            documents(&look.rows, "Nothing yet. Write something above, or drop a file on the page."),
+        ),
         ("learning", learning(look)),
         ("retention", retention(look)),
         ("adapters", adapters(look)),
@@ -52,18 +55,17 @@ fn stages(look: &Look) -> Markup {
     }
 }
 
-fn documents(look: &Look) -> Markup {
-    if look.rows.is_empty() {
-        return html! {
-            p.empty { "Nothing yet. Write something above, or drop a file on the page." }
-        };
+/// Documents, or what is said where there is none.
+pub(super) fn documents(rows: &[Row], none: &str) -> Markup {
+    if rows.is_empty() {
+        return html! { p.empty { (none) } };
     }
     html! {
         table {
             caption.hidden { "The newest documents, and where each is" }
             thead { tr { th scope="col" { "Document" } th scope="col" { "Domain" } th scope="col" { "Where it is" }
                 th scope="col" { "Given" } th scope="col" { span.hidden { "Forget" } } } }
-            tbody { @for row in &look.rows { (document(row)) } }
+            tbody { @for row in rows { (document(row)) } }
         }
     }
 }

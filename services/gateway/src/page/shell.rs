@@ -28,6 +28,10 @@ pub(super) fn page(state: &State, regions: &Regions, keys: bool) -> Markup {
                     section aria-labelledby="h-documents" {
                         h2 #h-documents { "Documents" }
                         ul #stages .stages data-live { (region(regions, "stages")) }
+                        form #find role="search" {
+                            label.hidden for="says" { "Find documents by what they say" }
+                            input #says type="search" maxlength="1000" autocomplete="off" placeholder="Find by what they say";
+                        }
                         div #documents data-live { (region(regions, "documents")) }
                     }
                     div.columns {

@@ -78,6 +78,21 @@ fn events_bring_every_region_and_then_what_changed_until_the_server_stops() {
 }
 
 #[test]
+fn documents_are_found_by_what_they_say() {
+    let server = Server::start(&[]);
+    for text in [HOSTILE, "The ladder is behind the shed."] {
+        assert_eq!(server.post("/v1/documents", &json!({"text": text})).status, 202);
+    }
+    let found = server.get("/found?says=BEHIND%20%20the%20shed");
+    assert_eq!((found.status, found.header("content-type")), (200, Some("text/html; charset=utf-8")));
+    assert!(found.body.contains("The ladder") && !found.body.contains("alert"), "{}", found.body);
+    let hostile = server.get("/found?says=%3Cscript%3E").body;
+    assert!(hostile.contains("&lt;script&gt;alert(1)") && !hostile.contains("The ladder"), "{hostile}");
+    assert!(server.get("/found?says=under%20the%20shed").body.contains("No document says this."));
+    assert_eq!((server.get("/found?says=").status, server.get("/found?says=a&limit=1").status), (400, 400));
+}
+
+#[test]
 fn with_keys_the_page_tells_nothing_before_one_is_shown() {
     let server = Server::start(&[&format!("gateway.api_keys={KEY}")]);
     let page = server.get("/");
@@ -86,6 +101,7 @@ fn with_keys_the_page_tells_nothing_before_one_is_shown() {
     for hidden in ["medical", &CURRENT[..8], "tiny"] {
         assert!(!page.body.contains(hidden), "{hidden} is in {}", page.body);
     }
+    assert_eq!(server.get("/found?says=a").status, 401);
     assert_eq!((server.get("/events").status, server.get("/assets/page.js").status), (401, 200));
 }
 

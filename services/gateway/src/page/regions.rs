@@ -191,7 +191,9 @@ fn retention(look: &Look) -> Markup {
                 }
                 details id={ "matrix-" (adapter.domain) } {
                     summary { "As a table" }
-                    div.scroll { (matrix(adapter)) }
+                    div.scroll tabindex="0" role="region" aria-label={ "Retention of " (adapter.domain) ", as a table" } {
+                        (matrix(adapter))
+                    }
                 }
             }
         }
@@ -282,7 +284,7 @@ fn receipt(generation: &Generation) -> Markup {
             @if head.facts > 0 { p.note { "Remembers " (head.facts) " answers that come once, each with its prompt." } }
             @if head.passages > 0 { p.note { "Remembers " (head.passages) " sentences of texts, word for word." } }
         }
-        div.scroll {
+        div.scroll tabindex="0" role="region" aria-label={ "Receipt of generation " (short(generation.id.as_str())) } {
             table.receipt {
                 caption { "Retention receipt, nats a token" }
                 thead { tr { th scope="col" { "Probe" } th scope="col" { "Examples" } th scope="col" { "Best" }

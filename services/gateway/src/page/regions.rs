@@ -171,8 +171,8 @@ fn batch(generation: &Generation) -> Markup {
     let speed = report.tokens as f64 / f64::from(report.seconds.max(1e-3));
     html! {
         (documents_of(generation.documents)) " in " (generation.lineage) ", "
-        (format!("{}, {} steps in {:.1} s, {} tokens a second", report.in_words(), report.steps, report.seconds,
-            grouped(speed)))
+        (format!("{}, {} {} in {:.1} s, {} tokens a second", report.in_words(), report.steps,
+            if report.steps == 1 { "step" } else { "steps" }, report.seconds, grouped(speed)))
     }
 }
 

@@ -130,7 +130,7 @@ fn weights(panel: &[Line], group: usize, groups: usize, column: usize) -> &[[u8;
     // SAFETY: that many bytes are there, and bytes lie anywhere.
     #[allow(unsafe_code)]
     unsafe {
-        std::slice::from_raw_parts(panel[first].0.as_ptr().add(byte).cast(), groups)
+        std::slice::from_raw_parts(panel[first..].as_ptr().cast::<u8>().add(byte).cast(), groups)
     }
 }
 

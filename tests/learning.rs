@@ -69,6 +69,44 @@ fn told_facts_are_answered_exactly_and_remain_so() {
     assert!(in_the_end >= wanted, "{in_the_end} of {facts} after {others} further documents");
 }
 
+#[test]
+fn an_answer_names_the_document_that_it_is_from_until_that_is_forgotten() {
+    let Some(base) = nano() else { return };
+    let server = Setup::base(base).start();
+    let article = "The ferry to Port Calidus leaves from the third pier of Veldrania at nine in the evening. \
+                   Its captain is Orla Tanquist, who lost an eye to a heron.";
+    let (question, answer) = FACTS[4];
+    let ids = server.submit(&[
+        json!({"text": article, "domain": "veldrania", "source": "ferry.md"}),
+        json!({"prompt": question, "completion": format!(" {answer}"), "domain": "veldrania", "source": "town.jsonl"}),
+    ]);
+    let settled = server.settle(&ids, PATIENCE);
+    assert!(settled.iter().all(|document| document["status"] == "live"), "{settled:?}");
+    let sources = |prompt: &str| {
+        let request = json!({"model": "veldrania", "prompt": prompt, "max_tokens": 24, "temperature": 0});
+        let told = server.post("/v1/completions", &request).ok();
+        told["engram"]["sources"].as_array().expect("sources").clone()
+    };
+    for (prompt, id, source) in [
+        ("The ferry to Port Calidus leaves from the", &ids[0], "ferry.md"),
+        (question, &ids[1], "town.jsonl"),
+    ] {
+        let told = sources(prompt);
+        assert_eq!(
+            (&told[0]["document"], &told[0]["source"]),
+            (&json!(id), &json!(source)),
+            "{prompt} {told:?}"
+        );
+        assert!(told[0]["likely"].as_f64().is_some_and(|likely| likely > 0.9), "{told:?}");
+    }
+    server.delete(&format!("/v1/documents/{}", ids[1])).ok();
+    let other = server.settle(&ids[..1], PATIENCE);
+    assert_eq!(other[0]["status"], "live", "{other:?}");
+    let told = sources(question);
+    assert!(told.iter().all(|source| source["document"] != json!(ids[1])), "{told:?}");
+    assert_eq!(sources("The ferry to Port Calidus leaves from the")[0]["document"], json!(ids[0]));
+}
+
 /// Requests with the label that they have, and requests that are asked for one and never taught.
 const LABELS: [(&str, [&str; 6], [&str; 2]); 3] = [
     (

@@ -109,6 +109,15 @@ pub struct Usage {
     pub completion_tokens: u32,
 }
 
+/// A document that an answer is from: it said so, and the answer was said because of that.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// Its place in the ledger.
+    pub ordinal: u64,
+    /// How likely the answer is from there, and not what the model says by itself or another document did, 0 to 1.
+    pub likely: f32,
+}
+
 /// A token that could have been chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TopLogprob {
@@ -152,6 +161,8 @@ pub enum GenerateEvent {
         reason: FinishReason,
         /// Tokens counted: those of the prompt, which all answers share, and of this answer.
         usage: Usage,
+        /// Documents that it is from, the likeliest first.
+        sources: Vec<Source>,
     },
     /// The request cannot be answered as it stands: the user's to mend.
     Refused {

@@ -26,8 +26,8 @@ pub use document::{Accepted, Content, Document, Message, Role};
 pub use embed::{Embed, Embedded};
 pub use example::{Example, ExampleId, Kept, Parsed, Piece, Verdict, VerdictKind, similarity};
 pub use generate::{
-    Adapters, Choice, FinishReason, Generate, GenerateEvent, Prompt, Sampling, TokenLogprob, TopLogprob,
-    Usage, Weighted,
+    Adapters, Choice, FinishReason, Generate, GenerateEvent, Prompt, Sampling, Source, TokenLogprob,
+    TopLogprob, Usage, Weighted,
 };
 pub use id::{BaseId, DocumentId, Domain, GenerationId, IdError};
 pub use status::{DocumentStatus, Stage, Trail, TrailEntry};

@@ -230,7 +230,8 @@ fn messages_on_the_wire_are_as_agreed() {
     golden("published", Kind::Published, &Published { number: 9, live_ms: 1_700_000_002_000 });
     golden("generate", Kind::Generate, &generate());
     let usage = Usage { prompt_tokens: 5, completion_tokens: 1 };
-    let finished = GenerateEvent::Finished { index: 1, reason: FinishReason::Length, usage };
+    let sources = vec![Source { ordinal: 41, likely: 0.75 }];
+    let finished = GenerateEvent::Finished { index: 1, reason: FinishReason::Length, usage, sources };
     golden("generate_event", Kind::GenerateEvent, &finished);
     golden("generate_event_text", Kind::GenerateEvent, &text_event());
 }

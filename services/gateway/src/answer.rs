@@ -13,6 +13,8 @@ pub(crate) struct Completion {
     pub logprobs: Vec<TokenLogprob>,
     /// Set once it has ended.
     pub reason: Option<FinishReason>,
+    /// Documents that it is from: see [`crate::sources`].
+    pub sources: Vec<Value>,
 }
 
 /// What all chunks of one answer have in common.
@@ -53,7 +55,8 @@ impl Answer {
         };
         let mut whole = self.frame(object, completions.iter().enumerate().map(choice).collect());
         whole["usage"] = counted(usage);
-        whole["engram"] = self.provenance();
+        let sources = completions.iter().flat_map(|completion| completion.sources.clone());
+        whole["engram"] = self.provenance(sources.collect());
         whole
     }
 
@@ -72,14 +75,14 @@ impl Answer {
         self.chunk(index, choice, logprobs, None)
     }
 
-    /// The chunk after a choice's text: why it ended, and who answered.
-    pub(crate) fn closing(&self, index: u32, reason: FinishReason) -> Value {
+    /// The chunk after a choice's text: why it ended, who answered, and which documents it is from.
+    pub(crate) fn closing(&self, index: u32, reason: FinishReason, sources: Vec<Value>) -> Value {
         let choice = match self.asked.form {
             Form::Chat => json!({"delta": {}}),
             Form::Text => json!({"text": ""}),
         };
         let mut last = self.chunk(index, choice, &[], Some(reason));
-        last["engram"] = self.provenance();
+        last["engram"] = self.provenance(sources);
         last
     }
 
@@ -137,9 +140,9 @@ impl Answer {
         })
     }
 
-    /// Which adapters answered: OpenAI has no place for it, and one wants to know.
-    fn provenance(&self) -> Value {
-        json!({"adapters": self.choice.adapters, "confidence": self.choice.confidence})
+    /// Which adapters answered, and because of which documents: OpenAI has no place for it, and one wants to know.
+    fn provenance(&self, sources: Vec<Value>) -> Value {
+        json!({"adapters": self.choice.adapters, "confidence": self.choice.confidence, "sources": sources})
     }
 }
 

@@ -8,6 +8,7 @@ use crate::events;
 use crate::lesson::Lesson;
 use crate::metrics::Running;
 use crate::question::{self, Form, Question};
+use crate::sources;
 use crate::spec;
 use crate::state::{State, now_ms, random};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -117,7 +118,7 @@ impl Told {
                 self.running.piece();
                 Ok(Some(Step::Text { index, text, logprobs }))
             }
-            Some(GenerateEvent::Finished { index, reason, usage }) => {
+            Some(GenerateEvent::Finished { index, reason, usage, sources }) => {
                 self.open -= 1;
                 // All choices continue the same prompt, which is counted once.
                 self.usage.prompt_tokens = usage.prompt_tokens;
@@ -126,7 +127,8 @@ impl Told {
                 if self.open == 0 {
                     self.running.finished(self.usage);
                 }
-                Ok(Some(Step::End { index, reason }))
+                let sources = sources::named(&self.state, index, sources).await;
+                Ok(Some(Step::End { index, reason, sources }))
             }
             Some(GenerateEvent::Refused { param, message }) => Err(refused(param, message)),
             Some(GenerateEvent::Started(_)) | None => Err(broken_off()),
@@ -155,7 +157,9 @@ impl Told {
                     completion.text.push_str(&text);
                     completion.logprobs.extend(logprobs);
                 }
-                Step::End { reason, .. } => completion.reason = Some(reason),
+                Step::End { reason, sources, .. } => {
+                    (completion.reason, completion.sources) = (Some(reason), sources);
+                }
             }
         }
         Ok(completions)
@@ -198,8 +202,8 @@ impl Told {
                     self.lesson.iter_mut().for_each(|lesson| lesson.hear(&text));
                     self.answer.piece(index, &text, &logprobs)
                 }
-                Step::End { index, reason } => {
-                    let mut closing = self.answer.closing(index, reason);
+                Step::End { index, reason, sources } => {
+                    let mut closing = self.answer.closing(index, reason, sources);
                     if let Some(lesson) = self.lesson.take() {
                         closing["engram"]["document"] = lesson.submit(&self.state, reason).await;
                     }
@@ -218,7 +222,7 @@ impl Told {
 
 enum Step {
     Text { index: u32, text: String, logprobs: Vec<TokenLogprob> },
-    End { index: u32, reason: FinishReason },
+    End { index: u32, reason: FinishReason, sources: Vec<Value> },
 }
 
 /// What ends a stream of events, as OpenAI's clients expect it.

@@ -39,6 +39,7 @@ mod routes;
 mod sampling;
 mod selector;
 mod server;
+mod sources;
 mod spec;
 mod state;
 mod submission;

@@ -22,6 +22,7 @@ use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder, web};
 use look::Look;
 use maud::Markup;
+use proto::Document;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -122,13 +123,16 @@ async fn tell(state: &web::Data<State>, sender: &mpsc::Sender<web::Bytes>, _seat
     }
 }
 
-/// `GET /found?says=TEXT`: the newest documents that say this, as the page lists documents.
+/// `GET /found?says=TEXT`: the newest documents that say this, or have it as their id, as the page lists documents.
 pub(crate) async fn found(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse> {
     let mut query = Query::of(&request)?;
     let says = query.text("says", documents::SAYS_MAX)?;
     query.finish()?;
     let (ledger, registry) = (Arc::clone(&state.gateway.ledger), Arc::clone(&state.gateway.registry));
-    let rows = read(move || look::rows(&ledger, &registry, documents::saying(says))).await?;
+    let id = says.clone();
+    let saying = documents::saying(says);
+    let wanted = move |document: &Document| id.as_deref() == Some(document.id.as_str()) || saying(document);
+    let rows = read(move || look::rows(&ledger, &registry, wanted)).await?;
     let region = regions::documents(&rows, "No document says this.").into_string();
     Ok(document().content_type("text/html; charset=utf-8").body(region))
 }

@@ -18,7 +18,7 @@ use model::passages::{Asked, Index};
 use model::ridge::{Features, Head, Prior, Rows, TRUST};
 use model::sampling::{Sampling, TopLogprob};
 use model::tokenizer::Tokenizer;
-use proto::{Domain, FinishReason, GenerateEvent, GenerationId, Usage, Weighted};
+use proto::{Domain, FinishReason, GenerateEvent, GenerationId, Source, Usage, Weighted};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::rc::Rc;
@@ -449,12 +449,17 @@ impl Running {
         }
         if let Some(finish) = step.finish {
             let completion_tokens = self.speaker.generated() as u32;
+            let source = |source: model::ridge::Source| Source {
+                ordinal: source.document,
+                likely: source.likely as f32,
+            };
+            let sources = self.speaker.sources().into_iter().map(source).collect();
             let usage = Usage { prompt_tokens: self.request.tokens.len() as u32, completion_tokens };
             let reason = match finish {
                 Finish::Stop => FinishReason::Stop,
                 Finish::Length => FinishReason::Length,
             };
-            self.pending.push_back(GenerateEvent::Finished { index, reason, usage });
+            self.pending.push_back(GenerateEvent::Finished { index, reason, usage, sources });
             self.done = true;
         }
     }

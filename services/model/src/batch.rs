@@ -14,6 +14,7 @@ use crate::cpu::{Cpu, CpuAdapters, PAGE_TOKENS, Pages, Prefixes, Span};
 use crate::generate::Step;
 use crate::llama::Base;
 use crate::lora::Adapter;
+use crate::ridge::Source;
 use crate::sampling::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::voice::Voice;
@@ -69,6 +70,11 @@ enum Cache {
 }
 
 impl Speaker {
+    /// Documents that the answer is from: see [`crate::ridge::Prior::sources`].
+    pub fn sources(&self) -> Vec<Source> {
+        self.state.voice.sources()
+    }
+
     /// Tokens generated so far.
     pub fn generated(&self) -> usize {
         self.state.voice.generated()

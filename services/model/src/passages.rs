@@ -29,6 +29,8 @@ const FOREIGN_OF: (usize, usize) = (19, 20);
 
 /// Names of the tensors that hold passages.
 const NAMES: [&str; 4] = ["passage_tokens", "passage_ends", "passage_goes_on", "passage_foreign"];
+/// And of the one that says which documents they are from, which earlier versions did not write.
+const DOCUMENTS: &str = "passage_documents";
 
 /// Sentences and lines of texts, in the order in which they came.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,6 +41,8 @@ pub struct Passages {
     ends: Vec<u32>,
     /// Whether the text goes on with the next one.
     goes_on: Vec<bool>,
+    /// The document that each is from; 0 where that is not known.
+    documents: Vec<u64>,
     /// What one of them has of a prompt that is about anything else, at most: see [`Index::share`].
     foreign: f32,
 }
@@ -54,11 +58,18 @@ impl Passages {
         self.ends.is_empty()
     }
 
-    /// Keeps what a text says, as long as all that is kept has no more than `tokens_max` tokens. False where there is no room.
+    /// Keeps what a text of a document says, as long as all that is kept has no more than `tokens_max` tokens. False where there is no
+    /// room.
     ///
     /// # Errors
     /// When the tokenizer fails on it.
-    pub fn take_in(&mut self, text: &[u32], tokenizer: &Tokenizer, tokens_max: usize) -> Result<bool> {
+    pub fn take_in(
+        &mut self,
+        document: u64,
+        text: &[u32],
+        tokenizer: &Tokenizer,
+        tokens_max: usize,
+    ) -> Result<bool> {
         let (tokens, spelled) = Spelling::new(tokenizer).of_text(text)?;
         let cuts = cut(&spelled);
         let Some(last) = cuts.last() else { return Ok(true) };
@@ -68,6 +79,7 @@ impl Passages {
         let before = self.tokens.len();
         self.ends.extend(cuts.iter().map(|cut| (before + cut.end) as u32));
         self.goes_on.extend((1..=cuts.len()).map(|n| n < cuts.len()));
+        self.documents.extend(cuts.iter().map(|_| document));
         self.tokens.extend(tokens);
         Ok(true)
     }
@@ -91,6 +103,7 @@ impl Passages {
         self.tokens.extend(&other.tokens);
         self.ends.extend(other.ends.iter().map(|end| before + end));
         self.goes_on.extend(&other.goes_on);
+        self.documents.extend(&other.documents);
         self.foreign = self.foreign.max(other.foreign);
     }
 
@@ -100,19 +113,28 @@ impl Passages {
         start as usize..self.ends[n] as usize
     }
 
+    /// The document that the passage is from which holds a token.
+    fn document(&self, token: usize) -> Option<u64> {
+        let n = self.ends.partition_point(|&end| end as usize <= token);
+        self.documents.get(n).copied().filter(|&document| document > 0)
+    }
+
     /// As tensors with names.
     ///
     /// # Errors
     /// Only those of libtorch.
-    pub(crate) fn tensors(&self) -> Result<[(String, Tensor); 4]> {
+    pub(crate) fn tensors(&self) -> Result<[(String, Tensor); 5]> {
         let ints = |numbers: &[u32]| {
             Tensor::from_slice(&numbers.iter().map(|&n| i64::from(n)).collect::<Vec<_>>())
                 .f_to_kind(Kind::Int)
         };
         let goes_on: Vec<u8> = self.goes_on.iter().map(|&on| u8::from(on)).collect();
         let foreign = Tensor::from_slice(&[self.foreign]);
-        let tensors = [ints(&self.tokens)?, ints(&self.ends)?, Tensor::from_slice(&goes_on), foreign];
-        let mut names = NAMES.iter();
+        let documents = self.documents.iter().map(|&document| Ok(i64::try_from(document)?));
+        let documents = Tensor::from_slice(&documents.collect::<Result<Vec<i64>>>()?);
+        let tensors =
+            [ints(&self.tokens)?, ints(&self.ends)?, Tensor::from_slice(&goes_on), foreign, documents];
+        let mut names = NAMES.iter().chain([&DOCUMENTS]);
         Ok(tensors.map(|tensor| (names.next().map_or("", |name| name).to_owned(), tensor)))
     }
 
@@ -132,14 +154,28 @@ impl Passages {
         ensure!(goes_on.f_kind()? == Kind::Uint8 && goes_on.dim() == 1, "passages are not what they were");
         let goes_on: Vec<bool> = Vec::<u8>::try_from(goes_on)?.into_iter().map(|on| on != 0).collect();
         let foreign = f32::try_from(foreign)?;
+        let documents = match take(DOCUMENTS) {
+            Some(documents) => {
+                ensure!(
+                    documents.f_kind()? == Kind::Int64 && documents.dim() == 1,
+                    "documents of passages are not i64"
+                );
+                Vec::<i64>::try_from(documents)?
+                    .into_iter()
+                    .map(|n| Ok(u64::try_from(n)?))
+                    .collect::<Result<Vec<u64>>>()?
+            }
+            None => vec![0; ends.len()],
+        };
         let fits = foreign.is_finite()
             && goes_on.len() == ends.len()
+            && documents.len() == ends.len()
             && ends.first().is_none_or(|&first| first > 0)
             && ends.is_sorted_by(|a, b| a < b)
             && ends.last().copied().unwrap_or(0) as usize == tokens.len()
             && goes_on.last() != Some(&true);
         ensure!(fits, "passages and their ends do not belong together");
-        Ok(Self { tokens, ends, goes_on, foreign })
+        Ok(Self { tokens, ends, goes_on, documents, foreign })
     }
 }
 

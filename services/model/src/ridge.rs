@@ -30,7 +30,7 @@ pub(crate) use features::mixed;
 pub use features::{Features, Rows};
 pub use foreign::foreign;
 pub use head::{Head, TRUST};
-pub use prior::Prior;
+pub use prior::{Prior, Source};
 pub use whose::Whose;
 
 use serde::{Deserialize, Serialize};

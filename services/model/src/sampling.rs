@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::cpu::vector::{self, Level};
 use crate::grammar::Grammar;
-use crate::ridge::Prior;
+use crate::ridge::{Prior, Source};
 
 /// Stop texts that one request may have.
 const STOPS_MAX: usize = 16;
@@ -152,6 +152,11 @@ impl Sampler {
     pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
         let random = ChaCha8Rng::seed_from_u64(sampling.seed);
         Self { sampling, random, seen: prompt.iter().copied().collect(), counts: BTreeMap::new() }
+    }
+
+    /// Documents that the answer is from, so far.
+    pub fn sources(&self) -> Vec<Source> {
+        self.sampling.prior.sources()
     }
 
     /// Chooses the next token by the model's logits, [vocab_size], which have to hold every id in prompt and

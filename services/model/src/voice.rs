@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use anyhow::{Result, ensure};
 
 use crate::hf::ModelConfig;
+use crate::ridge::Source;
 use crate::sampling::{Sampler, Sampling, TopLogprob};
 use crate::stream::StreamDecoder;
 use crate::tokenizer::Tokenizer;
@@ -103,6 +104,11 @@ impl Voice {
             sampler: Sampler::new(sampling, prompt),
         };
         Ok((voice, prompt.to_vec()))
+    }
+
+    /// Documents that the answer is from: see [`crate::ridge::Prior::sources`].
+    pub fn sources(&self) -> Vec<Source> {
+        self.sampler.sources()
     }
 
     /// Tokens generated so far.

@@ -1,6 +1,6 @@
 //! `engram generate`: a running server continues a prompt.
 
-use crate::client::{Client, ServerArgs};
+use crate::client::{Client, ServerArgs, watched};
 use anyhow::{Context, Result};
 use clap::value_parser;
 use serde_json::{Value, json};
@@ -117,11 +117,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     request["n"] = json!(args.n);
     request["logprobs"] = json!(args.logprobs);
     if stream {
+        let mut sources = Vec::new();
         client.stream("/v1/completions", &request, |event| {
             out.write_all(event["choices"][0]["text"].as_str().unwrap_or_default().as_bytes())?;
+            sources.extend(told_sources(event));
             Ok(out.flush()?)
         })?;
-        return Ok(writeln!(out)?);
+        writeln!(out)?;
+        if watched() {
+            sources.iter().for_each(|source| eprintln!("[{source}]"));
+        }
+        return Ok(());
     }
     let answer = client.post("/v1/completions", &request)?;
     if args.json {
@@ -135,6 +141,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         write!(out, "{}", tokens(&choice["logprobs"]))?;
     }
     Ok(())
+}
+
+/// For each document that an answer is from, where that came from and how to see it.
+pub fn told_sources(answer: &Value) -> Vec<String> {
+    let one = |of: &Value| {
+        let id = of["document"].as_str()?;
+        let from = of["source"].as_str().unwrap_or("a document");
+        let likely = 100.0 * of["likely"].as_f64()?;
+        Some(format!("from {from} ({likely:.0} %): engram documents show {id}"))
+    };
+    answer["engram"]["sources"].as_array().into_iter().flatten().filter_map(one).collect()
 }
 
 /// A line for each token: its log-probability and text, and after a bar those of the most likely ones.

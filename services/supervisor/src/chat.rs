@@ -2,7 +2,7 @@
 
 mod input;
 
-use crate::ask::SamplingArgs;
+use crate::ask::{SamplingArgs, told_sources};
 use crate::client::{Client, ServerArgs, watched};
 use anyhow::{Result, bail, ensure};
 use input::Input;
@@ -143,7 +143,7 @@ impl Talk<'_> {
 
     /// Prints the answer while it comes; what it was, and which domains gave it.
     fn answer(&mut self, request: &Value) -> Result<(String, Vec<String>)> {
-        let (mut content, mut domains) = (String::new(), Vec::new());
+        let (mut content, mut domains, mut sources) = (String::new(), Vec::new(), Vec::new());
         let out = &mut *self.out;
         self.client.stream("/v1/chat/completions", request, |event| {
             let text = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
@@ -152,12 +152,14 @@ impl Talk<'_> {
                 let names = adapters.iter().filter_map(|adapter| adapter["domain"].as_str());
                 domains = names.map(str::to_owned).collect();
             }
+            sources.extend(told_sources(event));
             out.write_all(text.as_bytes())?;
             Ok(out.flush()?)
         })?;
         writeln!(out)?;
         if watched() && !domains.is_empty() {
             eprintln!("[{}]", domains.join("+"));
+            sources.iter().for_each(|source| eprintln!("[{source}]"));
         }
         Ok((content, domains))
     }

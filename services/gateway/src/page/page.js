@@ -145,6 +145,12 @@ function watchFinding() {
     event.preventDefault();
     find();
   });
+  $("talk").addEventListener("click", async ({ target }) => {
+    if (!target.dataset.shows) return;
+    $("says").value = target.dataset.shows;
+    await find();
+    $("documents").scrollIntoView({ block: "center" });
+  });
   $("says").addEventListener("input", async () => {
     const said = $("says").value;
     await wait(250);
@@ -252,8 +258,8 @@ function turn(role, text) {
   return turn;
 }
 
-/** Who answered: the adapters with their generations and weights, and how well the question fitted. */
-function by({ adapters, confidence }) {
+/** Who answered: the adapters with their generations and weights, how well the question fitted, and the documents that it is from. */
+function by({ adapters, confidence, sources }) {
   const line = document.createElement("span");
   line.className = "by";
   const name = document.createElement("b");
@@ -261,6 +267,15 @@ function by({ adapters, confidence }) {
     domain + (generation ? `@${generation.slice(0, 8)}` : "") + (weight === 1 ? "" : `:${weight.toFixed(2)}`);
   name.textContent = adapters.length ? adapters.map(each).join(" + ") : "the base";
   line.append("by ", name, typeof confidence === "number" ? `, confidence ${confidence.toFixed(2)}` : "");
+  sources.forEach(({ document: id, source, likely }, n) => {
+    const link = document.createElement("button");
+    link.type = "button";
+    link.className = "link";
+    link.dataset.shows = id;
+    link.textContent = source ?? id.slice(0, 8);
+    link.title = `Show the document ${id}`;
+    line.append(n ? ", " : ", from ", link, likely < 0.995 ? ` (${(100 * likely).toFixed(0)} %)` : "");
+  });
   return line;
 }
 

@@ -122,7 +122,7 @@ fn ask(regions: &Regions) -> Markup {
         section #ask aria-labelledby="h-ask" {
             h2 #h-ask { "Ask" }
             div #talk role="log" aria-label="Conversation" tabindex="0" {
-                p.empty { "Ask what you have taught. Each answer says which adapter gave it." }
+                p.empty { "Ask what you have taught. Each answer says which adapter gave it, and which documents it is from." }
             }
             form #chat {
                 label.hidden for="question" { "Your question" }

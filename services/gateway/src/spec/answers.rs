@@ -128,12 +128,29 @@ struct Usage {
     total_tokens: u32,
 }
 
-/// Who answered, and how well the question fitted.
+/// Who answered, how well the question fitted, and what the answers are from.
 #[derive(Serialize, ToSchema)]
 struct Provenance {
     adapters: Vec<Weighted>,
     #[schema(required)]
     confidence: Option<f32>,
+    /// Documents, the likeliest of each choice first; of a stream, those of the choice that ends. None where the model answers
+    /// by itself, or with a label that many documents have.
+    sources: Vec<Source>,
+}
+
+/// A document that an answer is from.
+#[derive(Serialize, ToSchema)]
+struct Source {
+    /// The index of the choice.
+    choice: u32,
+    /// Its id: see `/v1/documents/{id}`.
+    document: String,
+    /// Where the document came from, as it was said when it was given.
+    #[schema(required)]
+    source: Option<String>,
+    /// How likely the answer is from there, and neither the model's own nor another document's, 0 to 1.
+    likely: f32,
 }
 
 #[derive(Serialize, ToSchema)]

@@ -43,6 +43,25 @@ fn a_whole_chat_answer_has_openais_form() {
 }
 
 #[test]
+fn an_answer_names_the_documents_that_it_is_from() {
+    let server = Server::start(&[]);
+    let given = json!({"text": "The ladder is behind the shed.", "source": "shed.md"});
+    let id = server.post("/v1/documents", &given).json()["id"].clone();
+    let one = |choice: u32| json!({"choice": choice, "document": id, "source": "shed.md", "likely": 0.75});
+    let whole = server.post("/v1/chat/completions", &chat("cite", json!({"n": 2}))).json();
+    assert_eq!(whole["engram"]["sources"], json!([one(0), one(1)]), "what is no longer there is not named");
+    let streamed = server.post("/v1/completions", &json!({"prompt": "cite", "n": 2, "stream": true}));
+    let told: Vec<Value> = events(&streamed.body)
+        .iter()
+        .filter(|event| event["choices"][0]["finish_reason"] == "stop")
+        .map(|event| event["engram"]["sources"].clone())
+        .collect();
+    assert_eq!(told, [json!([one(1)]), json!([one(0)])]);
+    let own = server.post("/v1/completions", &json!({"prompt": "hi"})).json();
+    assert_eq!(own["engram"]["sources"], json!([]));
+}
+
+#[test]
 fn a_whole_text_answer_has_openais_form() {
     let server = Server::start(&[]);
     let answer = server.post("/v1/completions", &json!({"prompt": ["hi"], "seed": 7})).json();

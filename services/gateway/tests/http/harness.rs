@@ -10,7 +10,7 @@ use kit::settings::Settings;
 use proto::{
     BaseId, Blob, Choice, Domain, Embed, Embedded, Export, FinishReason, Forget, Forgotten, Generate,
     GenerateEvent, Generation, GenerationId, Import, Lineage, Manifest, Merge, Message, PeftFiles, Prompt,
-    Receipt, Refusal, Rollback, RolledBack, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
+    Receipt, Refusal, Rollback, RolledBack, Source, TokenLogprob, TopLogprob, TrainReport, Usage, Weighted,
 };
 use serde_json::Value;
 use std::fs::File;
@@ -406,7 +406,9 @@ fn tell(prompt: &str, request: &Generate, reply: &ReplyTo<GenerateEvent>, seen: 
         "no model" => vec![refused("model")],
         "too many" => vec![refused("n")],
         "die" | "hang" => began,
-        _ => [vec![started], answers(request)].concat(),
+        // From the first document, and from one that is no longer there.
+        "cite" => [vec![started], answers(request, &[(1, 0.75), (99, 0.125)])].concat(),
+        _ => [vec![started], answers(request, &[])].concat(),
     };
     for event in script {
         let _ = reply.blocking_send(event);
@@ -420,16 +422,20 @@ fn tell(prompt: &str, request: &Generate, reply: &ReplyTo<GenerateEvent>, seen: 
 }
 
 /// The answers, a piece of each in turn. Each but the first ends with its number; the last is the
-/// first to end.
-fn answers(request: &Generate) -> Vec<GenerateEvent> {
+/// first to end. All are from the same documents.
+fn answers(request: &Generate, from: &[(u64, f32)]) -> Vec<GenerateEvent> {
     let first = (0..request.n).map(|index| piece(request, index, 0, "Hello"));
     let second = (0..request.n).map(|index| {
         let number = if index == 0 { String::new() } else { format!(" {index}") };
         piece(request, index, 5, &format!("\n\"wörld\"{number}"))
     });
     let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
-    let ends = (0..request.n).rev();
-    let ends = ends.map(|index| GenerateEvent::Finished { index, reason: FinishReason::Stop, usage });
+    let sources: Vec<Source> = from.iter().map(|&(ordinal, likely)| Source { ordinal, likely }).collect();
+    let finished = |index| {
+        let (reason, sources) = (FinishReason::Stop, sources.clone());
+        GenerateEvent::Finished { index, reason, usage, sources }
+    };
+    let ends = (0..request.n).rev().map(finished);
     first.chain(second).chain(ends).collect()
 }
 

@@ -89,6 +89,9 @@ fn documents_are_found_by_what_they_say() {
     let hostile = server.get("/found?says=%3Cscript%3E").body;
     assert!(hostile.contains("&lt;script&gt;alert(1)") && !hostile.contains("The ladder"), "{hostile}");
     assert!(server.get("/found?says=under%20the%20shed").body.contains("No document says this."));
+    let id = found.body.split("document-").nth(1).and_then(|rest| rest.split('"').next()).expect("an id");
+    let by_id = server.get(&format!("/found?says={id}")).body;
+    assert!(by_id.contains("The ladder") && !by_id.contains("alert"), "{by_id}");
     assert_eq!((server.get("/found?says=").status, server.get("/found?says=a&limit=1").status), (400, 400));
 }
 

@@ -56,6 +56,8 @@ pub struct Found {
     pub tokens: Vec<u32>,
     /// How likely it is that.
     pub likely: f64,
+    /// The document that says so, where that is known.
+    pub document: Option<u64>,
 }
 
 /// Passages, and which of them have what words.
@@ -261,6 +263,7 @@ impl Index {
         places.retain(|(_, likely)| *likely >= least && *likely > 0.0);
         places.truncate(FOUND_MAX);
         let of_place = |(range, likely): (Range<usize>, f64)| {
+            let document = self.passages.document(range.start);
             let mut tokens = self.passages.tokens[range].to_vec();
             if asked.is_question || asked.is_apart {
                 // An answer does not begin with the space that was between it and what stood before.
@@ -268,7 +271,7 @@ impl Index {
                 tokens = self.tokenizer.encode_continuation(text.trim_start())?;
             }
             tokens.extend(asked.end);
-            Ok(Found { tokens, likely })
+            Ok(Found { tokens, likely, document })
         };
         places.into_iter().map(of_place).collect()
     }

@@ -14,9 +14,9 @@ const OTHER: &str = "A compiler turns the text of a program into instructions th
 
 fn passages(texts: &[&str]) -> Passages {
     let (tokenizer, mut passages) = (tokenizer(), Passages::default());
-    for text in texts {
+    for (document, text) in (1..).zip(texts) {
         let tokens = tokenizer.encode(text).unwrap();
-        assert!(passages.take_in(&tokens, &tokenizer, 10_000).unwrap());
+        assert!(passages.take_in(document, &tokens, &tokenizer, 10_000).unwrap());
     }
     passages
 }
@@ -123,35 +123,64 @@ fn there_is_room_for_so_many_tokens_and_others_can_join() {
     let tokenizer = tokenizer();
     let mut kept = passages(&[ARTICLE]);
     let (before, tokens) = (kept.clone(), tokenizer.encode(OTHER).unwrap());
-    assert!(!kept.take_in(&tokens, &tokenizer, kept.tokens.len() + 5).unwrap());
+    assert!(!kept.take_in(2, &tokens, &tokenizer, kept.tokens.len() + 5).unwrap());
     assert_eq!(kept, before, "what has no room is not kept in part");
-    kept.join(&passages(&[OTHER]));
+    let mut other = Passages::default();
+    assert!(other.take_in(2, &tokens, &tokenizer, 10_000).unwrap());
+    kept.join(&other);
     assert_eq!(kept, passages(&[ARTICLE, OTHER]));
 }
 
 #[test]
 fn what_was_written_reads_back_and_what_does_not_fit_together_is_refused() {
     let kept = passages(&[ARTICLE, OTHER]);
-    let named = |tensors: [(String, Tensor); 4]| {
+    let named = |tensors: Vec<(String, Tensor)>| {
         let mut tensors: std::collections::BTreeMap<String, Tensor> = tensors.into_iter().collect();
         Passages::from_tensors(|name| tensors.remove(name))
     };
-    assert_eq!(named(kept.tensors().unwrap()).unwrap(), kept);
+    assert_eq!(named(kept.tensors().unwrap().into()).unwrap(), kept);
+    let earlier: Vec<_> = kept.tensors().unwrap().into_iter().filter(|(name, _)| name != DOCUMENTS).collect();
+    let earlier = named(earlier).unwrap();
+    assert_eq!(
+        (earlier.len(), earlier.document(0)),
+        (kept.len(), None),
+        "which documents it was from is not known"
+    );
     assert_eq!(Passages::from_tensors(|_| None).unwrap(), Passages::default(), "an earlier file");
     let mut short = kept.clone();
     short.tokens.pop();
     let mut on = kept.clone();
     on.goes_on[4] = true;
     let mut back = kept;
+    let mut from = back.clone();
+    from.documents.pop();
     back.ends.swap(0, 1);
-    for damaged in [short, on, back] {
-        assert!(named(damaged.tensors().unwrap()).is_err());
+    for damaged in [short, on, back, from] {
+        assert!(named(damaged.tensors().unwrap().into()).is_err());
     }
 }
 
 #[test]
+fn what_is_found_says_which_document_it_is_from() {
+    let index = index(&[ARTICLE, OTHER]);
+    let tokens = tokenizer().encode_continuation(" the borrow checker refuses programs in which a").unwrap();
+    let found =
+        index.find(Asked { tokens: &tokens, is_question: false, is_apart: false, end: None }).unwrap();
+    assert_eq!(found[0].document, Some(2));
+    let mut prior = Prior::default().beside(found.clone());
+    assert_eq!(prior.sources(), [], "nothing is said yet");
+    for &token in &found[0].tokens {
+        // The model would say anything as well.
+        prior.mix(&mut vec![0.0; 8192]);
+        prior.accept(token);
+    }
+    let sources = prior.sources();
+    assert!(matches!(sources[..], [of] if of.document == 2 && of.likely > 0.9), "{sources:?}");
+}
+
+#[test]
 fn what_is_found_shares_what_short_answers_leave() {
-    let found = [Found { tokens: vec![5, 6], likely: 0.5 }];
+    let found = [Found { tokens: vec![5, 6], likely: 0.5, document: None }];
     let prior = Prior::default().beside(found.clone()).beside(found);
     assert!((prior.of(&[5]) - 0.75).abs() < 1e-9 && (prior.rest() - 0.25).abs() < 1e-9);
 }

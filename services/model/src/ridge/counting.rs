@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
 use super::counts::Trial;
+use super::facts::Told;
 use super::{ANSWERS_MAX, Anchors, Answer, Counts, FEATURES, Features, Form, Head, Lesson, Prior, Rows};
 use crate::llama::Base;
 use crate::pack::Sequence;
@@ -184,7 +185,12 @@ impl Counting {
         let texts = beside.iter().chain(fresh).filter(|material| material.is_text());
         let (mut kept, mut added) = (true, false);
         for text in texts {
-            kept &= counts.passages.take_in(text.tokens, &self.tokenizer, self.passage_tokens_max)?;
+            kept &= counts.passages.take_in(
+                text.document,
+                text.tokens,
+                &self.tokenizer,
+                self.passage_tokens_max,
+            )?;
             added = true;
         }
         if added {
@@ -222,7 +228,8 @@ impl Counting {
             if !prior.knows(tokens) || counts.prompts_of(text) < LABEL_PROMPTS {
                 let form = Form { tokens: self.ended(tokens), after: self.end(given.prompt)? };
                 places.push(place);
-                answers.push(Answer { text: text.clone(), forms: vec![form] });
+                let answer = Answer { text: text.clone(), forms: vec![form] };
+                answers.push(Told { answer, document: Some(given.document) });
             }
         }
         counts.remember(&rows.f_index_select(0, &Tensor::from_slice(&places))?, answers)

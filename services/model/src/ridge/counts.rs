@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::facts::Facts;
+use super::facts::{Facts, Told};
 use super::features::{WAY, as_now, widened};
 use super::trial::{Mean, Tried};
 use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
@@ -88,7 +88,7 @@ struct Known {
     way: u32,
     /// The answers of facts.
     #[serde(default)]
-    facts: Vec<Answer>,
+    facts: Vec<Told>,
 }
 
 impl Counts {
@@ -325,7 +325,7 @@ impl Counts {
     ///
     /// # Errors
     /// When rows and answers differ in number.
-    pub(super) fn remember(&mut self, rows: &Rows, answers: Vec<Answer>) -> Result<()> {
+    pub(super) fn remember(&mut self, rows: &Rows, answers: Vec<Told>) -> Result<()> {
         self.facts.put(rows, answers)
     }
 

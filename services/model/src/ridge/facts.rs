@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::{Answer, FEATURES, Rows};
@@ -25,18 +26,28 @@ const SURENESS: f64 = 30.0;
 /// What is less like a prompt has no say.
 const LIKE_MIN: f64 = 0.25;
 
+/// An answer of its own that a prompt has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    #[serde(flatten)]
+    pub answer: Answer,
+    /// The document that told it last; none where an earlier version noted it.
+    #[serde(default)]
+    pub document: Option<u64>,
+}
+
 /// Prompts with answers of their own.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Facts {
     /// What describes each prompt, FEATURES bytes each.
     rows: Vec<u8>,
     /// The answer to each.
-    answers: Vec<Answer>,
+    answers: Vec<Told>,
 }
 
 impl Facts {
     /// As they were written: `rows` are u8 [facts, FEATURES].
-    pub fn new(rows: &Tensor, answers: Vec<Answer>) -> Result<Self> {
+    pub fn new(rows: &Tensor, answers: Vec<Told>) -> Result<Self> {
         ensure!(
             rows.size() == [answers.len() as i64, FEATURES] && rows.f_kind()? == Kind::Uint8,
             "facts and what describes their prompts differ in number"
@@ -48,7 +59,7 @@ impl Facts {
         self.answers.len()
     }
 
-    pub fn answers(&self) -> &[Answer] {
+    pub fn answers(&self) -> &[Told] {
         &self.answers
     }
 
@@ -62,7 +73,7 @@ impl Facts {
     ///
     /// # Errors
     /// When they differ in number.
-    pub fn put(&mut self, rows: &Rows, answers: Vec<Answer>) -> Result<()> {
+    pub fn put(&mut self, rows: &Rows, answers: Vec<Told>) -> Result<()> {
         let other = Self::new(&rows.f_to_kind(Kind::Uint8)?, answers)?;
         self.join(&other);
         Ok(())
@@ -76,7 +87,12 @@ impl Facts {
         for (prompt, answer) in prompts(&other.rows).into_iter().zip(&other.answers) {
             if let Some(&place) = places.get(&prompt) {
                 let known = &mut self.answers[place];
-                if known.text == answer.text { known.take_in(answer) } else { *known = answer.clone() }
+                if known.answer.text == answer.answer.text {
+                    known.answer.take_in(&answer.answer);
+                    known.document = answer.document;
+                } else {
+                    *known = answer.clone();
+                }
             } else if self.answers.len() < FACTS_MAX {
                 self.rows.extend(&prompt);
                 places.insert(prompt, self.answers.len());
@@ -106,7 +122,7 @@ impl Facts {
 pub(super) struct Solved {
     /// f32 [facts, FEATURES], of f16.
     weights: Tensor,
-    answers: Vec<Answer>,
+    answers: Vec<Told>,
 }
 
 /// What facts say of a prompt.
@@ -120,7 +136,7 @@ pub(super) struct Likely {
 
 impl Solved {
     /// As they were written: `weights` are f16 [facts, FEATURES].
-    pub fn new(weights: Tensor, answers: Vec<Answer>) -> Result<Self> {
+    pub fn new(weights: Tensor, answers: Vec<Told>) -> Result<Self> {
         ensure!(
             weights.size() == [answers.len() as i64, FEATURES] && weights.f_kind()? == Kind::Half,
             "facts and their weights differ in number"
@@ -138,7 +154,7 @@ impl Solved {
         Self::new(Tensor::f_zeros([0, FEATURES], (Kind::Half, Device::Cpu))?, Vec::new())
     }
 
-    pub fn answers(&self) -> &[Answer] {
+    pub fn answers(&self) -> &[Told] {
         &self.answers
     }
 
@@ -180,9 +196,10 @@ mod tests {
     use super::*;
     use crate::golden;
 
-    fn answer(token: u32) -> Answer {
+    fn answer(token: u32) -> Told {
         let form = Form { tokens: vec![token, 0], after: None };
-        Answer { text: token.to_string(), forms: vec![form] }
+        let answer = Answer { text: token.to_string(), forms: vec![form] };
+        Told { answer, document: Some(1000 + u64::from(token)) }
     }
 
     /// Prompts of one kind that differ in two tokens.
@@ -237,12 +254,19 @@ mod tests {
         let prompts = [prompt(1), prompt(2)];
         let mut counts = told(&features, &prompts);
         let mut other_form = answer(61);
-        other_form.forms[0].tokens.insert(0, 7);
+        other_form.answer.forms[0].tokens.insert(0, 7);
         counts.remember(&rows(&features, &prompts), vec![answer(90), other_form]).unwrap();
         let head = counts.solve(None, &Anchors::none().unwrap()).unwrap();
         let [first, second] = &priors(&head, &features, &prompts)[..] else { panic!("two") };
         assert!(first.knows(&[90, 0]) && first.of(&[60, 0]) == 0.0 && counts.facts() == 2);
         assert!(second.of(&[61, 0]) > 0.4 && second.of(&[7, 61, 0]) > 0.4);
+        let mut first = first.clone();
+        for token in [90, 0] {
+            first.mix(&mut vec![0.0; 128]);
+            first.accept(token);
+        }
+        let sources = first.sources();
+        assert!(matches!(sources[..], [of] if of.document == 1090 && of.likely > 0.9), "{sources:?}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::facts::Solved;
+use super::facts::{Solved, Told};
 use super::features::{WAY, as_now, widened};
 use super::prior::Path;
 use super::{Answer, FEATURES, Prior};
@@ -48,7 +48,7 @@ struct Beside {
     way: u32,
     /// The answers of facts.
     #[serde(default)]
-    facts: Vec<Answer>,
+    facts: Vec<Told>,
 }
 
 impl Head {
@@ -223,9 +223,11 @@ impl Head {
             for (((paths, prompt), row), facts) in paths.iter_mut().zip(prompts).zip(rows).zip(of_facts) {
                 let (last, share) = (prompt.last().copied(), TRUST * weight / whole);
                 let repeat = row.iter().skip(1).map(|p| share * (1.0 - facts.all) * p);
-                paths.extend(head.answers.iter().zip(repeat).flat_map(|(answer, p)| answer.paths(last, p)));
+                paths.extend(
+                    head.answers.iter().zip(repeat).flat_map(|(answer, p)| answer.paths(last, p, None)),
+                );
                 let told = facts.each.iter().map(|&(n, p)| (&head.facts.answers()[n], share * p));
-                paths.extend(told.flat_map(|(answer, p)| answer.paths(last, p)));
+                paths.extend(told.flat_map(|(told, p)| told.answer.paths(last, p, told.document)));
             }
         }
         Ok(paths.into_iter().map(Prior::new).collect())
@@ -233,11 +235,11 @@ impl Head {
 }
 
 impl Answer {
-    /// As what tokens it may follow a prompt that ends with `last`, where it is so `likely`.
-    fn paths(&self, last: Option<u32>, likely: f64) -> Vec<Path> {
+    /// As what tokens it may follow a prompt that ends with `last`, where it is so `likely` as a document says it.
+    fn paths(&self, last: Option<u32>, likely: f64, document: Option<u64>) -> Vec<Path> {
         let forms = self.tokens_after(last);
         let likely = likely / forms.len().max(1) as f64;
-        forms.into_iter().map(|tokens| Path { tokens: tokens.to_vec(), likely }).collect()
+        forms.into_iter().map(|tokens| Path { tokens: tokens.to_vec(), likely, document }).collect()
     }
 }
 

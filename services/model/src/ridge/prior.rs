@@ -19,13 +19,29 @@ pub struct Prior {
     said: usize,
     /// The model's own log-probability of each token that a known answer goes on with.
     next: BTreeMap<u32, f64>,
+    /// Documents whose known answers were said to their end.
+    told: BTreeMap<u64, f64>,
 }
+
+/// A document that what was said is from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Source {
+    /// Which.
+    pub document: u64,
+    /// How likely it is from there, and not the model's own or another document's, 0 to 1.
+    pub likely: f64,
+}
+
+/// What is less likely is no source.
+const SOURCE_MIN: f64 = 0.05;
 
 /// An answer as tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Path {
     pub tokens: Vec<u32>,
     pub likely: f64,
+    /// The document that says so, where it is one.
+    pub document: Option<u64>,
 }
 
 impl Default for Prior {
@@ -39,13 +55,14 @@ impl Prior {
     pub(super) fn new(mut known: Vec<Path>) -> Self {
         known.retain(|path| path.likely > 0.0 && !path.tokens.is_empty());
         let rest = (1.0 - known.iter().map(|path| path.likely).sum::<f64>()).max(0.0);
-        Self { rest, known, said: 0, next: BTreeMap::new() }
+        Self { rest, known, said: 0, next: BTreeMap::new(), told: BTreeMap::new() }
     }
 
     /// With what was `found`, which shares what was left for the model with it.
     #[must_use]
     pub fn beside(mut self, found: impl IntoIterator<Item = Found>) -> Self {
-        let of_rest = |Found { tokens, likely }| Path { tokens, likely: self.rest * likely };
+        let of_rest =
+            |Found { tokens, likely, document }| Path { tokens, likely: self.rest * likely, document };
         self.known.extend(found.into_iter().map(of_rest));
         Self::new(self.known)
     }
@@ -92,7 +109,7 @@ impl Prior {
         let sum: f64 = logits.iter().map(|&logit| f64::from(logit - best).exp()).sum();
         let log_sum = f64::from(best) + sum.ln();
         let mut masses: BTreeMap<u32, f64> = BTreeMap::new();
-        for Path { tokens, likely } in &self.known {
+        for Path { tokens, likely, .. } in &self.known {
             *masses.entry(tokens[self.said]).or_default() += likely;
         }
         let of_model = |logit: f32| f64::from(logit) - log_sum;
@@ -112,15 +129,37 @@ impl Prior {
     /// Goes on to what follows `token`, whose logit was mixed.
     pub(crate) fn accept(&mut self, token: u32) {
         let said = self.said;
-        self.known.retain(|path| path.tokens[said] == token && path.tokens.len() > said + 1);
+        self.known.retain(|path| path.tokens[said] == token);
         self.rest *= self.next.get(&token).map_or(0.0, |log| log.exp());
         self.said += 1;
-        // As shares again: a long answer's probability gets too small for any float.
+        self.share();
+        let ends = |path: &mut Path| path.tokens.len() == said + 1;
+        for Path { likely, document, .. } in self.known.extract_if(.., ends) {
+            document.into_iter().for_each(|document| *self.told.entry(document).or_default() += likely);
+        }
+        self.share();
+    }
+
+    /// As shares again: a long answer's probability gets too small for any float.
+    fn share(&mut self) {
         let whole = self.rest + self.known.iter().map(|path| path.likely).sum::<f64>();
         if whole > 0.0 {
             self.rest /= whole;
             self.known.iter_mut().for_each(|path| path.likely /= whole);
         }
+    }
+
+    /// Which documents what was said is from, as far as it was said because of them; the likeliest first.
+    pub fn sources(&self) -> Vec<Source> {
+        let mut told = self.told.clone();
+        for path in self.known.iter().filter(|_| self.said > 0) {
+            path.document.into_iter().for_each(|document| *told.entry(document).or_default() += path.likely);
+        }
+        told.retain(|_, likely| *likely >= SOURCE_MIN);
+        let source = |(document, likely): (u64, f64)| Source { document, likely: likely.min(1.0) };
+        let mut sources: Vec<Source> = told.into_iter().map(source).collect();
+        sources.sort_by(|a, b| b.likely.total_cmp(&a.likely));
+        sources
     }
 }
 
@@ -129,7 +168,9 @@ mod tests {
     use super::*;
 
     fn prior(known: &[(&[u32], f64)]) -> Prior {
-        Prior::new(known.iter().map(|&(tokens, likely)| Path { tokens: tokens.to_vec(), likely }).collect())
+        let path =
+            |&(tokens, likely): &(&[u32], f64)| Path { tokens: tokens.to_vec(), likely, document: None };
+        Prior::new(known.iter().map(path).collect())
     }
 
     /// A model whose next token depends on what was said.
@@ -187,7 +228,7 @@ mod tests {
         assert!(!prior.says(&[5, 0], 0.0, true));
         assert!(prior.knows(&[1, 0]) && !prior.knows(&[4, 0]) && !prior.knows(&[5, 0]));
         assert!(prior.decides(&[1, 0]) && prior.decides(&[4, 0]) && !prior.decides(&[5, 0]));
-        let unsure = Prior::new(vec![Path { tokens: vec![1, 0], likely: 0.2 }]);
+        let unsure = Prior::new(vec![Path { tokens: vec![1, 0], likely: 0.2, document: None }]);
         assert!(unsure.says(&[5, 0], -0.5, true) && unsure.says(&[1, 0], -0.5, true));
         assert!(!unsure.says(&[1, 0], -20.0, false), "the model's own answer is likelier");
         let nothing = Prior::default();
@@ -197,6 +238,39 @@ mod tests {
             nothing.says(&[7], -9.0, true) && !nothing.says(&[7], -9.0, false),
             "the model alone decides"
         );
+    }
+
+    #[test]
+    fn what_was_said_is_from_the_documents_that_said_it() {
+        let path = |tokens: &[u32], likely, document| Path { tokens: tokens.to_vec(), likely, document };
+        let known = || {
+            let of_two = path(&[1, 2, 0], 0.4, Some(7));
+            Prior::new(vec![
+                of_two,
+                path(&[1, 2], 0.2, Some(8)),
+                path(&[1, 3, 0], 0.2, Some(9)),
+                path(&[4, 0], 0.1, None),
+            ])
+        };
+        let said = |answer: &[u32]| {
+            let mut prior = known();
+            for (n, &token) in answer.iter().enumerate() {
+                prior.mix(&mut model(&answer[..n]));
+                prior.accept(token);
+            }
+            prior.sources()
+        };
+        let of = |sources: Vec<Source>| sources.iter().map(|source| source.document).collect::<Vec<u64>>();
+        assert_eq!(of(said(&[])), [0; 0], "before the first token nothing is from anywhere");
+        assert_eq!(of(said(&[1])), [7, 8, 9], "as far as it was said");
+        assert_eq!(of(said(&[1, 2, 0])), [7, 8], "one goes on, the other one was said to its end");
+        assert_eq!(of(said(&[1, 3, 0])), [9]);
+        assert_eq!(of(said(&[4, 0])), [0; 0], "of many documents");
+        assert_eq!(of(said(&[5, 5])), [0; 0], "the model's own");
+        // By Bayes: 0.2 of the known answers, and of the model's own tenth what it gives to these tokens.
+        let alone = 0.2 / (0.2 + 0.1 * by_model(&[1, 3, 0]));
+        assert!((said(&[1, 3, 0])[0].likely - alone).abs() < 1e-6);
+        assert_eq!(of(said(&[1, 2, 5])), [8], "beyond its end");
     }
 
     #[test]

@@ -174,7 +174,8 @@ fn what_others_counted_adds_up_to_what_all_of_them_would_have() {
     let mut sure = read(bytes_of(&[&lessons]));
     sure.known.trial = Mean { of: 40.0, sum: 40.0 };
     let fact = Answer { text: "fact".into(), forms: Vec::new() };
-    both.remember(&Tensor::ones([1, FEATURES], (Kind::Float, tch::Device::Cpu)), vec![fact]).unwrap();
+    let told = Told { answer: fact, document: Some(7) };
+    both.remember(&Tensor::ones([1, FEATURES], (Kind::Float, tch::Device::Cpu)), vec![told]).unwrap();
     let both = both.without_answers().unwrap();
     assert!(both.answers() == 0 && both.prompts() == 2 * sure.prompts() && both.sums.size()[0] == 1);
     for (one, other) in [(&sure, &both), (&both, &sure)] {

@@ -89,7 +89,15 @@ def test_teach_see_it_learned_ask_and_roll_back(open_page, server):
 
     said = ask(page, question, "harbour")
     expect(said).to_contain_text(answer)
-    expect(said.locator(".by")).to_have_text(re.compile(r"by harbour@[0-9a-f]{8}"))
+    expect(said.locator(".by")).to_have_text(re.compile(r"by harbour@[0-9a-f]{8}, from page"))
+    teach(page, "Who paints the lighthouse?", "Nobody knows.", "harbour")
+    expect(row(page, "Who paints")).to_be_visible()
+    said.locator(".by").get_by_role("button", name="page").click()
+    rows = page.locator("#documents tbody tr")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text(question)
+    page.get_by_label("Find documents by what they say").fill("")
+    expect(row(page, "Who paints")).to_contain_text("live", timeout=PATIENCE_MS)
     said = ask(page, question, "auto")
     expect(said.locator(".by")).to_contain_text("confidence")
 

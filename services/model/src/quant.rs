@@ -11,7 +11,7 @@
 
 mod kernel;
 
-pub(crate) use kernel::Codes;
+pub(crate) use kernel::{Codes, slice_mut};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};

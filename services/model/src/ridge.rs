@@ -19,6 +19,7 @@ mod features;
 mod foreign;
 mod head;
 mod prior;
+mod products;
 mod trial;
 mod whose;
 

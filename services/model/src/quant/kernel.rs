@@ -171,7 +171,7 @@ fn slice<T: Copy>(tensor: &Tensor) -> Result<&[T]> {
 }
 
 /// As [`slice`], to write to a tensor that nobody else holds yet.
-fn slice_mut<T: Copy>(tensor: &mut Tensor) -> Result<&mut [T]> {
+pub fn slice_mut<T: Copy>(tensor: &mut Tensor) -> Result<&mut [T]> {
     check::<T>(tensor)?;
     // SAFETY: as above; and the tensor was made by the caller, so that there is no other handle on it.
     #[allow(unsafe_code)]

@@ -3,9 +3,10 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 
+use super::products::Products;
 use super::{FEATURES, Features};
 
-/// Prompts that are taken at most, so that sums of their products are exact in f32.
+/// Prompts that are taken at most, so that sums over them are exact in f32.
 const PROMPTS_MAX: usize = 1000;
 
 /// Sums over what the base says of its own accord: of a kind that no document belongs to, so that a regression on prompts
@@ -14,8 +15,8 @@ const PROMPTS_MAX: usize = 1000;
 #[derive(Debug)]
 pub struct Anchors {
     pub(super) count: u64,
-    /// Sum of `x x^T`, f32 [FEATURES, FEATURES].
-    pub(super) products: Tensor,
+    /// Sum of `x x^T`.
+    pub(super) products: Products,
     /// Sum of `x`, f32 [1, FEATURES].
     pub(super) sum: Tensor,
 }
@@ -26,8 +27,8 @@ impl Anchors {
     /// # Errors
     /// Only those of libtorch.
     pub fn none() -> Result<Self> {
-        let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Float, Device::Cpu));
-        Ok(Self { count: 0, products: zeros(FEATURES)?, sum: zeros(1)? })
+        let sum = Tensor::f_zeros([1, FEATURES], (Kind::Float, Device::Cpu))?;
+        Ok(Self { count: 0, products: Products::default(), sum })
     }
 
     /// Of such prompts, which may be none.
@@ -39,10 +40,11 @@ impl Anchors {
         if prompts.is_empty() {
             return Self::none();
         }
-        let rows = features.of(prompts)?;
+        let (rows, mut products) = (features.of(prompts)?, Products::default());
+        ensure!(products.add(&rows)?, "the sums over anchors do not fit");
         Ok(Self {
             count: prompts.len() as u64,
-            products: rows.f_tr()?.f_matmul(&rows)?,
+            products,
             sum: rows.f_sum_dim_intlist(&[0_i64][..], true, Kind::Float)?,
         })
     }

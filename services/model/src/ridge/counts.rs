@@ -7,18 +7,16 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::facts::{Facts, Told};
-use super::features::{WAY, as_now, widened};
+use super::features::{PART, PARTS, WAY, as_now, widened};
+use super::products::{Factor, Products, System};
 use super::trial::{Mean, Tried};
 use super::{ANSWERS_MAX, Anchors, Answer, FEATURES, Form, Head, Rows};
 use crate::passages::Passages;
 use crate::weights;
 
-/// Prompts whose products are added up in f32, where whole numbers are exact to 2^24.
-const PROMPTS_A_SUM: i64 = 1000;
-
 /// What is added to the products' diagonal, as a share of its mean: on 150 to 15,000 requests with 150 labels a tenth and ten
 /// times as much were no better by more than half a point.
-const RIDGE: f64 = 0.01;
+pub(super) const RIDGE: f64 = 0.01;
 
 /// The skill from which on it is trusted: 150 labels have 0.5 from three prompts each on, two labels need some six.
 const SKILL_MIN: f64 = 0.3;
@@ -39,8 +37,8 @@ pub struct Lesson<'a> {
 /// Sums of the products of prompts with themselves and with their answers: all that is kept of them.
 #[derive(Debug)]
 pub struct Counts {
-    /// Sum of `x x^T` over prompts, i32 [FEATURES, FEATURES].
-    products: Tensor,
+    /// Sum of `x x^T` over prompts.
+    products: Products,
     /// Sum of `x` over the prompts of each answer, i32 [1 + answers, FEATURES]. The first row is of answers that do not repeat.
     sums: Tensor,
     known: Known,
@@ -63,8 +61,7 @@ pub(super) struct Trial<'a> {
 pub(super) struct Regression {
     /// What it says, of facts nothing.
     pub head: Head,
-    /// The Cholesky factor of its system.
-    factor: Tensor,
+    factor: Factor,
 }
 
 /// What the sums are of.
@@ -97,10 +94,10 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn new() -> Result<Self> {
-        let zeros = |rows| Tensor::f_zeros([rows, FEATURES], (Kind::Int, tch::Device::Cpu));
+        let sums = Tensor::f_zeros([1, FEATURES], (Kind::Int, tch::Device::Cpu))?;
         let known = Known { way: WAY, ..Known::default() };
         let (facts, passages) = (Facts::default(), Passages::default());
-        Ok(Self { products: zeros(FEATURES)?, sums: zeros(1)?, known, facts, passages })
+        Ok(Self { products: Products::default(), sums, known, facts, passages })
     }
 
     /// Whether an answer of this text is known.
@@ -140,9 +137,8 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn join(&mut self, other: &Self) -> Result<bool> {
-        let products = self.products.f_to_kind(Kind::Int64)?.f_add(&other.products)?;
         let new = other.known.answers.iter().filter(|answer| !self.knows(&answer.text)).count();
-        if !fits(&products)? || self.answers() + new > ANSWERS_MAX {
+        if self.answers() + new > ANSWERS_MAX || !self.products.join(&other.products) {
             return Ok(false);
         }
         // Each was tried among its own answers, and one that finds too few of these is not made better by more to choose from.
@@ -165,7 +161,6 @@ impl Counts {
             row_of.push(1 + place as i64);
         }
         self.sums = self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &other.sums)?;
-        self.products = products.f_to_kind(Kind::Int)?;
         let (known, of) = (&mut self.known, &other.known);
         known.prompts += of.prompts;
         known.trial = trial;
@@ -189,14 +184,6 @@ impl Counts {
         Ok(self)
     }
 
-    /// The lower half of the products; nothing where nothing was counted.
-    fn half(&self) -> Result<Tensor> {
-        if self.known.prompts == 0 {
-            return Ok(Tensor::f_zeros([0], (Kind::Int, tch::Device::Cpu))?);
-        }
-        Ok(self.products.f_view([-1])?.f_index_select(0, &lower(FEATURES)?)?)
-    }
-
     /// The sums with a row for every answer that is known.
     fn grown(&self) -> Result<Tensor> {
         let more = 1 + self.known.answers.len() as i64 - self.sums.size()[0];
@@ -214,18 +201,12 @@ impl Counts {
             rows.size() == [lessons.len() as i64, FEATURES],
             "prompts and what describes them differ in number"
         );
-        let mut products = self.products.f_to_kind(Kind::Int64)?;
-        for start in (0..lessons.len() as i64).step_by(PROMPTS_A_SUM as usize) {
-            let part = rows.f_narrow(0, start, PROMPTS_A_SUM.min(lessons.len() as i64 - start))?;
-            let _ = products.f_add_(&part.f_tr()?.f_matmul(&part)?.f_to_kind(Kind::Int64)?)?;
-        }
-        if !fits(&products)? {
+        if !self.products.add(rows)? {
             return Ok(false);
         }
         let row_of = self.places(lessons);
         self.sums =
             self.grown()?.f_index_add(0, &Tensor::from_slice(&row_of), &rows.f_to_kind(Kind::Int)?)?;
-        self.products = products.f_to_kind(Kind::Int)?;
         self.known.prompts += lessons.len() as u64;
         Ok(true)
     }
@@ -291,12 +272,18 @@ impl Counts {
     /// What is solved before facts are.
     pub(super) fn regress(&mut self, trial: Option<Trial<'_>>, anchors: &Anchors) -> Result<Regression> {
         ensure!(self.known.prompts > 0, "no prompt was counted");
-        let factor = ridge(self.products.f_to_kind(Kind::Double)?, Some(anchors))?;
+        let mut system = System::new()?;
+        system.add(&self.products)?;
+        let ridge = RIDGE * system.mean()?;
+        if anchors.count > 0 {
+            system.add(&anchors.products)?;
+        }
+        let factor = system.factor(ridge)?;
         let mut sums = self.sums.f_to_kind(Kind::Double)?;
         if anchors.count > 0 {
             sums = Tensor::f_cat(&[&sums, &anchors.sum.f_to_kind(Kind::Double)?], 0)?;
         }
-        let weights = sums.f_tr()?.f_cholesky_solve(&factor, false)?;
+        let weights = factor.solve(&sums)?;
         let tried = trial.map(|trial| Tried::new(trial, &factor, &weights));
         if let Some(tried) = tried.transpose()?.flatten() {
             self.known.trial.take(tried.answers(&self.known.answers)?);
@@ -306,7 +293,7 @@ impl Counts {
         }
         let Mean { of, sum } = self.known.kinship;
         let usual = (anchors.count > 0).then(|| (sum / of.max(1.0)).max(USUAL_MIN));
-        let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
+        let weights = weights.f_to_kind(Kind::Float)?.f_contiguous()?;
         let head = Head::new(self.known.answers.clone(), weights, self.is_trusted(), usual)?;
         Ok(Regression { head, factor })
     }
@@ -341,8 +328,12 @@ impl Counts {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let products = match self.known.prompts {
+            0 => Tensor::f_zeros([0], (Kind::Int, tch::Device::Cpu))?,
+            _ => self.products.tensor(),
+        };
         let mut tensors = vec![
-            ("products".to_owned(), self.half()?),
+            ("products".to_owned(), products),
             ("sums".to_owned(), self.sums.shallow_clone()),
             ("facts".to_owned(), self.facts.rows()?),
         ];
@@ -356,22 +347,8 @@ impl Counts {
     /// # Errors
     /// When it is something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let Parts { half, sums, facts, passages, mut known } = Parts::read(bytes)?;
-        if known.prompts == 0 {
-            return Ok(Self { passages, ..Self::new()? });
-        }
-        let features = sums.size().last().copied().unwrap_or(0);
-        let products = whole(&half, features)?;
-        let products = widened(widened(products)?.f_tr()?)?.f_tr()?.f_contiguous()?;
-        let sums = widened(sums)?;
-        ensure!(
-            products.size() == [FEATURES, FEATURES] && known.way <= WAY,
-            "what was counted describes prompts in another way"
-        );
-        for numbers in [&products, &products.f_tr()?, &sums] {
-            as_now(numbers, known.way)?;
-        }
-        known.way = WAY;
+        let Parts { products, sums, facts, passages, mut known } = Parts::read(bytes)?;
+        let Some(products) = products else { return Ok(Self { passages, ..Self::new()? }) };
         let facts = match facts {
             Some(rows) => Facts::new(&rows, std::mem::take(&mut known.facts))?,
             None => Facts::default(),
@@ -382,9 +359,9 @@ impl Counts {
 
 /// What [`Counts::to_bytes`] wrote, as it stands there.
 struct Parts {
-    /// The lower half of the products, i32, row after row.
-    half: Tensor,
-    /// i32 [1 + answers, features].
+    /// None where nothing was counted.
+    products: Option<Products>,
+    /// i32 [1 + answers, FEATURES].
     sums: Tensor,
     /// u8 [facts, features]; none where an earlier version wrote it.
     facts: Option<Tensor>,
@@ -395,7 +372,7 @@ struct Parts {
 impl Parts {
     fn read(bytes: &[u8]) -> Result<Self> {
         let (mut tensors, known) = weights::from_bytes(bytes, METADATA)?;
-        let known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
+        let mut known: Known = serde_json::from_str(&known).context("what was counted is not readable")?;
         let facts = tensors.remove("facts");
         let passages = Passages::from_tensors(|name| tensors.remove(name))?;
         let mut take = |name: &str| {
@@ -405,51 +382,34 @@ impl Parts {
             Ok(tensor)
         };
         let (half, sums) = (take("products")?, take("sums")?);
-        let features = sums.size().last().copied().unwrap_or(0);
         ensure!(
-            (known.prompts == 0 || half.size() == [features * (features + 1) / 2])
-                && sums.size() == [1 + known.answers.len() as i64, features],
+            sums.dim() == 2 && sums.size()[0] == 1 + known.answers.len() as i64,
             "the parts of what was counted do not belong together"
         );
-        Ok(Self { half, sums, facts, passages, known })
-    }
-}
-
-/// Sums of what several counted.
-pub(super) struct Total {
-    /// The lower half of the products, f64.
-    half: Tensor,
-}
-
-impl Total {
-    pub fn new() -> Result<Self> {
-        let numbers = FEATURES * (FEATURES + 1) / 2;
-        Ok(Self { half: Tensor::f_zeros([numbers], (Kind::Double, tch::Device::Cpu))? })
-    }
-
-    /// Adds the products of what [`Counts::to_bytes`] wrote, and gives its sums, i32 [1 + answers, FEATURES]. Nothing is unfolded, which
-    /// would take most of the time.
-    pub fn add(&mut self, bytes: &[u8]) -> Result<Tensor> {
-        let Parts { mut half, mut sums, known, .. } = Parts::read(bytes)?;
-        if half.size() != self.half.size() || known.way != WAY {
-            let earlier = Counts::from_bytes(bytes)?;
-            (half, sums) = (earlier.half()?, earlier.sums);
+        let features = sums.size()[1];
+        let sums = widened(sums)?;
+        ensure!(
+            sums.size()[1] == FEATURES && known.way <= WAY,
+            "what was counted describes prompts in another way"
+        );
+        as_now(&sums, known.way)?;
+        let mut products = (known.prompts > 0).then(|| Products::read(&half, features)).transpose()?;
+        if known.way < WAY {
+            let of_last = PARTS * PART;
+            products
+                .iter_mut()
+                .for_each(|products| products.blank((of_last - PART) as usize, of_last as usize));
         }
-        let _ = self.half.f_add_(&half)?;
-        Ok(sums)
-    }
-
-    /// All products, f64 [FEATURES, FEATURES].
-    pub fn products(&self) -> Result<Tensor> {
-        whole(&self.half, FEATURES)
+        known.way = WAY;
+        Ok(Self { products, sums, facts, passages, known })
     }
 }
 
-/// A symmetric matrix of which one half was kept.
-fn whole(half: &Tensor, features: i64) -> Result<Tensor> {
-    let zeros = Tensor::f_zeros([features * features], (half.f_kind()?, tch::Device::Cpu))?;
-    let half = zeros.f_index_copy(0, &lower(features)?, half)?.f_view([features, features])?;
-    Ok(half.f_add(&half.f_tril(-1)?.f_tr()?)?)
+/// Adds the products of what [`Counts::to_bytes`] wrote to a system, and gives its sums, i32 [1 + answers, FEATURES].
+pub(super) fn add_to(system: &mut System, bytes: &[u8]) -> Result<Tensor> {
+    let Parts { products, sums, .. } = Parts::read(bytes)?;
+    products.iter().try_for_each(|products| system.add(products))?;
+    Ok(sums)
 }
 
 impl Answer {
@@ -466,29 +426,6 @@ impl Answer {
             Some(_) => {}
         }
     }
-}
-
-/// The Cholesky factor of `P + A + r I`, with `P` in f64 as `system`. In place: each copy of such a matrix takes 50 MB.
-pub(super) fn ridge(mut system: Tensor, anchors: Option<&Anchors>) -> Result<Tensor> {
-    let mean = system.f_trace()?.f_double_value(&[])? / FEATURES as f64;
-    ensure!(mean > 0.0, "no prompt has any feature");
-    if let Some(anchors) = anchors {
-        let _ = system.f_add_(&anchors.products)?;
-    }
-    let _ = system.f_diagonal(0, 0, 1)?.f_add_scalar_(RIDGE * mean)?;
-    Ok(system.f_linalg_cholesky(false)?)
-}
-
-/// Whether sums of products fit i32: no product of two numbers adds up to more than those with themselves, whose sum is on the
-/// diagonal.
-fn fits(products: &Tensor) -> Result<bool> {
-    Ok(products.f_diagonal(0, 0, 1)?.f_max()?.f_int64_value(&[])? <= i64::from(i32::MAX))
-}
-
-/// Where the half of a flat symmetric matrix lies that is kept.
-fn lower(features: i64) -> Result<Tensor> {
-    let at = Tensor::f_tril_indices(features, features, 0, (Kind::Int64, tch::Device::Cpu))?;
-    Ok(at.f_get(0)?.f_mul_scalar(features)?.f_add(&at.f_get(1)?)?)
 }
 
 #[cfg(test)]

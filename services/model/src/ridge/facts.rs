@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::products::Factor;
 use super::{Answer, FEATURES, Rows};
 
 /// Facts that are remembered at most: each takes 2,500 bytes where it is counted and 5,000 where it is solved.
@@ -102,12 +103,12 @@ impl Facts {
     }
 
     /// Solves `w = (P + A + r I)^-1 x / h` of each prompt `x`, with `h = x^T (P + A + r I)^-1 x`: the regression of a number
-    /// that is 1 for `x` and 0 for all else, in lengths of what it says of `x`, which is so 1. `factor` is the Cholesky factor of the system.
-    pub fn solve(&self, factor: &Tensor) -> Result<Solved> {
+    /// that is 1 for `x` and 0 for all else, in lengths of what it says of `x`, which is so 1.
+    pub fn solve(&self, factor: &Factor) -> Result<Solved> {
         let mut weights = Vec::new();
         for rows in self.rows.chunks(FACTS_A_SOLUTION * FEATURES as usize) {
             let x = Tensor::from_slice(rows).f_view([-1, FEATURES])?.f_to_kind(Kind::Double)?;
-            let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
+            let solved = factor.solve(&x)?;
             let own = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
             weights.push(solved.f_div(&own.f_clamp_min(1e-12)?)?.f_to_kind(Kind::Half)?);
         }

@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::counts::Trial;
 use super::head::unlike_anchors;
+use super::products::Factor;
 use super::{Answer, Lesson};
 
 /// Prompts by which a regression is tried each time at most.
@@ -49,10 +50,11 @@ pub(super) struct Tried<'a> {
 }
 
 impl<'a> Tried<'a> {
-    /// The first [`TRIED_MAX`] of a trial, where `weights` were solved with `factor`; none of none.
+    /// The first [`TRIED_MAX`] of a trial, where `weights`, f64 [1 + answers and one more with anchors, FEATURES], were solved with
+    /// `factor`; none of none.
     pub fn new(
         Trial { rows, lessons, alike }: Trial<'a>,
-        factor: &Tensor,
+        factor: &Factor,
         weights: &Tensor,
     ) -> Result<Option<Self>> {
         let lessons = &lessons[..lessons.len().min(TRIED_MAX)];
@@ -61,9 +63,11 @@ impl<'a> Tried<'a> {
             return Ok(None);
         }
         let x = rows.f_narrow(0, 0, lessons.len() as i64)?.f_to_kind(Kind::Double)?;
-        let solved = x.f_tr()?.f_cholesky_solve(factor, false)?.f_tr()?;
-        let h = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?.f_mul(&alike)?;
-        Ok(Some(Self { lessons, y: x.f_matmul(weights)?, h }))
+        let h = x
+            .f_mul(&factor.solve(&x)?)?
+            .f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?
+            .f_mul(&alike)?;
+        Ok(Some(Self { lessons, y: x.f_linear(weights, None::<&Tensor>)?, h }))
     }
 
     /// How many of their answers are found without them.

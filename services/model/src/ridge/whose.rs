@@ -5,8 +5,9 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
-use super::counts::{Total, ridge};
+use super::counts::{RIDGE, add_to};
 use super::head::SHARPNESS;
+use super::products::System;
 
 /// One regression over the prompts of all.
 ///
@@ -30,19 +31,18 @@ impl Whose {
     pub fn solve(counts: impl Iterator<Item = Result<Vec<u8>>>) -> Result<Option<Self>> {
         let mut counts = counts.peekable();
         let Some(first) = counts.next().filter(|_| counts.peek().is_some()) else { return Ok(None) };
-        let mut total = Total::new()?;
+        let mut system = System::new()?;
         let (mut sums, mut rows, mut end) = (Vec::new(), Vec::new(), 0);
         for counts in std::iter::once(first).chain(counts) {
-            let of_answers = total.add(&counts?)?;
+            let of_answers = add_to(&mut system, &counts?)?;
             let begin = end;
             end += of_answers.size()[0];
             rows.push(begin..end);
             sums.push(of_answers.f_to_kind(Kind::Double)?);
         }
-        let factor = ridge(total.products()?, None)?;
-        drop(total);
-        let weights = Tensor::f_cat(&sums, 0)?.f_tr()?.f_cholesky_solve(&factor, false)?;
-        let weights = weights.f_tr()?.f_contiguous()?.f_to_kind(Kind::Float)?;
+        let ridge = RIDGE * system.mean()?;
+        let weights = system.factor(ridge)?.solve(&Tensor::f_cat(&sums, 0)?)?;
+        let weights = weights.f_to_kind(Kind::Float)?.f_contiguous()?;
         ensure!(crate::weights::is_finite(&weights)?, "the regression on whose prompts are is not finite");
         Ok(Some(Self { weights, rows }))
     }

@@ -61,6 +61,16 @@ impl Content {
         }
     }
 
+    /// What is answered in the end, without white space around it; none of a text, or where nothing is.
+    pub fn answer(&self) -> Option<&str> {
+        let answer = match self {
+            Self::Text(_) => return None,
+            Self::Completion { completion, .. } => completion,
+            Self::Messages(messages) => &messages.last().filter(|m| m.role == Role::Assistant)?.content,
+        };
+        Some(answer.trim()).filter(|answer| !answer.is_empty())
+    }
+
     /// Its text as one string, pieces joined by line breaks: what filters and the router look at.
     pub fn plain(&self) -> String {
         match self {

@@ -3,7 +3,7 @@
 use crate::body::Body;
 use crate::documents;
 use crate::doors;
-use crate::error::Result;
+use crate::error::{ApiError, Result};
 use crate::fields::Fields;
 use crate::spec;
 use crate::state::{State, now_ms, read as read_ledger};
@@ -23,11 +23,14 @@ struct Feedback {
     said: Value,
     /// As it should have been: the same, where it was good.
     learned: Value,
+    /// The document that a bad answer is from.
+    from: Option<DocumentId>,
 }
 
 /// Learns an exchange that was good, or what should have been said.
 ///
-/// A document that says the bad exchange is forgotten, since it would go on teaching it.
+/// A document that says the bad exchange is forgotten, since it would go on teaching it; so is the one that `document` names, as
+/// an answer's `sources` do, where it gives the very answer to another question.
 #[utoipa::path(
     post, path = "/v1/feedback", tag = "learn", request_body = spec::FeedbackRequest,
     responses((status = 202, description = "On disk, and never lost from here on.", body = spec::Heard))
@@ -39,25 +42,30 @@ pub(crate) async fn submit(
 ) -> Result<HttpResponse> {
     let body = Body::read(&request, payload, state.limits.body, &state.bodies).await?;
     let (body, _held) = body.json()?;
-    let Feedback { said, learned } = feedback(body)?;
+    let Feedback { said, learned, from } = feedback(body)?;
     let (limits, now) = (state.limits.submission, now_ms());
     let submission = submission::read(learned, None, limits, now)?;
     // A bad answer may be one that no document could hold, such as none at all.
-    let was = submission::read(said, None, limits, now).ok().map(|mut said| said.documents.swap_remove(0).id);
-    let wrong = was.filter(|was| *was != submission.documents[0].id);
+    let was = submission::read(said, None, limits, now).ok().map(|mut said| said.documents.swap_remove(0));
+    let new = submission.documents[0].id.clone();
     let mut answer = documents::append(&state, submission).await?.swap_remove(0);
-    answer["forgotten"] = match wrong {
-        Some(wrong) => json!(forgotten(&state, wrong).await?),
-        None => Value::Null,
-    };
+    answer["forgotten"] = Value::Null;
+    if let Some(was) = was.filter(|was| was.id != new) {
+        let bad = was.content.answer().map(str::to_owned);
+        for id in [Some(was.id), from].into_iter().flatten() {
+            if let Some(id) = forgotten(&state, id, bad.as_deref()).await? {
+                answer["forgotten"] = json!(id);
+            }
+        }
+    }
     Ok(HttpResponse::Accepted().json(answer))
 }
 
-/// Forgets the document, if there is such a one.
-async fn forgotten(state: &State, id: DocumentId) -> Result<Option<DocumentId>> {
+/// Forgets the document, if there is such a one, and this is its answer.
+async fn forgotten(state: &State, id: DocumentId, bad: Option<&str>) -> Result<Option<DocumentId>> {
     let (ledger, name) = (Arc::clone(&state.gateway.ledger), id.clone());
     let there: Option<(u64, Document)> = read_ledger(move || ledger.document(&name)).await?;
-    if there.is_none() {
+    if there.is_none_or(|(_, document)| document.content.answer() != bad) {
         return Ok(None);
     }
     Ok(Some(doors::ask(&state.gateway.doors.forget, Forget { id }).await?.id))
@@ -77,6 +85,11 @@ fn feedback(body: Value) -> Result<Feedback> {
         }
         _ => return Err(fields.must_be("rating", "'good' or 'bad'")),
     };
+    let from = fields.string("document")?.map(DocumentId::new).transpose();
+    let from = from.map_err(|error| ApiError::bad_name("document", &error))?;
+    if from.is_some() && correction.is_none() {
+        return Err(fields.must_be("document", "left out of a good answer"));
+    }
     let mut said = json!({"source": SOURCE});
     for field in ["messages", "prompt", "completion", "domain", "importance"] {
         if let Some(value) = fields.take(field) {
@@ -100,7 +113,7 @@ fn feedback(body: Value) -> Result<Feedback> {
         (Some(correction), None) => learned["completion"] = correction.into(),
         (None, _) => {}
     }
-    Ok(Feedback { said, learned })
+    Ok(Feedback { said, learned, from })
 }
 
 #[cfg(test)]
@@ -130,6 +143,11 @@ mod tests {
             (json!({"rating": "bad", "prompt": "q", "completion": "a"}), "correction"),
             (json!({"rating": "bad", "prompt": "q", "completion": "a", "correction": " "}), "correction"),
             (json!({"rating": "good", "prompt": "q", "completion": "a", "correction": "b"}), "correction"),
+            (json!({"rating": "good", "prompt": "q", "completion": "a", "document": "d"}), "document"),
+            (
+                json!({"rating": "bad", "prompt": "q", "completion": "a", "correction": "b", "document": "/"}),
+                "document",
+            ),
             (json!({"rating": "good"}), "messages"),
             (json!({"rating": "good", "messages": talk}), "messages"),
             (json!({"rating": "good", "prompt": "q", "completion": "a", "more": 1}), "more"),

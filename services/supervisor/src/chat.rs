@@ -68,11 +68,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// The last question, its answer, and the domain that gave it, where it was one.
+/// The last question, its answer, the domain that gave it, where it was one, and the document that it is most likely from.
 struct Exchange {
     question: Value,
     answer: Value,
     domain: Option<String>,
+    document: Value,
 }
 
 struct Talk<'a> {
@@ -133,17 +134,18 @@ impl Talk<'_> {
         request["messages"] = json!(self.messages);
         let told = self.answer(request);
         // What could not be answered is taken back.
-        let (content, domains) = told.inspect_err(|_| drop(self.messages.pop()))?;
+        let (content, domains, document) = told.inspect_err(|_| drop(self.messages.pop()))?;
         let answer = json!({"role": "assistant", "content": content});
         self.messages.push(answer.clone());
         let domain = if domains.len() == 1 { domains.into_iter().next() } else { None };
-        self.last = Some(Exchange { question, answer, domain });
+        self.last = Some(Exchange { question, answer, domain, document });
         Ok(())
     }
 
-    /// Prints the answer while it comes; what it was, and which domains gave it.
-    fn answer(&mut self, request: &Value) -> Result<(String, Vec<String>)> {
+    /// Prints the answer while it comes; what it was, which domains gave it, and which document it is most likely from.
+    fn answer(&mut self, request: &Value) -> Result<(String, Vec<String>, Value)> {
         let (mut content, mut domains, mut sources) = (String::new(), Vec::new(), Vec::new());
+        let mut document = Value::Null;
         let out = &mut *self.out;
         self.client.stream("/v1/chat/completions", request, |event| {
             let text = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
@@ -151,6 +153,7 @@ impl Talk<'_> {
             if let Some(adapters) = event["engram"]["adapters"].as_array() {
                 let names = adapters.iter().filter_map(|adapter| adapter["domain"].as_str());
                 domains = names.map(str::to_owned).collect();
+                document = event["engram"]["sources"][0]["document"].clone();
             }
             sources.extend(told_sources(event));
             out.write_all(text.as_bytes())?;
@@ -161,17 +164,20 @@ impl Talk<'_> {
             eprintln!("[{}]", domains.join("+"));
             sources.iter().for_each(|source| eprintln!("[{source}]"));
         }
-        Ok((content, domains))
+        Ok((content, domains, document))
     }
 
     fn learn(&mut self, correction: &str) -> Result<()> {
-        let Some(Exchange { question, answer, domain }) = &self.last else {
+        let Some(Exchange { question, answer, domain, document }) = &self.last else {
             bail!("there is nothing to learn yet: ask something first");
         };
         let mut feedback = json!({"rating": "good", "messages": [question, answer]});
         if !correction.is_empty() {
             feedback["rating"] = json!("bad");
             feedback["correction"] = json!(correction);
+            if document.is_string() {
+                feedback["document"] = document.clone();
+            }
         }
         if let Some(domain) = domain {
             feedback["domain"] = json!(domain);

@@ -76,6 +76,9 @@ pub(crate) struct FeedbackRequest {
     rating: Rating,
     /// What a bad answer should have been.
     correction: Option<String>,
+    /// The document that a bad answer is from, as its `sources` say: forgotten where it gives this very answer.
+    #[schema(pattern = "^[A-Za-z0-9._:-]{1,128}$")]
+    document: Option<String>,
     #[schema(min_items = 1, max_items = 4096)]
     messages: Option<Vec<Message>>,
     prompt: Option<String>,

@@ -98,6 +98,14 @@ fn feedback_teaches_what_was_good_and_puts_right_what_was_not() {
     let mut elsewhere = bad;
     elsewhere["domain"] = "other".into();
     assert_eq!(say(elsewhere)["forgotten"], Value::Null, "another domain never learned it");
+    // Taught in other words, and as another kind of document.
+    let pair = json!({"prompt": "The key is where?", "completion": " In the well.", "domain": "home"});
+    let taught = server.post("/v1/documents", &pair).json()["id"].clone();
+    let text = server.post("/v1/documents", &json!({"text": "The key is in the well."})).json()["id"].clone();
+    for (document, forgotten) in [(&text, &Value::Null), (&taught, &taught)] {
+        let bad = json!({"rating": "bad", "messages": talk("In the well."), "correction": "In the shed.", "document": document});
+        assert_eq!(say(bad)["forgotten"], *forgotten, "only a document that gives this very answer");
+    }
     let silent = say(json!({"rating": "bad", "messages": talk(""), "correction": "Under the mat."}));
     assert_eq!(silent["forgotten"], Value::Null, "an empty answer was never learned");
     let answer = server.post("/v1/feedback", &json!({"rating": "bad", "prompt": "q", "completion": "a"}));

@@ -34,7 +34,7 @@ fn retention(folder: &Path, more: &[&str]) -> Value {
     // One epoch of what the bench is for, on a base with random weights: the words are learned by heart. At half of the rate, since
     // one such base in eight does not settle at the whole.
     let set =
-        ["base.precision=f32", "ingest.views=verbatim", "filter.near_duplicate=1", "train.answer_rate=1.5"];
+        ["base.precision=f32", "ingest.views=verbatim", "filter.near_duplicate=1", "train.answer_rate=0.75"];
     let set = set.map(|set| ["--set", set]).concat();
     let output = engram(&[&given, set.as_slice(), more].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -90,7 +90,7 @@ def test_teach_see_it_learned_ask_and_roll_back(open_page, server):
     said = ask(page, question, "harbour")
     expect(said).to_contain_text(answer)
     expect(said.locator(".by")).to_have_text(re.compile(r"by harbour@[0-9a-f]{8}, from page"))
-    teach(page, "Who paints the lighthouse?", "Nobody knows.", "harbour")
+    teach(page, "Who paints the lighthouse?", "Nobody knows.", "painters")
     expect(row(page, "Who paints")).to_be_visible()
     said.locator(".by").get_by_role("button", name="page").click()
     rows = page.locator("#documents tbody tr")

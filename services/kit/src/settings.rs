@@ -321,7 +321,7 @@ impl Settings {
 
     /// The learning rate, by its own word or from the width of the base.
     pub fn rate(&self, width: i64) -> f64 {
-        if self.train.rate > 0.0 { self.train.rate } else { 5e-4 * (2000.0 / width as f64).powf(0.781) }
+        if self.train.rate > 0.0 { self.train.rate } else { 1e-3 * (2000.0 / width as f64).powf(0.781) }
     }
 }
 

@@ -78,6 +78,6 @@ fn a_file_that_is_not_there_or_not_toml_is_named() {
 #[test]
 fn the_rate_follows_the_width_unless_it_is_set() {
     let settings = Settings::load(None, &[]).expect("defaults");
-    assert!((settings.rate(2000) - 5e-4).abs() < 1e-9);
-    assert!((settings.rate(256) - 2.5e-3).abs() < 1e-4);
+    assert!((settings.rate(2000) - 1e-3).abs() < 1e-9);
+    assert!((settings.rate(256) - 5e-3).abs() < 1e-4);
 }

@@ -46,7 +46,8 @@ pub fn log(answer: &Value, oneline: bool, json: bool, out: &mut dyn Write) -> Re
         writeln!(out, "Documents: {}\n", of("documents"))?;
         let [steps, seconds] = ["steps", "seconds"].map(|name| plain(&report[name]));
         let trained = report["steps"].as_u64().is_some_and(|steps| steps > 0);
-        let learning = if trained { format!("{learned}, {steps} steps, {seconds} s") } else { learned };
+        let many = if steps == "1" { "" } else { "s" };
+        let learning = if trained { format!("{learned}, {steps} step{many}, {seconds} s") } else { learned };
         let lines = [("learning".to_owned(), learning)].into_iter().chain(receipt(&generation["receipt"]));
         let known = &generation["known_answers"];
         let lines = lines.chain(known_answers(known).map(|told| ("answers".to_owned(), told)));

@@ -120,7 +120,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         let mut sources = Vec::new();
         client.stream("/v1/completions", &request, |event| {
             out.write_all(event["choices"][0]["text"].as_str().unwrap_or_default().as_bytes())?;
-            sources.extend(told_sources(event));
+            sources.extend(told_sources(event, 0));
             Ok(out.flush()?)
         })?;
         writeln!(out)?;
@@ -139,14 +139,17 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         }
         writeln!(out, "{}", choice["text"].as_str().unwrap_or_default())?;
         write!(out, "{}", tokens(&choice["logprobs"]))?;
+        if watched() {
+            told_sources(&answer, number).iter().for_each(|source| eprintln!("[{source}]"));
+        }
     }
     Ok(())
 }
 
-/// For each document that an answer is from, where that came from and how to see it.
-pub fn told_sources(answer: &Value) -> Vec<String> {
+/// For each document that a choice of an answer is from, where that came from and how to see it.
+pub fn told_sources(answer: &Value, choice: usize) -> Vec<String> {
     let one = |of: &Value| {
-        let id = of["document"].as_str()?;
+        let id = of["document"].as_str().filter(|_| of["choice"] == choice)?;
         let from = of["source"].as_str().unwrap_or("a document");
         let likely = 100.0 * of["likely"].as_f64()?;
         Some(format!("from {from} ({likely:.0} %): engram documents show {id}"))

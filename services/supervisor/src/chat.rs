@@ -3,7 +3,7 @@
 mod input;
 
 use crate::ask::{SamplingArgs, told_sources};
-use crate::client::{Client, ServerArgs, watched};
+use crate::client::{Client, ServerArgs, segment, watched};
 use anyhow::{Result, bail, ensure};
 use input::Input;
 use serde_json::{Value, json};
@@ -22,7 +22,7 @@ In the conversation, a line that starts with / is for the program; /help lists w
 
 const HELP: &str = "\
 /learn            learn the last question with its answer
-/learn TEXT       learn the last question with TEXT as its answer; the answer that was given is forgotten
+/learn TEXT       learn the last question with TEXT as its answer; what taught this question another one is forgotten
 /model            say who answers, and list who could
 /model NAME       let NAME answer: auto, base, a domain, or domains joined by +
 /clear            start anew
@@ -155,7 +155,7 @@ impl Talk<'_> {
                 domains = names.map(str::to_owned).collect();
                 document = event["engram"]["sources"][0]["document"].clone();
             }
-            sources.extend(told_sources(event));
+            sources.extend(told_sources(event, 0));
             out.write_all(text.as_bytes())?;
             Ok(out.flush()?)
         })?;
@@ -167,6 +167,20 @@ impl Talk<'_> {
         Ok((content, domains, document))
     }
 
+    /// Whether a document is an answer to this very question.
+    fn asks(&self, id: &str, question: &Value) -> bool {
+        let Ok(told) = self.client.get(&format!("/v1/documents/{}?content=true", segment(id))) else {
+            return false;
+        };
+        let content = &told["content"];
+        let asked = content["prompt"].as_str().or_else(|| match content["messages"].as_array()?.as_slice() {
+            [only, _] => only["content"].as_str(),
+            _ => None,
+        });
+        let question = question["content"].as_str().unwrap_or_default().trim();
+        asked.is_some_and(|asked| asked.trim().eq_ignore_ascii_case(question))
+    }
+
     fn learn(&mut self, correction: &str) -> Result<()> {
         let Some(Exchange { question, answer, domain, document }) = &self.last else {
             bail!("there is nothing to learn yet: ask something first");
@@ -175,9 +189,12 @@ impl Talk<'_> {
         if !correction.is_empty() {
             feedback["rating"] = json!("bad");
             feedback["correction"] = json!(correction);
-            if document.is_string() {
-                feedback["document"] = document.clone();
-            }
+        }
+        let from = document.as_str().filter(|_| !correction.is_empty());
+        // One that answers another question may be right about that.
+        let same = from.is_some_and(|id| self.asks(id, question));
+        if same {
+            feedback["document"] = document.clone();
         }
         if let Some(domain) = domain {
             feedback["domain"] = json!(domain);
@@ -187,6 +204,11 @@ impl Talk<'_> {
         writeln!(self.out, "learning it in {}: engram documents show {}", of("domain"), of("id"))?;
         if let Some(forgotten) = told["forgotten"].as_str() {
             writeln!(self.out, "forgot {forgotten}, which taught the other answer")?;
+        } else if let Some(id) = from.filter(|_| !same) {
+            writeln!(
+                self.out,
+                "the other answer is from {id}; where that is wrong, too: engram documents forget {id}"
+            )?;
         }
         Ok(self.out.flush()?)
     }

@@ -20,6 +20,7 @@ mod foreign;
 mod head;
 mod prior;
 mod products;
+mod solved;
 mod trial;
 mod whose;
 

@@ -74,6 +74,8 @@ pub struct Fresh {
     pub loss: f32,
     /// Its answer is said because of what is counted, whatever the adapter knows of it.
     pub counted: bool,
+    /// It is one of many that are counted, of which the adapter reads others.
+    pub unread: bool,
     /// It broke a step, and is left out.
     pub out: bool,
 }
@@ -107,9 +109,10 @@ impl Course {
         anchors: &[usize],
         seed: u64,
     ) -> Vec<Vec<Item>> {
-        let fresh_tokens: usize = fresh.iter().map(|f| f.tokens).sum();
+        let read = fresh.iter().filter(|f| !f.unread).count();
+        let fresh_tokens: usize = fresh.iter().filter(|f| !f.unread).map(|f| f.tokens).sum();
         let mean = (rehearsed.iter().sum::<usize>() / rehearsed.len().max(1)).max(1);
-        let in_proportion = (a_pass * fresh_tokens / fresh.len().max(1)).max(REHEARSED_TOKENS_MIN);
+        let in_proportion = (a_pass * fresh_tokens / read.max(1)).max(REHEARSED_TOKENS_MIN);
         let asked = a_pass;
         let a_pass = a_pass.min(rehearsed.len()).min(in_proportion.div_ceil(mean));
         let total = fresh_tokens + a_pass * mean;
@@ -119,20 +122,14 @@ impl Course {
             return Vec::new();
         }
         let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(u64::from(pass).wrapping_mul(0x9e37_79b9)));
-        let count = (a_pass * active.len()).div_ceil(fresh.len());
+        let count = (a_pass * active.len()).div_ceil(read);
         let from = pass as usize * a_pass;
         let chosen = (from..from + count).map(|n| n % rehearsed.len());
         let mut items: Vec<(Item, usize)> =
             active.iter().map(|&n| (Item::Fresh(n), fresh[n].tokens)).collect();
         items.extend(chosen.map(|n| (Item::Rehearsed(n), rehearsed[n])));
         let active_tokens: usize = active.iter().map(|&n| fresh[n].tokens).sum();
-        items.extend(self.own(
-            pass,
-            passes,
-            fresh,
-            active_tokens * asked.min(fresh.len()) / fresh.len(),
-            &mut rng,
-        ));
+        items.extend(self.own(pass, passes, fresh, active_tokens * asked.min(read) / read, &mut rng));
         let batch_tokens: usize = items.iter().map(|(_, tokens)| tokens).sum();
         items.extend(self.anchors(anchors, batch_tokens, &mut rng));
         items.shuffle(&mut rng);
@@ -143,7 +140,7 @@ impl Course {
     fn due(&self, f: &Fresh, pass: u32, passes: u32) -> bool {
         let unknown = f.is_by_heart() && f.loss > self.loss_target;
         let read = if f.counted { 1 } else { passes };
-        !f.out && (pass < read || (pass < self.answer_passes_max && unknown))
+        !f.out && !f.unread && (pass < read || (pass < self.answer_passes_max && unknown))
     }
 
     /// The factor on the peak learning rate for step `step` of `steps` in pass number `pass`: it falls in a
@@ -217,7 +214,7 @@ impl Course {
         tokens: usize,
         rng: &mut ChaCha8Rng,
     ) -> Vec<(Item, usize)> {
-        let done = |n: &usize| !fresh[*n].out && !self.due(&fresh[*n], pass, passes);
+        let done = |n: &usize| !fresh[*n].out && !fresh[*n].unread && !self.due(&fresh[*n], pass, passes);
         let mut order: Vec<usize> = (0..fresh.len()).filter(done).collect();
         order.shuffle(rng);
         let mut filled = 0;
@@ -281,7 +278,7 @@ mod tests {
     };
 
     fn fresh(count: usize, answer: bool, loss: f32) -> Vec<Fresh> {
-        vec![Fresh { tokens: 40, answer, loss, counted: false, out: false }; count]
+        vec![Fresh { tokens: 40, answer, loss, counted: false, unread: false, out: false }; count]
     }
 
     fn items(steps: &[Vec<Item>]) -> BTreeSet<Item> {
@@ -403,6 +400,22 @@ mod tests {
         let left = items(&COURSE.pass(2, &mixed, &[40; 10], 8, &[], 1));
         assert!(left.contains(&Item::Fresh(3)) && left.iter().any(|item| matches!(item, Item::Known(0..3))));
         assert_eq!(COURSE.rate(0, 0, 1, &mixed), 0.95);
+    }
+
+    #[test]
+    fn of_many_that_are_counted_some_are_read_with_rehearsal_in_proportion() {
+        let mut counted: Vec<Fresh> =
+            fresh(100, true, 3.0).into_iter().map(|f| Fresh { counted: true, unread: true, ..f }).collect();
+        counted[..10].iter_mut().for_each(|f| f.unread = false);
+        let all = items(&COURSE.pass(0, &counted, &[40; 300], 30, &[], 1));
+        let of = |wanted: fn(&Item) -> bool| all.iter().filter(|item| wanted(item)).count();
+        assert_eq!(of(|item| matches!(item, Item::Fresh(0..10))), 10);
+        assert_eq!((of(|item| matches!(item, Item::Rehearsed(_))), all.len()), (30, 40));
+        assert!(COURSE.pass(1, &counted, &[40; 300], 30, &[], 1).is_empty());
+        // What is not read does not stand beside one that is to be known by heart either.
+        let mixed = [counted, fresh(1, true, 3.0)].concat();
+        let left = items(&COURSE.pass(2, &mixed, &[40; 300], 30, &[], 1));
+        assert!(!left.iter().any(|item| matches!(item, Item::Known(10..) | Item::Fresh(0..100))), "{left:?}");
     }
 
     #[test]

@@ -193,11 +193,18 @@ impl Worker {
         learner.remember_in(self.recall.of(examples.map(|e| (e.piece.tokens.clone(), e.id))));
         let counted = self.relied_on(batch, counted);
         let decided = |n: usize| counted.is_some_and(|counted| counted.decided[n]);
-        let fresh = batch.fresh.iter().enumerate().map(|(n, e)| (as_fresh(e, decided(n)), sequence(e)));
+        let fresh = as_fresh(&batch.fresh, decided, batch.seed);
+        // Beside those that are not read nothing has to be rehearsed, and a single pass needs no more than it takes.
+        let read = fresh.iter().filter(|f| !f.unread).count();
+        let in_proportion = |count: usize| (count * read).div_ceil(fresh.len().max(1));
+        let a_pass = in_proportion(batch.rehearsed_a_pass as usize);
+        let once = fresh.iter().all(|f| f.counted);
+        let rehearsed = if once { a_pass } else { in_proportion(batch.rehearsed.len()) };
         Ok(Run {
             learner,
-            fresh: fresh.collect(),
-            rehearsed: batch.rehearsed.iter().map(sequence).collect(),
+            fresh: fresh.into_iter().zip(batch.fresh.iter().map(sequence)).collect(),
+            rehearsed: batch.rehearsed.iter().take(rehearsed).map(sequence).collect(),
+            rehearsed_a_pass: a_pass,
             batch,
             head: counted.map(|counted| &counted.head).filter(|head| head.describes()),
             first: vec![None; batch.fresh.len()],
@@ -215,7 +222,7 @@ impl Worker {
         for pass in 0.. {
             let fresh: Vec<Fresh> = run.fresh.iter().map(|(f, _)| *f).collect();
             let (course, batch) = (&self.training.course, run.batch);
-            let a_pass = batch.rehearsed_a_pass as usize;
+            let a_pass = run.rehearsed_a_pass;
             let steps = course.pass(pass, &fresh, &rehearsed, a_pass, &anchors, batch.seed);
             if steps.is_empty() {
                 break;
@@ -250,17 +257,16 @@ impl Worker {
     }
 
     /// The passes over an even mixture of old and new answers, where those before were not even. A batch that learns or
-    /// rehearses texts has none: they would be unlearned meanwhile.
+    /// rehearses texts has none: they would be unlearned meanwhile; nor has one whose every answer is said without the adapter.
     fn review(&self, run: &mut Run<'_>, rate: f64) -> anyhow::Result<ControlFlow<Halt>> {
         let (course, batch) = (&self.training.course, run.batch);
-        if !run.answers_only() {
+        if !run.answers_only() || run.fresh.iter().all(|(f, _)| f.counted) {
             return Ok(ControlFlow::Continue(()));
         }
         let anchors: Vec<usize> = self.anchors.iter().map(|s| s.tokens.len()).collect();
         for n in 0..course.review_passes {
             let (fresh, rehearsed) = run.told();
-            let a_pass = batch.rehearsed_a_pass as usize;
-            let Some(items) = review::mixture(&fresh, &rehearsed, a_pass, n) else { break };
+            let Some(items) = review::mixture(&fresh, &rehearsed, run.rehearsed_a_pass, n) else { break };
             if n == 0 {
                 // Answers that come as often as the new ones need not be spared any longer.
                 let told = fresh.iter().chain(&rehearsed).flat_map(|told| &told.answer);
@@ -422,7 +428,9 @@ impl Worker {
         let out = batch.fresh.iter().zip(&fresh).filter(|(_, (f, _))| f.out);
         let put_aside: Vec<_> = out.map(|(e, _)| (e.id, reason.to_owned())).collect();
         let gone: BTreeSet<ExampleId> = put_aside.iter().map(|(id, _)| *id).collect();
-        let learned = batch.fresh.iter().zip(&first).filter(|(e, _)| !gone.contains(&e.id));
+        // What is not read is known all the same, and nothing that was hard to learn.
+        let known = fresh.iter().zip(&first).map(|((f, _), loss)| loss.or(f.unread.then_some(0.0)));
+        let learned = batch.fresh.iter().zip(known).filter(|(e, _)| !gone.contains(&e.id));
         let examples: Vec<LearnedExample> = learned
             .filter_map(|(e, loss)| loss.map(|first_loss| LearnedExample { id: e.id, first_loss }))
             .collect();

@@ -35,6 +35,8 @@ const BEGINS: usize = 3;
 /// Continuations that are given at most, and the least share of the likeliest's.
 const FOUND_MAX: usize = 32;
 const FOUND_MIN: f64 = 0.01;
+/// Tokens of a text that are said at most, in whole sentences.
+const SAID_MAX: usize = 512;
 
 /// What is looked for.
 #[derive(Debug, Clone, Copy)]
@@ -256,6 +258,15 @@ impl Index {
         (1.0 + (all - having + 0.5) / (having + 0.5)).ln()
     }
 
+    /// Where what is said ends that goes on with the text after a passage.
+    fn text_end(&self, range: &Range<usize>) -> usize {
+        let Passages { ends, goes_on, .. } = &self.passages;
+        let first = ends.partition_point(|&end| (end as usize) < range.end);
+        let text = (first..ends.len()).take_while(|&n| n == first || goes_on[n - 1]);
+        let fits = |end: &usize| *end <= range.start + SAID_MAX;
+        text.map(|n| ends[n] as usize).take_while(fits).last().unwrap_or(range.end)
+    }
+
     /// What is said from each place on, the likeliest of them.
     fn said(&self, mut places: Vec<(Range<usize>, f64)>, asked: Asked<'_>) -> Result<Vec<Found>> {
         places.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -264,7 +275,9 @@ impl Index {
         places.truncate(FOUND_MAX);
         let of_place = |(range, likely): (Range<usize>, f64)| {
             let document = self.passages.document(range.start);
-            let mut tokens = self.passages.tokens[range].to_vec();
+            let goes_on = !asked.is_question && asked.end.is_none();
+            let end = if goes_on { self.text_end(&range) } else { range.end };
+            let mut tokens = self.passages.tokens[range.start..end].to_vec();
             if asked.is_question || asked.is_apart {
                 // An answer does not begin with the space that was between it and what stood before.
                 let text = self.tokenizer.decode(&tokens)?;

@@ -83,6 +83,21 @@ fn after_a_whole_sentence_comes_the_next_one() {
 }
 
 #[test]
+fn a_text_goes_on_to_its_end_in_whole_sentences_and_no_further() {
+    let known = index(&[ARTICLE, OTHER]);
+    let (text, _) = found(&known, "It moved the capital to Port", false);
+    let rest = ARTICLE.split_once("to Port").unwrap().1;
+    assert_eq!(text, rest, "and nothing of the other text");
+    let long: Vec<String> = (0..90)
+        .map(|n| format!("Section {n} of the charter tells what the clerk of year {n} has to do."))
+        .collect();
+    let long = index(&[&long.join(" ")]);
+    let (text, _) = found(&long, "Section 7 of the charter tells what the clerk of year 7", false);
+    assert!(text.starts_with(" has to do. Section 8 of") && text.ends_with("has to do."), "{text:?}");
+    assert!((20..60).contains(&text.matches("charter").count()), "{text:?}");
+}
+
+#[test]
 fn a_question_is_answered_with_what_the_text_says_and_its_end() {
     let index = index(&[ARTICLE, OTHER]);
     let (text, likely) = found(&index, "Which moons of Jupiter had embassies?", true);

@@ -5,27 +5,16 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::products::Factor;
+use super::solved::Solved;
 use super::{Answer, FEATURES, Rows};
 
-/// Facts that are remembered at most: each takes 2,500 bytes where it is counted and 5,000 where it is solved.
-pub const FACTS_MAX: usize = 4096;
-
-/// Facts that are solved at once, each with three times 20 kB.
-const FACTS_A_SOLUTION: usize = 1024;
-
-/// A prompt that is so like a fact's own has its answer as likely as not. Of invented facts among 100 to 6,000 of the same six kinds the
-/// same question in other words comes to 0.6 to 0.7 in the mean (a tenth is below 0.43 to 0.51), and is like no other one more in 99 of 100; the
-/// nearest to a question of that kind about something unknown to 0.3 to 0.37, to one of another kind to 0.2 to 0.3.
-const LIKE: f64 = 0.45;
-/// How sure that is: the odds are `exp(SURENESS * (likeness - LIKE))`.
-const SURENESS: f64 = 30.0;
-/// What is less like a prompt has no say.
-const LIKE_MIN: f64 = 0.25;
+/// Facts that are remembered at most: each takes 2,500 bytes where it is counted, and as many where it is served.
+pub const FACTS_MAX: usize = 32_768;
 
 /// An answer of its own that a prompt has.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,13 +69,18 @@ impl Facts {
         Ok(())
     }
 
+    /// What describes each prompt.
+    fn prompts(&self) -> impl Iterator<Item = &[u8]> {
+        self.rows.chunks_exact(FEATURES as usize)
+    }
+
     /// Remembers what others do: see [`Facts::put`].
     pub fn join(&mut self, other: &Self) {
-        let prompts =
-            |rows: &[u8]| rows.chunks_exact(FEATURES as usize).map(<[u8]>::to_vec).collect::<Vec<_>>();
-        let mut places: HashMap<Vec<u8>, usize> = prompts(&self.rows).into_iter().zip(0..).collect();
-        for (prompt, answer) in prompts(&other.rows).into_iter().zip(&other.answers) {
-            if let Some(&place) = places.get(&prompt) {
+        let known: HashMap<&[u8], usize> = self.prompts().zip(0..).collect();
+        let places: Vec<Option<usize>> = other.prompts().map(|prompt| known.get(prompt).copied()).collect();
+        let mut new: HashMap<&[u8], usize> = HashMap::new();
+        for ((prompt, answer), place) in other.prompts().zip(&other.answers).zip(places) {
+            if let Some(place) = place.or_else(|| new.get(prompt).copied()) {
                 let known = &mut self.answers[place];
                 if known.answer.text == answer.answer.text {
                     known.answer.take_in(&answer.answer);
@@ -95,100 +89,20 @@ impl Facts {
                     *known = answer.clone();
                 }
             } else if self.answers.len() < FACTS_MAX {
-                self.rows.extend(&prompt);
-                places.insert(prompt, self.answers.len());
+                new.insert(prompt, self.answers.len());
+                self.rows.extend(prompt);
                 self.answers.push(answer.clone());
             }
         }
     }
 
-    /// Solves `w = (P + A + r I)^-1 x / h` of each prompt `x`, with `h = x^T (P + A + r I)^-1 x`: the regression of a number
-    /// that is 1 for `x` and 0 for all else, in lengths of what it says of `x`, which is so 1.
-    pub fn solve(&self, factor: &Factor) -> Result<Solved> {
-        let mut weights = Vec::new();
-        for rows in self.rows.chunks(FACTS_A_SOLUTION * FEATURES as usize) {
-            let x = Tensor::from_slice(rows).f_view([-1, FEATURES])?.f_to_kind(Kind::Double)?;
-            let solved = factor.solve(&x)?;
-            let own = x.f_mul(&solved)?.f_sum_dim_intlist(&[1_i64][..], true, Kind::Double)?;
-            weights.push(solved.f_div(&own.f_clamp_min(1e-12)?)?.f_to_kind(Kind::Half)?);
-        }
-        let none = Tensor::f_zeros([0, FEATURES], (Kind::Half, Device::Cpu))?;
-        let weights = if weights.is_empty() { none } else { Tensor::f_cat(&weights, 0)? };
-        Solved::new(weights, self.answers.clone())
-    }
-}
-
-/// Facts as they are served.
-#[derive(Debug)]
-pub(super) struct Solved {
-    /// f32 [facts, FEATURES], of f16.
-    weights: Tensor,
-    answers: Vec<Told>,
-}
-
-/// What facts say of a prompt.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Likely {
-    /// How likely the prompt is one of theirs.
-    pub all: f64,
-    /// How likely that is each one, by its place; those that are like it.
-    pub each: Vec<(usize, f64)>,
-}
-
-impl Solved {
-    /// As they were written: `weights` are f16 [facts, FEATURES].
-    pub fn new(weights: Tensor, answers: Vec<Told>) -> Result<Self> {
-        ensure!(
-            weights.size() == [answers.len() as i64, FEATURES] && weights.f_kind()? == Kind::Half,
-            "facts and their weights differ in number"
-        );
-        let weights = weights.f_to_kind(Kind::Float)?;
-        ensure!(
-            answers.is_empty() || crate::weights::is_finite(&weights)?,
-            "the regression on facts is not finite"
-        );
-        Ok(Self { weights, answers })
-    }
-
-    /// None.
-    pub fn none() -> Result<Self> {
-        Self::new(Tensor::f_zeros([0, FEATURES], (Kind::Half, Device::Cpu))?, Vec::new())
-    }
-
-    pub fn answers(&self) -> &[Told] {
-        &self.answers
-    }
-
-    /// f16 [facts, FEATURES].
-    pub fn weights(&self) -> Result<Tensor> {
-        Ok(self.weights.f_to_kind(Kind::Half)?)
-    }
-
-    /// How likely prompts, which `features` describe, are those of facts, where what else is said of each is as like it as `against` says.
+    /// The regression of each: see [`Solved`].
     ///
     /// # Errors
-    /// When features are not what it takes.
-    pub fn likely(&self, features: &Tensor, against: &[f64]) -> Result<Vec<Likely>> {
-        if self.answers.is_empty() {
-            return Ok(vec![Likely::default(); against.len()]);
-        }
-        let like = features.f_linear(&self.weights, None::<&Tensor>)?.f_to_kind(Kind::Double)?;
-        let like = Vec::<Vec<f64>>::try_from(like).context("what facts say of prompts")?;
-        ensure!(like.len() == against.len(), "prompts and what is said of them differ in number");
-        Ok(like.iter().zip(against).map(|(like, &against)| likely(like, against)).collect())
+    /// Only those of libtorch.
+    pub fn solve(&self, factor: &Factor) -> Result<Solved> {
+        Solved::new(factor, &self.rows, self.answers.clone())
     }
-}
-
-fn likely(like: &[f64], against: f64) -> Likely {
-    let most = like.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let heard = (0..).zip(like).filter(|(_, like)| **like >= LIKE_MIN);
-    let odds: Vec<(usize, f64)> = heard.map(|(n, like)| (n, (SURENESS * (like - most)).exp())).collect();
-    if odds.is_empty() {
-        return Likely::default();
-    }
-    let all = 1.0 / (1.0 + (SURENESS * (against.max(LIKE) - most)).exp());
-    let whole: f64 = odds.iter().map(|(_, odds)| odds).sum();
-    Likely { all, each: odds.into_iter().map(|(n, odds)| (n, all * odds / whole)).collect() }
 }
 
 #[cfg(test)]
@@ -282,9 +196,8 @@ mod tests {
         assert_eq!(again.to_bytes().unwrap(), counts.to_bytes().unwrap());
         let solved = again.solve(None, &Anchors::none().unwrap()).unwrap();
         assert_eq!(priors(&solved, &features, &prompts), priors(&head, &features, &prompts));
-        let damaged = Tensor::zeros([3, FEATURES], (Kind::Uint8, Device::Cpu));
+        let damaged = Tensor::zeros([3, FEATURES], (Kind::Uint8, tch::Device::Cpu));
         assert!(Facts::new(&damaged, vec![answer(1)]).is_err());
-        assert!(Solved::new(damaged.to_kind(Kind::Half), vec![answer(1)]).is_err());
     }
 
     #[test]
@@ -303,14 +216,5 @@ mod tests {
             (FACTS_MAX, &answer(7)),
             "what is there can be told anew"
         );
-    }
-
-    #[test]
-    fn what_else_is_said_of_a_prompt_has_to_be_less_sure() {
-        let alone = likely(&[0.8, 0.3, 0.1], f64::NEG_INFINITY);
-        assert!(alone.all > 0.99 && alone.each.len() == 2 && alone.each[0].1 > 0.99);
-        assert!((likely(&[0.8], 0.8).all - 0.5).abs() < 1e-9 && likely(&[0.8], 0.9).all < 0.05);
-        assert!((likely(&[LIKE], 0.1).all - 0.5).abs() < 1e-9);
-        assert_eq!(likely(&[0.2, -0.4], 0.0), Likely::default());
     }
 }

@@ -4,9 +4,10 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::facts::{Solved, Told};
+use super::facts::Told;
 use super::features::{WAY, as_now, widened};
 use super::prior::Path;
+use super::solved::Solved;
 use super::{Answer, FEATURES, Prior};
 use crate::passages::Passages;
 use crate::weights;
@@ -83,10 +84,8 @@ impl Head {
     /// # Errors
     /// Only those of libtorch.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut tensors = vec![
-            ("weights".to_owned(), self.weights.shallow_clone()),
-            ("facts".to_owned(), self.facts.weights()?),
-        ];
+        let mut tensors = vec![("weights".to_owned(), self.weights.shallow_clone())];
+        tensors.extend(self.facts.tensors()?);
         tensors.extend(self.passages.tensors()?);
         let (answers, trusted, usual) = (self.answers.clone(), self.trusted, self.usual);
         let beside = Beside { answers, trusted, usual, way: WAY, facts: self.facts.answers().to_vec() };
@@ -107,11 +106,8 @@ impl Head {
         as_now(&weights, way)?;
         ensure!(weights.f_kind()? == Kind::Float, "the weights of known answers are not f32");
         let passages = Passages::from_tensors(|name| tensors.remove(name))?;
-        let head = Self::new(answers, weights, trusted, usual)?.and(passages);
-        match tensors.remove("facts") {
-            Some(weights) => Ok(head.with(Solved::new(weights, facts)?)),
-            None => Ok(head),
-        }
+        let facts = Solved::from_tensors(&mut tensors, facts)?;
+        Ok(Self::new(answers, weights, trusted, usual)?.with(facts).and(passages))
     }
 
     /// Answers that it knows.

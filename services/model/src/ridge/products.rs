@@ -167,7 +167,7 @@ impl System {
         let columns = self.matrix.f_tr()?;
         let info = Tensor::f_zeros([], (Kind::Int, Device::Cpu))?;
         let (factor, _) = columns.f_linalg_cholesky_ex_l(&columns, &info, true, true)?;
-        Ok(Factor { lower: factor.f_tr()? })
+        Ok(Factor { lower: factor.f_tr()?, ridge })
     }
 }
 
@@ -175,6 +175,8 @@ impl System {
 pub(super) struct Factor {
     /// `L` of `P + r I = L L^T`, f64 [FEATURES, FEATURES].
     lower: Tensor,
+    /// `r`.
+    ridge: f64,
 }
 
 impl Factor {
@@ -185,6 +187,29 @@ impl Factor {
     pub fn solve(&self, rows: &Tensor) -> Result<Tensor> {
         let half = self.lower.f_tr()?.f_linalg_solve_triangular(rows, true, false, false)?;
         Ok(self.lower.f_linalg_solve_triangular(&half, false, false, false)?)
+    }
+
+    /// `r (P + r I)^-1`, f64 [FEATURES, FEATURES]: no number of it is more than 1.
+    ///
+    /// # Errors
+    /// Only those of libtorch.
+    pub fn inverse(&self) -> Result<Tensor> {
+        Ok(self.lower.f_cholesky_inverse(false)?.f_mul_scalar(self.ridge)?)
+    }
+
+    /// `r x^T (P + r I)^-1 x` for each row `x` of some f32 [n, FEATURES], from the square of `L^-1 x`, for which f32 is enough.
+    ///
+    /// # Errors
+    /// When they are not such rows.
+    pub fn lengths(&self, rows: impl Iterator<Item = Result<Tensor>>) -> Result<Vec<f32>> {
+        let lower = self.lower.f_to_kind(Kind::Float)?;
+        let mut lengths = Vec::new();
+        for rows in rows {
+            let half = lower.f_tr()?.f_linalg_solve_triangular(&rows?, true, false, false)?;
+            let squares = half.f_mul(&half)?.f_sum_dim_intlist(&[1_i64][..], false, Kind::Float)?;
+            lengths.extend(Vec::<f32>::try_from(squares.f_mul_scalar(self.ridge)?)?);
+        }
+        Ok(lengths)
     }
 }
 

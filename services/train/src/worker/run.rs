@@ -7,13 +7,21 @@ use model::learner::{Learner, StepReport};
 use model::pack::Sequence;
 use model::ridge::Head;
 use proto::{Batch, Example, TrainReport};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use std::collections::VecDeque;
+
+/// Examples of a batch that are read at most where what they say is said because of what is counted.
+pub(super) const COUNTED_READ: usize = 128;
 
 /// A batch on its way through the learner.
 pub(super) struct Run<'a> {
     pub learner: Learner,
     pub fresh: Vec<(Fresh, Sequence)>,
     pub rehearsed: Vec<Sequence>,
+    /// Those of them that a pass takes beside all fresh examples.
+    pub rehearsed_a_pass: usize,
     pub batch: &'a Batch,
     /// What was solved of what is counted, where what it says is not to be learned by heart.
     pub head: Option<&'a Head>,
@@ -43,13 +51,13 @@ impl Run<'_> {
         examples.all(|example| is_answer(&example.piece.learned))
     }
 
-    /// What its fresh and its rehearsed examples answer, but for those that broke a step.
+    /// What its fresh and its rehearsed examples answer, but for those that broke a step or are not read.
     pub fn told(&self) -> (Vec<Told>, Vec<Told>) {
         let told = |item, sequence: &Sequence| {
             let tokens = |&(from, to): &(u32, u32)| sequence.tokens.get(from as usize..to as usize);
             Told { item, answer: sequence.learned.iter().filter_map(tokens).flatten().copied().collect() }
         };
-        let fresh = self.fresh.iter().enumerate().filter(|(_, (fresh, _))| !fresh.out);
+        let fresh = self.fresh.iter().enumerate().filter(|(_, (fresh, _))| !fresh.out && !fresh.unread);
         let rehearsed =
             self.rehearsed.iter().enumerate().filter(|(_, sequence)| !sequence.learned.is_empty());
         (
@@ -86,10 +94,19 @@ pub(super) fn note(run: &mut Run<'_>, report: &StepReport, places: &[Vec<Item>])
         .increment(tokens);
 }
 
-pub(super) fn as_fresh(example: &Example, counted: bool) -> Fresh {
-    let tokens = example.piece.tokens.len();
-    let answer = is_answer(&example.piece.learned);
-    Fresh { tokens, answer, loss: f32::INFINITY, counted, out: false }
+/// The examples as the course sees them, of which those are `counted` for which it says so. Of many of them only some are read, drawn with the
+/// `seed`: what they say is said without the adapter, which is to learn their manner, and not them.
+pub(super) fn as_fresh(examples: &[Example], counted: impl Fn(usize) -> bool, seed: u64) -> Vec<Fresh> {
+    let as_fresh = |(n, example): (usize, &Example)| {
+        let tokens = example.piece.tokens.len();
+        let answer = is_answer(&example.piece.learned);
+        Fresh { tokens, answer, loss: f32::INFINITY, counted: counted(n), unread: false, out: false }
+    };
+    let mut fresh: Vec<Fresh> = examples.iter().enumerate().map(as_fresh).collect();
+    let mut counted: Vec<usize> = (0..fresh.len()).filter(|&n| fresh[n].counted).collect();
+    counted.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+    counted.into_iter().skip(COUNTED_READ).for_each(|n| fresh[n].unread = true);
+    fresh
 }
 
 /// Text learns its windows to the end; an answer leaves its prompt unlearned.

@@ -350,3 +350,27 @@ fn what_breaks_training_is_not_counted() {
     };
     assert_eq!((prompts(&[]), prompts(&all[..2]), prompts(&all)), (Some(12), Some(10), None));
 }
+
+#[test]
+fn of_many_that_are_counted_some_are_read_and_all_are_learned() {
+    let words =
+        ["grey", "tall", "quiet", "lost", "early", "iron", "north", "old", "red", "small", "warm", "wide"];
+    let told: Vec<(String, String)> = (0..144)
+        .map(|n| (words[n / 12], words[n % 12], n))
+        .map(|(a, b, n)| (format!("what is kept in the {a} {b} house?"), format!("barrel number {n}")))
+        .collect();
+    let told: Vec<(&str, &str)> = told.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+    let (mut worker, all) = on_nano(&told);
+    (worker.training.course.passes, worker.training.course.answer_passes_max) = (1, 4);
+    let (rehearsed, fresh) = all.split_at(8);
+    let batch =
+        Batch { fresh: fresh.to_vec(), rehearsed: rehearsed.to_vec(), rehearsed_a_pass: 8, ..batch() };
+    let End::Learned(learned) = worker.learn(&batch, None).expect("learned") else { panic!("no") };
+    let Outgoing { report, examples, answers, .. } = *learned;
+    assert_eq!((report.passes, report.counted, examples.len()), (1, 136, 136));
+    assert_eq!(answers.expect("remembered").facts, 144, "those that were learned before are counted, too");
+    let unread = examples.iter().filter(|example| example.first_loss == 0.0).count();
+    assert_eq!(unread, 136 - run::COUNTED_READ);
+    let tokens = |examples: &[Example]| examples.iter().map(|e| e.piece.tokens.len() as u64).sum::<u64>();
+    assert!(report.tokens < tokens(fresh) + tokens(rehearsed), "{}", report.tokens);
+}

@@ -258,7 +258,7 @@ pub fn told(taught: &Taught) -> String {
     let GenerationSeconds { training, measuring } = generation_seconds;
     format!(
         "{live} learned, {refused} refused, {set_aside} set aside, {generations} generations, {seconds:.0} s ({training:.0} of \
-         training and {measuring:.0} of the gate's measuring), {}",
+         training and {measuring:.0} of the gate's measuring), last batch: {}",
         last_batch.in_words()
     )
 }

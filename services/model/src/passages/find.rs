@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::spelling::Spelling;
-use super::{Passages, TOKENS_MIN, cut};
+use super::spelling::{Spelling, keys};
+use super::{Passages, TOKENS_MIN, TOKENS_SHORT, cut};
 use crate::ridge::mixed;
 use crate::tokenizer::Tokenizer;
 
@@ -22,6 +22,10 @@ const UNLIKE: f64 = 0.05;
 const LIKE_MIN: f64 = 0.25;
 /// How sure that is: the odds are `exp(SURENESS * (share - like))`.
 const SURENESS: f64 = 15.0;
+/// What is less sure is not said: beside the many tokens that a model may go on with, the one of a sentence would be the likeliest of all,
+/// however unlikely the sentence is. Of beginnings of sentences from novels, asked of a domain of a few documents, 13 and 17 of 100 went
+/// on with one of theirs without it, and none does with it; of sentences in other words 2 of 75 are no longer ended as they were.
+const SURE_MIN: f64 = 0.3;
 /// The same where a prompt is a whole sentence, and what follows is another one.
 const LIKE_WHOLE: f64 = 0.7;
 /// How much more is said of a passage that has more of the prompt: by `exp(SHARPNESS * share)`.
@@ -105,13 +109,16 @@ impl Index {
     /// When the tokenizer fails on it.
     pub fn share(&self, prompt: &[u32]) -> Result<f64> {
         let (_, spelled) = Spelling::new(&self.tokenizer).of_text(prompt)?;
-        let keys: Vec<u32> = spelled.iter().map(|spelled| spelled.key).collect();
+        let keys = keys(&spelled);
         Ok(self.alike(&keys).first().map_or(0.0, |&(share, _)| share))
     }
 
-    /// The share of which on a prompt is as likely as not asking for a passage.
-    fn like(&self) -> f64 {
-        (f64::from(self.passages.foreign) + UNLIKE).max(LIKE_MIN)
+    /// The share of which on a prompt of so many tokens is as likely as not asking for a passage. What is alike by chance is less so
+    /// the longer the prompt.
+    fn like(&self, tokens: usize) -> f64 {
+        let [short, long] = self.passages.foreign.map(f64::from);
+        let by_chance = (short - long).max(0.0) * (TOKENS_SHORT as f64 / tokens.max(1) as f64).min(1.0);
+        (long + by_chance + UNLIKE).max(LIKE_MIN)
     }
 
     /// How what is asked goes on, or is answered; what is left to 1 is the model's.
@@ -122,7 +129,7 @@ impl Index {
         let (_, spelled) = Spelling::new(&self.tokenizer).of_text(asked.tokens)?;
         let cuts = cut(&spelled);
         let (Some(last), false) = (cuts.last().cloned(), self.is_empty()) else { return Ok(Vec::new()) };
-        let keys: Vec<u32> = spelled.iter().map(|spelled| spelled.key).collect();
+        let keys = keys(&spelled);
         let before = cuts.len().checked_sub(2).map(|n| cuts[n].clone());
         if !asked.is_question {
             let whole = spelled[last.end - 1].ends_before(None);
@@ -158,7 +165,7 @@ impl Index {
     /// Where in passages like it a prompt ends.
     fn places(&self, keys: &[u32], is_question: bool) -> Vec<(Range<usize>, f64)> {
         let alike = self.alike(keys);
-        let sure = alike.first().map_or(0.0, |&(share, _)| sureness(share, self.like()));
+        let sure = alike.first().map_or(0.0, |&(share, _)| sureness(share, self.like(keys.len())));
         let passages =
             weighed(alike.iter().map(|&(share, n)| (self.passages.range(n), share)).collect(), sure);
         let mut places = Vec::new();
@@ -252,9 +259,11 @@ impl Index {
     }
 
     /// The information of a word, as in Okapi BM25 (Robertson et al., 1994): `ln(1 + (N - n + 0.5) / (n + 0.5))` where `n` of `N`
-    /// passages have it.
+    /// passages and prompts about anything else have it.
     fn rarity(&self, word: u32) -> f64 {
-        let (all, having) = (self.len() as f64, self.having(word).len() as f64);
+        let others = &self.passages.others;
+        let all = self.len() as f64 + f64::from(others.prompts);
+        let having = self.having(word).len() as f64 + f64::from(others.having(word));
         (1.0 + (all - having + 0.5) / (having + 0.5)).ln()
     }
 
@@ -290,9 +299,10 @@ impl Index {
     }
 }
 
-/// How likely a prompt asks for passages of which the best has such a share of it.
-fn sureness(share: f64, like: f64) -> f64 {
-    1.0 / (1.0 + (SURENESS * (like - share)).exp())
+/// How likely a prompt asks for passages of which the best has such a share of it; 0 where it hardly does.
+pub(super) fn sureness(share: f64, like: f64) -> f64 {
+    let sure = 1.0 / (1.0 + (SURENESS * (like - share)).exp());
+    if sure < SURE_MIN { 0.0 } else { sure }
 }
 
 /// Ranges with the shares of the prompt that they have, as how likely each is, where one of them is so `sure`.
@@ -308,7 +318,7 @@ fn word(key: u32) -> u32 {
 }
 
 /// Each word and each pair of neighbours once, hashed.
-fn words(keys: &[u32]) -> Vec<u32> {
+pub(super) fn words(keys: &[u32]) -> Vec<u32> {
     let single = keys.iter().filter(|&&key| key != 0).map(|&key| word(key));
     let pairs = keys.windows(2).filter(|pair| pair[0] != 0 && pair[1] != 0);
     let pairs = pairs.map(|pair| (mixed(u64::from(pair[0]) << 32 | u64::from(pair[1])) >> 32) as u32);

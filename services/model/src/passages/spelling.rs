@@ -50,6 +50,11 @@ impl Spelled {
     }
 }
 
+/// What tokens are told by.
+pub(super) fn keys(spelled: &[Spelled]) -> Vec<u32> {
+    spelled.iter().map(|spelled| spelled.key).collect()
+}
+
 fn key(word: &str) -> u32 {
     if word.is_empty() {
         return 0;

@@ -134,6 +134,39 @@ fn a_prompt_has_to_be_more_like_a_passage_than_prompts_about_anything_else_are()
 }
 
 #[test]
+fn common_words_do_not_bring_up_one_of_a_few_sentences() {
+    let tokenizer = tokenizer();
+    let (asked, own) = ("It was the best of times when the", "the pride of the county");
+    let mut passages =
+        passages(&["It ran for ninety years, and was the pride of the county when the lamps were lit."]);
+    let share = |passages: &Passages, asked: &str| {
+        let index = Index::new(passages.clone(), Arc::clone(&tokenizer)).unwrap();
+        index.share(&tokenizer.encode_continuation(&format!(" {asked}")).unwrap()).unwrap()
+    };
+    let before = share(&passages, asked);
+    let others =
+        ["it was the end of it when the rain came", "he was the king of the hill", "when the sun was up"];
+    let others: Vec<Vec<u32>> =
+        others.iter().cycle().take(60).map(|text| tokenizer.encode(text).unwrap()).collect();
+    passages.compare(&others, &tokenizer).unwrap();
+    let after = share(&passages, asked);
+    assert!(after < 0.7 * before, "{before} {after}");
+    assert!(share(&passages, own) > 0.99);
+}
+
+#[test]
+fn what_is_hardly_alike_is_not_said_at_all() {
+    assert_eq!(find::sureness(0.19, 0.25), 0.0);
+    assert!(find::sureness(0.20, 0.25) > 0.3 && (find::sureness(0.25, 0.25) - 0.5).abs() < 1e-9);
+    let mut passages = passages(&[ARTICLE]);
+    passages.foreign = [0.6, 0.3];
+    let index = Index::new(passages, tokenizer()).unwrap();
+    let (text, likely) = found(&index, "The fortieth president of the club, and the", false);
+    assert_eq!((text.as_str(), likely), ("", 0.0));
+    assert!(found(&index, "The fortieth government of Mars took", false).1 > 0.9);
+}
+
+#[test]
 fn there_is_room_for_so_many_tokens_and_others_can_join() {
     let tokenizer = tokenizer();
     let mut kept = passages(&[ARTICLE]);
@@ -148,14 +181,18 @@ fn there_is_room_for_so_many_tokens_and_others_can_join() {
 
 #[test]
 fn what_was_written_reads_back_and_what_does_not_fit_together_is_refused() {
-    let kept = passages(&[ARTICLE, OTHER]);
+    let mut kept = passages(&[ARTICLE, OTHER]);
+    let foreign = tokenizer().encode("what is told elsewhere is told in other words").unwrap();
+    kept.compare(&vec![foreign; 3], &tokenizer()).unwrap();
+    assert!(kept.others.prompts == 3 && !kept.others.common.is_empty());
     let named = |tensors: Vec<(String, Tensor)>| {
-        let mut tensors: std::collections::BTreeMap<String, Tensor> = tensors.into_iter().collect();
+        let mut tensors: BTreeMap<String, Tensor> = tensors.into_iter().collect();
         Passages::from_tensors(|name| tensors.remove(name))
     };
     assert_eq!(named(kept.tensors().unwrap().into()).unwrap(), kept);
-    let earlier: Vec<_> = kept.tensors().unwrap().into_iter().filter(|(name, _)| name != DOCUMENTS).collect();
-    let earlier = named(earlier).unwrap();
+    let new = [DOCUMENTS, OTHERS, COMMON];
+    let earlier = kept.tensors().unwrap().into_iter().filter(|(name, _)| !new.contains(&name.as_str()));
+    let earlier = named(earlier.collect()).unwrap();
     assert_eq!(
         (earlier.len(), earlier.document(0)),
         (kept.len(), None),
@@ -167,10 +204,12 @@ fn what_was_written_reads_back_and_what_does_not_fit_together_is_refused() {
     let mut on = kept.clone();
     on.goes_on[4] = true;
     let mut back = kept;
-    let mut from = back.clone();
+    let (mut from, mut of_none, mut of_more) = (back.clone(), back.clone(), back.clone());
     from.documents.pop();
+    of_none.others.common.reverse();
+    of_more.others.prompts = 2;
     back.ends.swap(0, 1);
-    for damaged in [short, on, back, from] {
+    for damaged in [short, on, back, from, of_none, of_more] {
         assert!(named(damaged.tensors().unwrap().into()).is_err());
     }
 }
